@@ -1,0 +1,28 @@
+"""What every depth (stack, continuum, equilibrium) returns to the model."""
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple, Union
+
+from torch import Tensor
+
+
+@dataclass
+class DepthOutput:
+    """The encoder's state after its depth.
+
+    Attributes:
+        state: ``(batch, time, dim)``.
+        hidden_states: the states along the depth when they were asked for, first the input, each ``(batch, time, dim)``.
+        statistics: flat, name -> scalar (0-dim detached tensor, float or int): evaluations, residual, gate means …
+            The criterion logs each under its own name. The names must be the same for every batch and rank.
+        penalties: name -> 0-dim tensor **with** gradient, already weighted, per masked token: the criterion
+            adds each to the loss, times the sample size.
+        auxiliary_states: ``(weight, state)`` pairs whose masked-LM loss is added to the loss with that weight
+            (fixed-point correction).
+    """
+
+    state: Tensor
+    hidden_states: Optional[List[Tensor]] = None
+    statistics: Dict[str, Union[float, Tensor]] = field(default_factory=dict)
+    penalties: Dict[str, Tensor] = field(default_factory=dict)
+    auxiliary_states: List[Tuple[float, Tensor]] = field(default_factory=list)
