@@ -1,0 +1,158 @@
+"""Real English that every machine of this project holds: the documentation strings of Python's standard library and
+of the installed torch package.
+
+    python scripts/embedded_corpus.py --out FOLDER
+
+Sources are parsed, never imported. One source file is one document; examples, tables and signatures are left out, so
+that what stays is prose. The result depends on the installed Python and torch only.
+"""
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from typing import Iterator, List, NamedTuple, Optional
+
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from corpus_splits import Document, clean_paragraph, deduplicated, report, write_splits  # noqa: E402
+
+# Third-party packages inside the library folder, and folders whose strings are test data rather than documentation.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "include"}
+
+ROLE = re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]*)(?:<[^`]*>)?`")
+CODE_SPAN = re.compile(r"``?([^`]+)``?_?")
+BOLD = re.compile(r"\*\*?([^*\s][^*]*)\*\*?")
+LIST_ITEM = re.compile(r"(?:[-*+•]\s|\d+[.)]\s|:\w[^:]*:|\*{0,2}`{0,2}\w+`{0,2}(?: \([^)]*\))?\s*:(?:\s|$))")
+
+
+class SourceFile(NamedTuple):
+    name: str  # path below its root, with "/" on every system
+    path: str
+
+
+def source_files(root: str, prefix: str) -> List[SourceFile]:
+    """Every Python file below `root`, in the order of its name."""
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [s for s in subfolders if s not in SKIPPED_FOLDERS]
+        for file in files:
+            if file.endswith(".py"):
+                path = os.path.join(folder, file)
+                found.append(SourceFile(f"{prefix}/{os.path.relpath(path, root).replace(os.sep, '/')}", path))
+    return sorted(found)
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """The documentation strings of a module: its own, those of its classes and functions, and the texts that torch
+    attaches to compiled functions by calling `add_docstr`.
+
+    Raises SyntaxError or ValueError when `source` is no Python.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an invalid escape in someone else's source is no news
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=True)
+            if text:
+                yield text
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "add_docstr",
+            "add_docstr_all",
+        ):
+            for part in node.args:
+                for constant in ast.walk(part):
+                    if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                        yield inspect.cleandoc(constant.value)
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads as a sentence: three words or more, at least four fifths letters and spaces."""
+    if len(paragraph.split()) < 3:
+        return False
+    letters = sum(c.isalpha() or c == " " for c in paragraph)
+    return letters >= 0.8 * len(paragraph) and not paragraph.startswith(("..", ">>>", "def ", "import ", "from "))
+
+
+def prose(docstring: str) -> List[str]:
+    """The paragraphs of a docstring that are prose, each on one line, without the mark-up of reStructuredText."""
+    paragraphs: List[List[str]] = []
+    literal_indent: Optional[int] = None  # of the line that opened a literal block with "::" or a doctest
+    fresh = True
+    for line in docstring.splitlines():
+        text = line.strip()
+        if not text:
+            fresh = True
+            continue
+        indent = len(line) - len(line.lstrip())
+        if literal_indent is not None:
+            if indent > literal_indent:
+                continue
+            literal_indent = None
+        if text.startswith((">>>", "...", "$ ", "|", "+-", "```")):
+            fresh = True
+            continue
+        if fresh or LIST_ITEM.match(text):
+            paragraphs.append([])
+        paragraphs[-1].append(text)
+        fresh = False
+        if text.endswith("::"):
+            literal_indent = indent
+    kept = []
+    for lines in paragraphs:
+        text = " ".join(lines)
+        text = ROLE.sub(r"\1", text)
+        text = BOLD.sub(r"\1", CODE_SPAN.sub(r"\1", text))
+        text = clean_paragraph(re.sub(r"::$", ":", text))
+        if is_prose(text):
+            kept.append(text)
+    return kept
+
+
+def document_of(file: SourceFile) -> Document:
+    """The document of one source file; empty when the file is no Python of this version."""
+    with open(file.path, "rb") as stream:
+        source = stream.read()
+    try:
+        return Document(file.name, [p for text in docstrings(source) for p in prose(text)])
+    except (SyntaxError, ValueError):
+        return Document(file.name, [])
+
+
+def embedded_files() -> List[SourceFile]:
+    """The sources of the standard library and of torch. Raises FileNotFoundError when torch is not installed."""
+    torch_package = importlib.util.find_spec("torch")
+    if torch_package is None or not torch_package.submodule_search_locations:
+        raise FileNotFoundError("the torch package is not installed: run scripts/environment.sh first")
+    library = sysconfig.get_paths()["stdlib"]
+    torch_folder = list(torch_package.submodule_search_locations)[0]
+    return source_files(library, "python") + source_files(torch_folder, "torch")
+
+
+def embedded_documents(files: List[SourceFile], processes: int) -> Iterator[Document]:
+    """The documents in the order of `files`, whatever the number of processes."""
+    with multiprocessing.Pool(processes) as pool:
+        documents = pool.imap(document_of, files, chunksize=32)
+        seconds = 0.2 if sys.stderr.isatty() else 15
+        yield from tqdm(documents, "  reading sources", total=len(files), unit="files", mininterval=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="gets train.txt, valid.txt and test.txt")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="parsers side by side")
+    arguments = parser.parse_args()
+    documents = embedded_documents(embedded_files(), arguments.processes)
+    print(report(arguments.out, write_splits(arguments.out, deduplicated(documents))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""`pip install .`: the package without fairseq, which has to be installed first and without its declared dependencies
+(README, "Installing the package"): those name torchaudio, whose build may not fit the installed torch, and on
+Python 3.11 pip would compile fairseq against another torch than the one that will run it."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fairseq_implicit",
+    version="0.1.0",
+    description="BERT whose depth is an ODE solver or a fixed point: a plugin for fairseq",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["fairseq_implicit", "fairseq_implicit.*"]),
+    python_requires=">=3.11,<3.13",
+    # torch is a range, so that pip keeps the one that is there. The rest is what this package and the parts of
+    # fairseq that it uses import.
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "sentencepiece>=0.2",
+        "zstandard>=0.22",
+        "bitarray",
+        "cffi",
+        "hydra-core==1.3.2",
+        "omegaconf==2.3.0",
+        "packaging",
+        "regex",
+        "sacrebleu>=2.0",
+        "scikit-learn",
+        "tqdm",
+    ],
+    extras_require={
+        "adaptive": ["torchdiffeq==0.2.5"],
+        "parquet": ["pyarrow"],
+        "tensorboard": ["tensorboard"],
+    },
+)
