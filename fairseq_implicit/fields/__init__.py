@@ -1,0 +1,1 @@
+"""What is integrated: vector fields over states ``(batch, time, dim)``."""

@@ -1,0 +1,63 @@
+"""The position-wise feed-forward network."""
+
+from typing import Callable, Dict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fairseq_implicit.fields.shared_dropout import SharedDropout
+
+ACTIVATIONS: Dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_accurate": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+
+
+class FeedForward(nn.Module):
+    """``fc2(Drop(activation(fc1 z)))``.
+
+    Args:
+        dim: width of the state.
+        hidden: inner width.
+        activation: a name of ``ACTIVATIONS`` (fairseq's names).
+        activation_dropout: rate after the activation.
+        dropout_policy: ``shared`` or ``independent`` (see :class:`SharedDropout`).
+
+    Raises:
+        ValueError: unknown activation, non-positive inner width, impossible rate.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: str = "gelu",
+        activation_dropout: float = 0.0,
+        dropout_policy: str = "shared",
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+        if hidden < 1:
+            raise ValueError(f"the feed-forward inner width must be positive, got {hidden}")
+        self.activation = activation
+        self.dropout = SharedDropout(activation_dropout, dropout_policy)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Fix one solve's noise and return ``feed(z)``, both ``(batch, time, dim)``."""
+        drop = self.dropout.prepare(x, width=self.fc1.out_features)
+        activate = ACTIVATIONS[self.activation]
+
+        def feed(z: Tensor) -> Tensor:
+            return self.fc2(drop(activate(self.fc1(z))))
+
+        return feed

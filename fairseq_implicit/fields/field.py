@@ -1,0 +1,30 @@
+"""The contract between what is integrated (a field) and how it is integrated (a solver)."""
+
+from typing import Callable, Iterator, Optional, Union
+
+from torch import Tensor, nn
+
+#: ``f(t, z) -> dz``: deterministic, free of side effects, zero at padded positions.
+Increment = Callable[[Union[float, Tensor], Tensor], Tensor]
+
+
+class Field(nn.Module):
+    """A vector field ``F(t, z)`` over states ``(batch, time, dim)``.
+
+    ``prepare`` makes everything that stays constant during one solve (dropout masks, attention bias, injection
+    projections) and returns the increment ``f(t, z)``. Nothing is kept on the module between calls, so two solves
+    may be open before either backward.
+    """
+
+    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
+        """Fix one solve's constants.
+
+        Args:
+            x: the state at the start of the solve, ``(batch, time, dim)``.
+            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is no padding.
+        """
+        raise TypeError(f"{type(self).__name__} defines no prepare(): a field must return its increment there")
+
+    def residual_projections(self) -> Iterator[nn.Linear]:
+        """The linear maps whose output is added to the state: their initialisation is scaled by the depth."""
+        return iter(())
