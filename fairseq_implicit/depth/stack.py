@@ -1,0 +1,334 @@
+"""A stack of blocks: the ODE Transformer.
+
+Block ``l`` integrates its own field over ``t ∈ [l, l + T]`` with an explicit scheme; Euler with one step of size 1 is
+the ordinary transformer.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_implicit.depth.history import LayerHistory
+from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
+from fairseq_implicit.solvers.multistep import solve_adams, solve_backward_euler_corrected
+from fairseq_implicit.solvers.runge_kutta import (
+    ExplicitConfig,
+    Field,
+    recomputed,
+    solve_explicit,
+    solver_field,
+    solver_state,
+)
+
+CORRECTORS = ("none", "backward-euler", "adams", "pcformer")
+HISTORIES = ("none", "dlcl")
+STAGE_DROPOUTS = ("shared", "independent")
+
+Scalar = Union[float, Tensor]
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """What is stacked and how each block is integrated.
+
+    Attributes:
+        layers: number of blocks.
+        dim: width of the state.
+        scheme: name or alias of a tableau.
+        steps: sub-steps per block.
+        total_time: length ``T`` of each block's interval.
+        coefficients: mode of the combination coefficients, see :mod:`fairseq_implicit.solvers.coefficients`.
+        start: where learned coefficients start, ``tableau`` or ``ones``.
+        scope: ``block``, ``model`` (one set for all blocks) or ``channel`` (per block and channel).
+        stage_norm: normalise the state and each increment before they are added (PCformer's ``rk_norm``).
+        gradient: ``autograd``, ``checkpoint-step`` or ``checkpoint-stage``.
+        state_float32: keep the state in float32 along the whole stack when the field runs in half precision.
+        residual_in_field: integrate ``z + F(z)`` as the original ODE-Transformer code does (compatibility only).
+        corrector: ``none``; ``backward-euler``; ``adams`` (the AB2/AM2 pair across blocks); ``pcformer`` (backward
+            Euler on mixtures of all earlier blocks).
+        history: ``none`` or ``dlcl``, the dynamic linear combination of layers.
+        tied: one field serves all blocks (ALBERT).
+        layerdrop: probability in [0, 1) with which training skips a block for the whole batch.
+        stage_dropout: the fields' noise policy; ``independent`` makes recomputation replay the random state.
+        consistency_penalty: weight of (Σw − 1)², averaged over blocks.
+        second_order_penalty: weight of (Σwc − 1/2)², averaged over blocks.
+        final_norm: end with a layer norm, as pre-norm stacks need.
+
+    Raises:
+        ValueError: a value or a combination that has no meaning, in one sentence.
+    """
+
+    layers: int
+    dim: int
+    scheme: str = "euler"
+    steps: int = 1
+    total_time: float = 1.0
+    coefficients: str = "fixed"
+    start: str = "tableau"
+    scope: str = "block"
+    stage_norm: bool = False
+    gradient: str = "autograd"
+    state_float32: bool = False
+    residual_in_field: bool = False
+    corrector: str = "none"
+    history: str = "none"
+    tied: bool = False
+    layerdrop: float = 0.0
+    stage_dropout: str = "shared"
+    consistency_penalty: float = 0.0
+    second_order_penalty: float = 0.0
+    final_norm: bool = False
+
+    def __post_init__(self):
+        solve = self.solve  # validates what concerns one block
+        if self.layers < 1 or self.dim < 1:
+            raise ValueError(f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1")
+        check_coefficients(solve.tableau, self.coefficients, self.start, self.scope)
+        for name, value, known in (
+            ("corrector", self.corrector, CORRECTORS),
+            ("history", self.history, HISTORIES),
+            ("stage dropout", self.stage_dropout, STAGE_DROPOUTS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+        if not 0 <= self.layerdrop < 1:
+            raise ValueError(f"a layer drop of {self.layerdrop} is not a probability below 1")
+        for name, weight in (("consistency", self.consistency_penalty), ("second-order", self.second_order_penalty)):
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the weight {weight} of the {name} penalty must be finite and not negative")
+            if weight > 0 and self.coefficients == "fixed":
+                raise ValueError(f"a {name} penalty needs coefficients that are learned, not the mode 'fixed'")
+        if self.second_order_penalty > 0 and solve.tableau.stages == 1:
+            raise ValueError(f"a second-order penalty needs a scheme with two stages or more, not {self.scheme!r}")
+        if self.history != "none" and self.corrector in ("adams", "pcformer"):
+            raise ValueError(
+                f"corrector {self.corrector!r} carries a history of its own: history {self.history!r} goes with the "
+                "correctors none and backward-euler"
+            )
+        if self.corrector == "adams":
+            self._check_adams()
+
+    def _check_adams(self) -> None:
+        if self.scheme not in ("heun2", "rk2") or self.steps != 1:
+            raise ValueError(
+                f"corrector 'adams' takes one step per block and is started by Heun's method: set scheme 'heun2' and "
+                f"1 step, not scheme {self.scheme!r} and {self.steps}"
+            )
+        if self.coefficients != "fixed" or self.stage_norm:
+            raise ValueError("corrector 'adams' has coefficients of its own: set mode 'fixed' and no stage norm")
+
+    @property
+    def solve(self) -> ExplicitConfig:
+        """The solve of one block."""
+        return ExplicitConfig(
+            scheme=self.scheme,
+            steps=self.steps,
+            total_time=self.total_time,
+            gradient=self.gradient,
+            state_float32=self.state_float32,
+            residual_in_field=self.residual_in_field,
+            replay_random=self.stage_dropout == "independent",
+        )
+
+    @property
+    def is_plain_euler(self) -> bool:
+        """Whether a block is one Euler step of size 1 with nothing around it: the field's own layer."""
+        return (
+            self.scheme in ("euler", "rk1")
+            and self.steps == 1
+            and self.total_time == 1
+            and self.coefficients == "fixed"
+            and self.corrector == "none"
+            and not (self.stage_norm or self.residual_in_field)
+        )
+
+
+class BlockStack(nn.Module):
+    """``layers`` blocks, each a field and the coefficients of its solve.
+
+    Statistics, each also as ``block<l>/<name>``: ``state_rms`` over valid tokens (of the last block),
+    ``coefficient_sum`` Σw, ``coefficient_moment`` Σwc, and where the mode has them ``gate_mean``, ``gate_entropy``,
+    ``alpha`` (means over blocks); ``evaluations`` counts the fields' evaluations in the forward pass.
+
+    A block that layer drop skips is the identity: it reports the coefficients of a zero increment.
+
+    Args:
+        config: see :class:`StackConfig`.
+        field_factory: makes the field of block ``l``; called once, with 0, when the weights are tied.
+    """
+
+    def __init__(self, config: StackConfig, field_factory: Callable[[int], nn.Module]):
+        super().__init__()
+        self.config = config
+        self.solve_config = config.solve
+        tableau = self.solve_config.tableau
+        self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
+        self.combinations = nn.ModuleList(
+            Combination(
+                tableau,
+                config.coefficients,
+                config.start,
+                channels=config.dim if config.scope == "channel" else None,
+                dim=config.dim,
+                stage_norms=config.stage_norm,
+            )
+            for _ in range(1 if config.scope == "model" else config.layers)
+        )
+        pcformer = config.corrector == "pcformer"
+        keeps_history = pcformer or config.history == "dlcl"
+        self.history = LayerHistory(config.layers, config.dim, not pcformer) if keeps_history else None
+        self.predictor_history = LayerHistory(config.layers, config.dim, False) if pcformer else None
+        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
+    ) -> DepthOutput:
+        """Integrate through all blocks.
+
+        Args:
+            x: embedding ``(batch, time, dim)``.
+            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            return_hidden_states: collect the embedding and the state after each block (before the final norm).
+        """
+        state = solver_state(x, self.solve_config)
+        hidden_states = [x] if return_hidden_states else None
+        report = _Report(self.config, padding_mask)
+        entries: List[Tensor] = []
+        increment = None
+        if self.history is not None:
+            entries.append(self.history.entry(0, state))
+            state = self.history.mix(entries)
+        skipped = self._draw_skipped_blocks()
+        for block in range(self.config.layers):
+            combination = self.combinations[block % len(self.combinations)]
+            if block in skipped:
+                passed = _Passed(state, (combination.at_rest(),), 0)
+            else:
+                f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), padding_mask)
+                passed = self._integrate(f, state, block, combination, entries, increment, x.dtype)
+            state, increment = passed.state, passed.increment
+            if self.history is not None:
+                entries.append(self.history.entry(block + 1, state))
+                state = self.history.mix(entries)
+            report.add(block, combination, passed, state)
+            if hidden_states is not None:
+                hidden_states.append(state.to(x.dtype))
+        state = state.to(x.dtype)
+        if self.final_norm is not None:
+            state = self.final_norm(state)
+        return DepthOutput(state, hidden_states, report.statistics(), report.penalties())
+
+    def _integrate(
+        self,
+        f: Field,
+        state: Tensor,
+        block: int,
+        combination: Combination,
+        entries: List[Tensor],
+        increment: Optional[Tensor],
+        dtype: torch.dtype,
+    ) -> "_Passed":
+        """Pass one block: ``entries`` is the layer history, ``increment`` what the Adams pair carries along."""
+        config, solve, t0 = self.config, self.solve_config, float(block)
+        layer = getattr(f, "layer", None) if config.is_plain_euler else None
+        if layer is not None:
+            # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
+            layer = layer if solve.gradient == "autograd" else recomputed(layer, solve)
+            return _Passed(layer(t0, state.to(dtype)).to(state.dtype), (combination.at_rest(),), 1)
+        if config.corrector == "adams":
+            adams = solve_adams(f, state, solve, increment, t0, dtype)
+            return _Passed(adams.state, (), adams.evaluations, adams.increment)
+        if config.corrector == "backward-euler":
+            result = solve_backward_euler_corrected(f, state, solve, combination, t0, dtype)
+        else:
+            result = solve_explicit(f, state, solve, combination, t0, dtype)
+        if config.corrector == "pcformer":
+            predicted = self.predictor_history.entry(block + 1, result.state)
+            mixed = self.predictor_history.mix(entries + [predicted])
+            correct = solver_field(f, solve, dtype)
+            if solve.gradient == "checkpoint-step":
+                correct = recomputed(correct, solve)
+            corrected = torch.add(mixed, correct(t0 + solve.total_time, mixed), alpha=solve.total_time)
+            return _Passed(corrected, result.weights, result.evaluations + 1)
+        return _Passed(result.state, result.weights, result.evaluations)
+
+    def _draw_skipped_blocks(self) -> Set[int]:
+        """Blocks that layer drop skips in this pass. Drawn on the host: nothing is read back from the device."""
+        if not self.training or self.config.layerdrop == 0:
+            return set()
+        draws = torch.rand(self.config.layers, device="cpu").tolist()
+        return {block for block, draw in enumerate(draws) if draw < self.config.layerdrop}
+
+
+class _Passed(NamedTuple):
+    """A state after one block, the weights of each of its sub-steps, and its cost."""
+
+    state: Tensor
+    weights: Tuple[Tuple[Weight, ...], ...]
+    evaluations: int
+    increment: Optional[Tensor] = None
+
+
+class _Report:
+    """Statistics and penalties of one forward pass, as 0-dim tensors that nobody has read back."""
+
+    def __init__(self, config: StackConfig, padding_mask: Optional[Tensor]):
+        self.config = config
+        self.valid = None if padding_mask is None else (~padding_mask).unsqueeze(-1).to(torch.float32)
+        self.evaluations = 0
+        self.blocks: List[Dict[str, Scalar]] = []
+        self.consistency: List[Scalar] = []
+        self.second_order: List[Scalar] = []
+
+    def add(self, block: int, combination: Combination, passed: _Passed, state: Tensor) -> None:
+        self.evaluations += passed.evaluations
+        found = _means([combination.statistics(weights, self.valid) for weights in passed.weights])
+        found["state_rms"] = state_rms(state, self.valid)
+        self.blocks.append(found)
+        for weights in passed.weights:
+            if self.config.consistency_penalty > 0:
+                self.consistency.append(combination.consistency_penalty(weights, self.valid))
+            if self.config.second_order_penalty > 0:
+                self.second_order.append(combination.second_order_penalty(weights, self.valid))
+
+    def statistics(self) -> Dict[str, Scalar]:
+        flat: Dict[str, Scalar] = {"evaluations": self.evaluations}
+        flat.update(_means(self.blocks))
+        flat["state_rms"] = self.blocks[-1]["state_rms"]
+        for block, found in enumerate(self.blocks):
+            flat.update({f"block{block}/{name}": value for name, value in found.items()})
+        return flat
+
+    def penalties(self) -> Dict[str, Tensor]:
+        found = {}
+        if self.consistency:
+            found["consistency"] = self.config.consistency_penalty * _mean(self.consistency)
+        if self.second_order:
+            found["second_order"] = self.config.second_order_penalty * _mean(self.second_order)
+        return found
+
+
+def state_rms(state: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+    """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid`` ``(batch, time, 1)`` is 1.
+
+    Squares are taken in float32 (float64 for float64): those of a half-precision state overflow from 256 on.
+    """
+    wide = torch.float64 if state.dtype == torch.float64 else torch.float32
+    squares = torch.linalg.vector_norm(state.detach(), dim=-1, keepdim=True, dtype=wide).square()
+    mean = squares.mean() if valid is None else (squares * valid).sum() / valid.sum()
+    return (mean / state.shape[-1]).sqrt()
+
+
+def _mean(values: Sequence[Scalar]) -> Scalar:
+    if isinstance(values[0], Tensor):
+        return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
+    return sum(values) / len(values)
+
+
+def _means(found: Sequence[Dict[str, Scalar]]) -> Dict[str, Scalar]:
+    """Mean of each name over dicts of the same names."""
+    return {name: _mean([values[name] for values in found]) for name in found[0]} if found else {}

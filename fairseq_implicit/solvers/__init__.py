@@ -1,0 +1,1 @@
+"""Numerical methods in plain torch: explicit schemes, fixed points, implicit steps and their gradients."""

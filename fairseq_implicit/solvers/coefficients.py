@@ -1,0 +1,357 @@
+"""Combination coefficients: with which weights a block adds up the increments of its stages.
+
+    y' = y + h Σ_i w_i F_i            or, with stage norms (PCformer),   y' = LN_r(y) + h Σ_i w_i LN_i(F_i)
+
+=============== ======================================================== ============================================
+mode            weights                                                  start
+=============== ======================================================== ============================================
+fixed           the tableau's b                                          –
+learned         free scalars                                             b, or ones (ODE Transformer's "γ = 1")
+softmax         softmax(a): they sum to 1, so the step stays consistent  log b
+gated           two stages: g and 1 − g, g = σ(W[F_1; F_2] + β) of each  W xavier, β so that a zero increment gives b
+                token; more stages: softmax of such a gate
+ema             α (1 − α)^(n − i), α = σ(a)                              α = 1/2
+ema-normalised  the same divided by their sum 1 − (1 − α)^n              α = 1/2
+=============== ======================================================== ============================================
+
+Sources: arXiv 2203.09176 (ODE Transformer), 2411.03042 (PCformer).
+"""
+
+import math
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairseq_implicit.solvers.tableau import Tableau
+
+MODES = ("fixed", "learned", "softmax", "gated", "ema", "ema-normalised")
+STARTS = ("tableau", "ones")
+SCOPES = ("block", "model", "channel")
+
+# A float, a 0-dim tensor, a (dim,) tensor (scope channel) or a (batch, time, 1) tensor (gated).
+Weight = Union[float, Tensor]
+
+# A stage whose tableau weight is 0 starts with this share in the softmax and gated modes: log 0 has no gradient.
+SMALLEST_START = 0.01
+
+
+def _full_precision(parameter: Tensor) -> Tensor:
+    return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
+
+
+def _positive_start(tableau: Tableau, mode: str) -> Tuple[float, ...]:
+    """The tableau's b as positive shares of 1."""
+    if min(tableau.b_values) < 0:
+        raise ValueError(
+            f"coefficient mode {mode!r} has positive weights only, but scheme {tableau.name!r} has a negative one; "
+            "use the modes fixed, learned or ema, or a scheme with positive weights"
+        )
+    floored = [max(weight, SMALLEST_START) for weight in tableau.b_values]
+    return tuple(weight / sum(floored) for weight in floored)
+
+
+class LearnedWeights(nn.Module):
+    """One free number per stage, or per stage and channel.
+
+    Args:
+        tableau: the scheme.
+        start: ``"tableau"`` (its b) or ``"ones"``; two stages of Heun with ones are two weight-tied Euler steps.
+        channels: width for one weight per channel, ``None`` for scalars.
+    """
+
+    def __init__(self, tableau: Tableau, start: str = "tableau", channels: Optional[int] = None):
+        super().__init__()
+        values = torch.tensor(tableau.b_values if start == "tableau" else (1.0,) * tableau.stages)
+        self.values = nn.Parameter(values if channels is None else values.unsqueeze(1).repeat(1, channels))
+
+    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+        return tuple(_full_precision(self.values).unbind(0))
+
+
+class SoftmaxWeights(nn.Module):
+    """Weights that sum to 1: order 1 is kept whatever is learned."""
+
+    def __init__(self, tableau: Tableau, channels: Optional[int] = None):
+        super().__init__()
+        logits = torch.tensor(_positive_start(tableau, "softmax")).log()
+        self.logits = nn.Parameter(logits if channels is None else logits.unsqueeze(1).repeat(1, channels))
+
+    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+        return tuple(_full_precision(self.logits).softmax(0).unbind(0))
+
+
+class GatedWeights(nn.Module):
+    """Weights of each token, read from its increments.
+
+    Parameters are bare tensors, not an ``nn.Linear``: a model-wide initialisation of linear layers would overwrite the
+    bias that starts the gate at the tableau's b.
+    """
+
+    def __init__(self, tableau: Tableau, dim: int):
+        super().__init__()
+        start = _positive_start(tableau, "gated")
+        logits = [math.log(start[0] / start[1])] if tableau.stages == 2 else [math.log(share) for share in start]
+        self.weight = nn.Parameter(torch.empty(len(logits), tableau.stages * dim))
+        self.bias = nn.Parameter(torch.tensor(logits))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+        # One product per stage: the concatenation [F_1; …; F_n] would copy every increment once more.
+        dim = stages[0].shape[-1]
+        products = [
+            F.linear(stage, self.weight[:, i * dim : (i + 1) * dim]) for i, stage in enumerate(stages)
+        ]
+        logits = sum((_full_precision(product) for product in products), _full_precision(self.bias))
+        return self._shares(logits)
+
+    def at_rest(self) -> Tuple[Tensor, ...]:
+        """The weights of a token whose increments are zero, each ``(1, 1, 1)``."""
+        return self._shares(_full_precision(self.bias).view(1, 1, -1))
+
+    def _shares(self, logits: Tensor) -> Tuple[Tensor, ...]:
+        if logits.shape[-1] == 1:
+            gate = torch.sigmoid(logits)
+            return gate, 1 - gate
+        return tuple(logits.softmax(-1).split(1, dim=-1))
+
+
+class EmaWeights(nn.Module):
+    """Exponential moving average: later stages weigh more.
+
+    The raw weights sum to 1 − (1 − α)^n, so a step of a raw block is shorter than h; the normalised ones sum to 1.
+    """
+
+    def __init__(self, tableau: Tableau, normalised: bool = False, channels: Optional[int] = None):
+        super().__init__()
+        self.stages = tableau.stages
+        self.normalised = normalised
+        self.logit = nn.Parameter(torch.zeros(()) if channels is None else torch.zeros(channels))
+
+    @property
+    def alpha(self) -> Tensor:
+        return torch.sigmoid(_full_precision(self.logit))
+
+    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+        alpha = self.alpha
+        share = alpha / (1 - (1 - alpha) ** self.stages) if self.normalised else alpha
+        return tuple(share * (1 - alpha) ** (self.stages - 1 - i) for i in range(self.stages))
+
+
+class StageNorms(nn.Module):
+    """PCformer's norms: one of the state, one of each stage's increment."""
+
+    def __init__(self, stages: int, dim: int):
+        super().__init__()
+        self.state = nn.LayerNorm(dim)
+        self.increments = nn.ModuleList(nn.LayerNorm(dim) for _ in range(stages))
+
+
+def normalise(norm: nn.LayerNorm, value: Tensor) -> Tensor:
+    """Layer norm in the dtype of ``value`` ``(…, dim)``, which may be wider than that of the norm's parameters."""
+    return F.layer_norm(value, norm.normalized_shape, norm.weight.to(value.dtype), norm.bias.to(value.dtype), norm.eps)
+
+
+class Combination(nn.Module):
+    """The weights of one block's stages, and their statistics.
+
+    Args:
+        tableau: the scheme.
+        mode: one of ``MODES``.
+        start: where the mode ``learned`` starts, one of ``STARTS``.
+        channels: width for one weight per channel in the modes learned, softmax and ema.
+        dim: width of the state; needed by the mode ``gated`` and by ``stage_norms``.
+        stage_norms: normalise the state and every increment (PCformer's ``rk_norm``).
+
+    Raises:
+        ValueError: an unknown mode or start, or a combination that has no meaning; the sentence says which.
+    """
+
+    def __init__(
+        self,
+        tableau: Tableau,
+        mode: str = "fixed",
+        start: str = "tableau",
+        channels: Optional[int] = None,
+        dim: Optional[int] = None,
+        stage_norms: bool = False,
+    ):
+        super().__init__()
+        check_coefficients(tableau, mode, start, "block" if channels is None else "channel")
+        if dim is None and (mode == "gated" or stage_norms):
+            raise ValueError(f"coefficient mode {mode!r} and stage norms need the width of the state: pass dim")
+        self.tableau = tableau
+        self.mode = mode
+        if mode == "learned":
+            self.weights = LearnedWeights(tableau, start, channels)
+        elif mode == "softmax":
+            self.weights = SoftmaxWeights(tableau, channels)
+        elif mode == "gated":
+            self.weights = GatedWeights(tableau, dim)
+        elif mode in ("ema", "ema-normalised"):
+            self.weights = EmaWeights(tableau, mode == "ema-normalised", channels)
+        else:
+            self.weights = None
+        self.norms = StageNorms(tableau.stages, dim) if stage_norms else None
+
+    @property
+    def required(self) -> Tuple[bool, ...]:
+        """For each stage, whether it has to be evaluated: learned weights may use a stage whose b is 0."""
+        return self.tableau.required if self.weights is None else (True,) * self.tableau.stages
+
+    def forward(
+        self, state: Tensor, stages: Sequence[Optional[Tensor]], h: float
+    ) -> Tuple[Tensor, Tuple[Weight, ...]]:
+        """Add the increments ``stages`` ``(batch, time, dim)`` to ``state`` ``(batch, time, dim)``.
+
+        Returns:
+            the new state and the weights that were used.
+        """
+        weights = self.tableau.b_values if self.weights is None else self.weights(stages)
+        if self.norms is not None:
+            stages = [
+                None if stage is None else normalise(norm, stage.to(state.dtype))
+                for norm, stage in zip(self.norms.increments, stages)
+            ]
+            state = normalise(self.norms.state, state)
+        return combine(state, stages, weights, h), weights
+
+    def at_rest(self) -> Tuple[Weight, ...]:
+        """The weights of a block whose increments are zero (a block that layer drop skips)."""
+        if self.weights is None:
+            return self.tableau.b_values
+        return self.weights.at_rest() if self.mode == "gated" else self.weights(())
+
+    def statistics(self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None) -> Dict[str, Union[float, Tensor]]:
+        """Detached scalars: Σw, Σwc and, where the mode has them, gate mean and entropy (nats) or α.
+
+        ``gate_mean`` is the first stage's mean weight. ``valid`` ``(batch, time, 1)`` is 1 at tokens, 0 at padding.
+        """
+        with torch.no_grad():
+            weights = tuple(weight.detach() if isinstance(weight, Tensor) else weight for weight in weights)
+            found = {
+                "coefficient_sum": _mean(sum(weights), valid),
+                "coefficient_moment": _mean(self._moment(weights), valid),
+            }
+            if self.mode == "gated":
+                entropy = -sum(weight * weight.clamp_min(torch.finfo(weight.dtype).tiny).log() for weight in weights)
+                found["gate_mean"] = _mean(weights[0], valid)
+                found["gate_entropy"] = _mean(entropy, valid)
+            if self.mode in ("ema", "ema-normalised"):
+                found["alpha"] = self.weights.alpha.mean()
+        return found
+
+    def consistency_penalty(self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None) -> Union[float, Tensor]:
+        """Mean of (Σw − 1)², with gradient: zero when the step has order 1."""
+        return _mean((sum(weights) - 1) ** 2, valid)
+
+    def second_order_penalty(self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None) -> Union[float, Tensor]:
+        """Mean of (Σwc − 1/2)², with gradient: zero when a consistent step has order 2."""
+        return _mean((self._moment(weights) - 0.5) ** 2, valid)
+
+    def _moment(self, weights: Tuple[Weight, ...]) -> Weight:
+        return sum(weight * node for weight, node in zip(weights, self.tableau.c_values))
+
+
+def _mean(value: Weight, valid: Optional[Tensor]) -> Union[float, Tensor]:
+    """Mean over channels or valid tokens."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() < 3 or valid is None:
+        return value.mean()
+    return (value * valid).expand(*valid.shape).sum() / valid.sum()
+
+
+def combine(state: Tensor, stages: Sequence[Optional[Tensor]], weights: Sequence[Weight], h: float) -> Tensor:
+    """``state + h Σ w_i F_i`` in the dtype of ``state`` or wider; a stage of ``None`` has weight 0.
+
+    Multiply and add are fused: one pass over the state per stage.
+    """
+    for stage, weight in zip(stages, weights):
+        if isinstance(weight, Tensor):
+            state = torch.addcmul(state, stage, (h * weight).to(state.dtype))
+        elif weight != 0:
+            state = torch.add(state, stage, alpha=h * weight)
+    return state
+
+
+def check_coefficients(tableau: Tableau, mode: str, start: str, scope: str) -> None:
+    """Refuse what has no meaning.
+
+    Raises:
+        ValueError: one sentence that names what is at fault and what to use.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown coefficient mode {mode!r}; the modes are {', '.join(MODES)}")
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r} of the coefficients; the starts are {', '.join(STARTS)}")
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r} of the coefficients; the scopes are {', '.join(SCOPES)}")
+    if start == "ones" and mode != "learned":
+        raise ValueError(f"start 'ones' belongs to coefficient mode 'learned', not to {mode!r}")
+    if scope == "channel" and mode in ("fixed", "gated"):
+        raise ValueError(
+            f"coefficient mode {mode!r} has no weight per channel; scope 'channel' goes with learned, softmax and ema"
+        )
+    if scope == "model" and mode == "fixed":
+        raise ValueError("coefficient mode 'fixed' has nothing to share over the model; use scope 'block'")
+    if tableau.stages == 1 and mode in ("softmax", "gated", "ema-normalised"):
+        raise ValueError(
+            f"coefficient mode {mode!r} shares 1 among the stages, but scheme {tableau.name!r} has one stage only; "
+            "use a scheme with two stages or more, or the modes fixed or learned"
+        )
+    if mode in ("softmax", "gated"):
+        _positive_start(tableau, mode)
+
+
+class OriginalFlags(NamedTuple):
+    """What the ODE-Transformer's flags say, in this project's terms."""
+
+    scheme: str
+    coefficients: str
+    start: str
+    scope: str
+
+
+def from_original_flags(
+    enc_calculate_num: int,
+    rk_type: str = "standard",
+    enc_learnable_type: Optional[str] = None,
+    alpha_type: Optional[str] = None,
+) -> OriginalFlags:
+    """Map ``--enc-calculate-num``, ``--rk-type``, ``--enc-learnable-type`` and ``--alpha-type``.
+
+    As in the ODE-Transformer's code, one set of coefficients or one gate serves the whole encoder. The third stage of
+    order 3 is Kutta's, not the original's (whose wrong index leaves order 2).
+
+    Raises:
+        ValueError: an unknown value or a contradiction, in one sentence.
+    """
+    schemes = {1: "euler", 2: "heun2", 3: "kutta3", 4: "rk4"}
+    if enc_calculate_num not in schemes:
+        raise ValueError(f"--enc-calculate-num {enc_calculate_num} has no scheme; choose 1, 2, 3 or 4")
+    _check_choice("--rk-type", rk_type, ("standard", "learnable", "initialization"))
+    _check_choice("--enc-learnable-type", enc_learnable_type, (None, "gated", "ema"))
+    _check_choice("--alpha-type", alpha_type, (None, "scalar", "vector"))
+    if enc_learnable_type is not None and rk_type != "learnable":
+        raise ValueError(
+            f"--enc-learnable-type {enc_learnable_type} contradicts --rk-type {rk_type}; it needs --rk-type learnable"
+        )
+    if alpha_type is not None and enc_learnable_type != "ema":
+        raise ValueError(f"--alpha-type {alpha_type} is the shape of the EMA's α; it needs --enc-learnable-type ema")
+    if enc_calculate_num == 1 and rk_type != "standard":
+        raise ValueError(f"--rk-type {rk_type} combines several evaluations; it needs --enc-calculate-num 2, 3 or 4")
+    scheme = schemes[enc_calculate_num]
+    if rk_type == "standard":
+        return OriginalFlags(scheme, "fixed", "tableau", "block")
+    if rk_type == "initialization":
+        return OriginalFlags(scheme, "learned", "ones", "model")
+    if enc_learnable_type == "ema":
+        return OriginalFlags(scheme, "ema", "tableau", "channel" if alpha_type == "vector" else "model")
+    return OriginalFlags(scheme, "gated", "tableau", "model")
+
+
+def _check_choice(flag: str, value: Optional[str], choices: Sequence[Optional[str]]) -> None:
+    if value not in choices:
+        raise ValueError(f"{flag} {value} is not one of {', '.join(choice for choice in choices if choice)}")

@@ -1,0 +1,106 @@
+"""Predictor–corrector steps: one more evaluation of the field at a predicted state.
+
+Backward-Euler style: any explicit step predicts P, then ``y' = y + T F(t0 + T, P)``.
+
+Adams pair: the increment of the previous block is a value that travels along the depth,
+
+    P = y + h (3/2 F_l − 1/2 F_{l−1}),      y' = y + h/2 (F(P) + F_l),
+
+and the first block, which has no predecessor, takes a step of Heun's method (the same with P = y + h F_l).
+
+Sources: arXiv 2411.03042 (PCformer); Hairer, Nørsett, Wanner, *Solving Ordinary Differential Equations I*, III.1.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fairseq_implicit.solvers.coefficients import Combination
+from fairseq_implicit.solvers.runge_kutta import (
+    ExplicitConfig,
+    ExplicitResult,
+    Field,
+    recomputed,
+    solve_explicit,
+    solver_field,
+    solver_state,
+)
+from fairseq_implicit.solvers.status import SolveResult
+
+
+@dataclass(frozen=True)
+class AdamsResult(SolveResult):
+    """A solve's result with the increment ``F_l`` ``(batch, time, dim)`` that the next block needs."""
+
+    increment: Optional[Tensor] = None
+
+
+def solve_backward_euler_corrected(
+    f: Field,
+    x: Tensor,
+    config: ExplicitConfig,
+    combination: Optional[Combination] = None,
+    t0: float = 0.0,
+    field_dtype: Optional[torch.dtype] = None,
+) -> ExplicitResult:
+    """Predict by the explicit solve of ``config``, then ``y' = x + T f(t0 + T, P)``.
+
+    One sweep of the fixed-point iteration for backward Euler, started at the explicit solution: the result has order 1
+    whatever the predictor's order. Arguments and result as in ``solve_explicit``.
+    """
+    dtype = field_dtype or x.dtype
+    predicted = solve_explicit(f, x, config, combination, t0, dtype)
+    span = config.total_time
+
+    def correct(state: Tensor, prediction: Tensor) -> Tensor:
+        return torch.add(state, evaluate(t0 + span, prediction), alpha=span)
+
+    evaluate = solver_field(f, config, dtype)
+    step = recomputed(correct, config) if config.gradient == "checkpoint-step" else correct
+    state = step(solver_state(x, config), predicted.state)
+    return ExplicitResult(state, evaluations=predicted.evaluations + 1, weights=predicted.weights)
+
+
+def solve_adams(
+    f: Field,
+    x: Tensor,
+    config: ExplicitConfig,
+    previous: Optional[Tensor] = None,
+    t0: float = 0.0,
+    field_dtype: Optional[torch.dtype] = None,
+) -> AdamsResult:
+    """One step of the AB2/AM2 pair over ``config.total_time``.
+
+    Args:
+        f: prepared field.
+        x: state ``(batch, time, dim)``.
+        config: one step; its scheme is Heun's, which starts the pair.
+        previous: increment ``(batch, time, dim)`` of the previous block, at the same distance in time; ``None`` in the
+            first block.
+        t0: start time.
+        field_dtype: dtype in which the field is entered; that of ``x`` by default.
+
+    Raises:
+        ValueError: ``config`` asks for several steps or for another starting scheme.
+    """
+    if config.steps != 1:
+        raise ValueError(f"the Adams pair takes one step per block, not {config.steps}: set the steps to 1")
+    if config.tableau.name != "heun2":
+        raise ValueError(f"the Adams pair is started by scheme 'heun2', not by {config.scheme!r}: set the scheme to it")
+    h = config.total_time
+    evaluate = solver_field(f, config, field_dtype or x.dtype)
+
+    def advance(state: Tensor, before: Optional[Tensor]):
+        increment = evaluate(t0, state)
+        if before is None:
+            predicted = torch.add(state, increment, alpha=h)
+        else:
+            predicted = torch.add(torch.add(state, increment, alpha=1.5 * h), before, alpha=-0.5 * h)
+        corrected = torch.add(state, evaluate(t0 + h, predicted), alpha=0.5 * h)
+        return torch.add(corrected, increment, alpha=0.5 * h), increment
+
+    step = recomputed(advance, config) if config.gradient == "checkpoint-step" else advance
+    state, increment = step(solver_state(x, config), previous)
+    return AdamsResult(state, evaluations=2, increment=increment)
