@@ -1,0 +1,142 @@
+"""Masked-LM loss with the statistics, penalties and auxiliary states that a depth reports."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+
+from fairseq_implicit.compat import keep_out_of_text_bars
+
+# Keys of the logging output with a meaning of their own. Every other key is a statistic or penalty: summed over
+# batches, and divided by the number of batches when it is reported.
+_RESERVED = ("loss", "ntokens", "nsentences", "sample_size", "correct", "batches", "auxiliary_loss")
+_SHOWN = 8  # statistics that a line of text has room for; all of them go to TensorBoard and JSON
+
+
+@dataclass
+class ImplicitMaskedLMCriterionConfig(FairseqDataclass):
+    pass
+
+
+@register_criterion("implicit_masked_lm", dataclass=ImplicitMaskedLMCriterionConfig)
+class ImplicitMaskedLMCriterion(FairseqCriterion):
+    """Cross entropy of the masked tokens, as fairseq's ``masked_lm`` computes and logs it, and what a depth adds.
+
+    The model returns ``(logits, extra)``. ``extra["penalties"]`` (name → 0-dim tensor, per masked token) and
+    ``extra["auxiliary"]`` (``(weight, logits)`` pairs, same shape as the logits) enter the loss that is minimised but
+    not the logged ``loss`` and ``ppl``, which so stay comparable between models. ``extra["statistics"]`` (name →
+    number) is only logged.
+    """
+
+    def __init__(self, cfg: ImplicitMaskedLMCriterionConfig, task):
+        super().__init__(task)
+
+    def forward(self, model, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, Tensor, Dict[str, Any]]:
+        """Loss of one batch.
+
+        Args:
+            model: fairseq model that takes ``masked_tokens`` (``(batch, time)`` bool, or None for all).
+            sample: batch of the task.
+            reduce: ignored, the loss is always summed.
+
+        Returns:
+            loss in nats, summed over masked tokens; their number; and the logging output.
+        """
+        target = sample["target"]
+        masked = self._masked_positions(target)
+        sample_size = target.ne(self.padding_idx).sum()
+        logits, extra = model(**sample["net_input"], masked_tokens=masked)
+        extra = extra or {}
+        target = target.reshape(-1) if masked is None else target[masked]
+        cross_entropy = self._cross_entropy(logits, target)
+        loss = cross_entropy
+        logging_output = {
+            "loss": cross_entropy.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["nsentences"],
+            "sample_size": sample_size,
+            "correct": self._correct(logits, target),
+            "batches": 1,
+        }
+        auxiliary = extra.get("auxiliary") or []
+        if auxiliary:
+            weighted = sum(weight * self._cross_entropy(other, target) for weight, other in auxiliary)
+            loss = loss + weighted
+            logging_output["auxiliary_loss"] = weighted.detach()
+        for name, penalty in (extra.get("penalties") or {}).items():
+            loss = loss + sample_size * penalty
+            _log(logging_output, name, penalty)
+        for name, statistic in (extra.get("statistics") or {}).items():
+            _log(logging_output, name, statistic)
+        return loss, sample_size, logging_output
+
+    def _masked_positions(self, target: Tensor) -> Optional[Tensor]:
+        """Positions for the LM head, ``(batch, time)`` bool; all of them when nothing in the batch is masked."""
+        masked = target.ne(self.padding_idx)
+        if masked.device.type == "cpu":
+            return masked if masked.any() else None
+        return masked | ~masked.any()  # the same without waiting for the device
+
+    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        logits = logits.reshape(-1, logits.size(-1))
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return F.cross_entropy(logits, target, ignore_index=self.padding_idx, reduction="sum")
+
+    @torch.no_grad()
+    def _correct(self, logits: Tensor, target: Tensor) -> Tensor:
+        guess = logits.reshape(-1, logits.size(-1)).argmax(dim=-1)
+        return ((guess == target) & target.ne(self.padding_idx)).sum()
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
+        """Logs the averages over all batches and workers, reading from the device once."""
+        if not logging_outputs:
+            return
+        names = list(logging_outputs[0])
+        sums = dict(zip(names, _to_numbers([sum(log.get(name, 0) for log in logging_outputs) for name in names])))
+        sample_size = sums["sample_size"]
+        tokens = max(sample_size, 1)
+        metrics.log_scalar("loss", sums["loss"] / tokens / math.log(2), sample_size, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["loss"].avg))
+        metrics.log_scalar("accuracy", 100.0 * sums["correct"] / tokens, sample_size, priority=21, round=2)
+        if "auxiliary_loss" in sums:
+            value = sums["auxiliary_loss"] / tokens / math.log(2)
+            metrics.log_scalar("auxiliary_loss", value, sample_size, priority=22, round=3)
+        statistics = [name for name in names if name not in _RESERVED]
+        keep_out_of_text_bars(_details(statistics))
+        batches = sums["batches"]
+        for name in statistics:
+            metrics.log_scalar(name, sums[name] / max(batches, 1), batches, priority=50, round=5)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        return True
+
+
+def _log(logging_output: Dict[str, Any], name: str, value) -> None:
+    if name in logging_output or name in _RESERVED:
+        raise ValueError(f"the depth reports a statistic or penalty named {name!r}, which is taken: rename it.")
+    logging_output[name] = value.detach() if torch.is_tensor(value) else float(value)
+
+
+def _details(statistics: List[str]) -> List[str]:
+    """The statistics that a line of text leaves out: those of single blocks (``/`` in the name) and all beyond eight."""
+    if len(statistics) <= _SHOWN:
+        return []
+    of_the_whole = [name for name in statistics if "/" not in name]
+    return [name for name in statistics if name not in of_the_whole[:_SHOWN]]
+
+
+def _to_numbers(values: List[Any]) -> List[float]:
+    """Numbers and 0-dim tensors as floats, with one transfer for all tensors of a device."""
+    tensors = [value.detach().double() for value in values if torch.is_tensor(value)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(numbers) if torch.is_tensor(value) else float(value) for value in values]

@@ -1,0 +1,1 @@
+"""Datasets: sentencepiece dictionary, token blocks, masks (one line in, one batch out)."""

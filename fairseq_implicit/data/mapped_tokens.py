@@ -1,0 +1,70 @@
+"""The tokens of one binarised split, mapped into memory and read as one flat array."""
+
+import os
+import struct
+
+import numpy as np
+from fairseq.data.indexed_dataset import _code_to_dtype, data_file_path, index_file_path
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, number of lines
+
+
+class MappedTokens:
+    """One ``<prefix>.bin``/``<prefix>.idx`` pair in fairseq's mmap format.
+
+    fairseq's own reader reads the whole ``.bin`` once to warm the page cache, in every process that opens or unpickles
+    it; this one touches only what is asked for. The lines of a ``.bin`` follow each other without gaps, so a block
+    that spans lines is one slice.
+
+    Attributes:
+        line_lengths: tokens of each line, ``(lines,)`` int32, mapped from the index.
+        token_count: tokens in the file.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: the pair is truncated, or not in mmap format.
+    """
+
+    def __init__(self, prefix: str):
+        self.prefix = prefix
+        index_path, data_path = index_file_path(prefix), data_file_path(prefix)
+        for path in (index_path, data_path):
+            if not os.path.isfile(path):
+                raise FileNotFoundError(f"{path} does not exist: binarise the split with fairseq-preprocess.")
+        with open(index_path, "rb") as stream:
+            header = stream.read(_HEADER.size)
+        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+            raise ValueError(
+                f"{index_path} is not an index in fairseq's mmap format: binarise again with --dataset-impl mmap."
+            )
+        _, _, dtype_code, lines = _HEADER.unpack(header)
+        expected = _HEADER.size + 12 * lines  # int32 length and int64 offset per line
+        if os.path.getsize(index_path) < expected:
+            raise ValueError(
+                f"{index_path} is truncated ({os.path.getsize(index_path)} of {expected} bytes): binarise again."
+            )
+        self._dtype = np.dtype(_code_to_dtype[dtype_code])
+        self.line_lengths = (
+            np.memmap(index_path, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(lines,))
+            if lines
+            else np.zeros(0, dtype=np.int32)
+        )
+        self.token_count = int(self.line_lengths.sum(dtype=np.int64))
+        size = os.path.getsize(data_path)
+        if size != self.token_count * self._dtype.itemsize:
+            raise ValueError(
+                f"{data_path} has {size} bytes where its index says {self.token_count * self._dtype.itemsize}: "
+                "the file is truncated or belongs to another index; binarise again."
+            )
+        self._tokens = np.memmap(data_path, dtype=self._dtype, mode="r") if size else np.zeros(0, dtype=self._dtype)
+
+    def __getstate__(self):
+        return self.prefix
+
+    def __setstate__(self, prefix):
+        self.__init__(prefix)
+
+    def slice(self, start: int, length: int) -> np.ndarray:
+        """Tokens ``[start, start + length)`` of the flat file, ``(length,)`` int64 (a copy)."""
+        return np.array(self._tokens[start : start + length], dtype=np.int64)

@@ -1,0 +1,105 @@
+"""Masks for masked language modelling (Devlin et al. 2019, section 3.1), drawn without a loop over tokens."""
+
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import numpy as np
+from fairseq.data import Dictionary
+
+from fairseq_implicit.data.sentencepiece_dictionary import MASK, word_starts
+
+
+@dataclass(frozen=True)
+class Masking:
+    """How the tokens of a block are masked.
+
+    ``<s>``, ``</s>`` and ``<pad>`` are never masked (fairseq's ``masked_lm`` masks them like text, which spends targets
+    on what the position alone tells), and a random replacement is never a special symbol, ``<mask>`` or a
+    ``madeupword``. ``<unk>`` is text and is masked like any other token.
+
+    Attributes:
+        pad, bos, eos, mask: ids.
+        replacements: ids that a random replacement is drawn from, ``(n,)`` int64.
+        vocabulary: number of ids; larger ones in the data mean that it was binarised with another dictionary.
+        probability: share of the tokens (or words) that are selected.
+        leave_unmasked: share of the selected that stay as they are.
+        random: share of the selected that become a random token; the rest become ``<mask>``.
+        word_starts: ids that begin a word, ``(vocabulary,)`` bool, to select whole words; None selects tokens.
+    """
+
+    pad: int
+    bos: int
+    eos: int
+    mask: int
+    replacements: np.ndarray
+    vocabulary: int
+    probability: float = 0.15
+    leave_unmasked: float = 0.1
+    random: float = 0.1
+    word_starts: Optional[np.ndarray] = None
+
+    def __post_init__(self):
+        if not 0.0 < self.probability < 1.0:
+            raise ValueError(f"--mask-prob must lie between 0 and 1, not {self.probability}.")
+        for flag, share in (("--leave-unmasked-prob", self.leave_unmasked), ("--random-token-prob", self.random)):
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"{flag} must lie in [0, 1], not {share}.")
+        if self.leave_unmasked + self.random > 1.0:
+            raise ValueError(
+                f"--leave-unmasked-prob {self.leave_unmasked} and --random-token-prob {self.random} add up to more "
+                "than 1: they are shares of the selected tokens."
+            )
+
+    @classmethod
+    def for_dictionary(cls, dictionary: Dictionary, whole_words: bool = False, **shares: float) -> "Masking":
+        """Masking over a dictionary to which ``<mask>`` has been added.
+
+        Args:
+            dictionary: with ``<mask>``.
+            whole_words: select whole words (pieces from one ``▁`` to the next).
+            shares: ``probability``, ``leave_unmasked``, ``random``.
+        """
+        made_up = np.array([symbol.startswith("madeupword") or symbol == MASK for symbol in dictionary.symbols])
+        made_up[: dictionary.nspecial] = True
+        return cls(
+            pad=dictionary.pad(),
+            bos=dictionary.bos(),
+            eos=dictionary.eos(),
+            mask=dictionary.index(MASK),
+            replacements=np.flatnonzero(~made_up),
+            vocabulary=len(dictionary),
+            word_starts=word_starts(dictionary) if whole_words else None,
+            **shares,
+        )
+
+    def apply(self, tokens: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+        """Masks one sequence.
+
+        Args:
+            tokens: ids, ``(length,)`` int64, left as it is.
+            rng: source of all randomness.
+
+        Returns:
+            source ``(length,)``, and target ``(length,)`` with ``pad`` wherever nothing is to be predicted.
+        """
+        maskable = (tokens != self.bos) & (tokens != self.eos) & (tokens != self.pad)
+        # unit[i]: which selectable unit (token or word) position i belongs to
+        if self.word_starts is None:
+            begins = maskable
+        else:
+            after_special = np.append(True, ~maskable[:-1])
+            begins = maskable & (self.word_starts[tokens] | after_special)
+        unit = np.cumsum(begins) - 1
+        units = int(unit[-1]) + 1 if len(unit) else 0
+        # probabilistic rounding keeps the expected share exact on short sequences
+        selected = min(int(self.probability * units + rng.random()), units)
+        fate = np.full(units + 1, 2.0)  # the extra entry belongs to special symbols before the first unit
+        fate[rng.permutation(units)[:selected]] = rng.random(selected)
+        fate = np.where(maskable, fate[unit], 2.0)
+        chosen = fate < 1.0
+        source = tokens.copy()
+        source[chosen & (fate >= self.leave_unmasked + self.random)] = self.mask
+        randomised = chosen & (fate >= self.leave_unmasked) & (fate < self.leave_unmasked + self.random)
+        source[randomised] = self.replacements[rng.integers(len(self.replacements), size=int(randomised.sum()))]
+        target = np.where(chosen, tokens, self.pad)
+        return source, target

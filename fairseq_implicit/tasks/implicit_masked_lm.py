@@ -1,0 +1,184 @@
+"""Masked language modelling on binarised text, without loss of a token."""
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.tasks import FairseqTask, register_task
+from omegaconf import II, MISSING
+
+from fairseq_implicit.data import data_bin
+from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
+from fairseq_implicit.data.masked_blocks import InferenceDataset, MaskedBlockDataset
+from fairseq_implicit.data.masking import Masking
+from fairseq_implicit.data.sentencepiece_dictionary import MASK, SentencePieceDictionary
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ImplicitMaskedLMConfig(FairseqDataclass):
+    data: str = field(
+        default=MISSING,
+        metadata={"help": "data folder, or several joined by ':' of which each epoch takes the next as training set"},
+    )
+    sample_break_mode: ChoiceEnum(list(BREAK_MODES)) = field(
+        default="none",
+        metadata={
+            "help": "none: full blocks of --tokens-per-sample tokens; complete: whole lines, as many as fit; "
+            "complete_doc: the same within one document (blank line = border); eos: one line per block. Lines longer "
+            "than a block are cut, never dropped"
+        },
+    )
+    tokens_per_sample: int = field(
+        default=512, metadata={"help": "longest sequence, with the <s> before each block of text"}
+    )
+    mask_prob: float = field(default=0.15, metadata={"help": "share of the tokens (or words) to predict"})
+    leave_unmasked_prob: float = field(
+        default=0.1, metadata={"help": "share of the tokens to predict that stay visible"}
+    )
+    random_token_prob: float = field(
+        default=0.1, metadata={"help": "share of the tokens to predict that become a random token"}
+    )
+    mask_whole_words: bool = field(
+        default=False, metadata={"help": "select whole words (from one sentencepiece '▁' to the next)"}
+    )
+    pad_to_multiple: int = field(
+        default=1, metadata={"help": "pad the length of a batch to a multiple of this (8 suits tensor cores)"}
+    )
+    persistent_workers: bool = field(
+        default=False, metadata={"help": "keep the worker processes that load data alive between epochs"}
+    )
+    seed: int = II("common.seed")
+
+
+@register_task("implicit_masked_lm", dataclass=ImplicitMaskedLMConfig)
+class ImplicitMaskedLMTask(FairseqTask):
+    """Predicts masked tokens; reads folders of ``fairseq-preprocess``, and makes them straight from raw text."""
+
+    cfg: ImplicitMaskedLMConfig
+
+    def __init__(self, cfg: ImplicitMaskedLMConfig, dictionary: Dictionary):
+        super().__init__(cfg)
+        if cfg.tokens_per_sample < 2:
+            raise ValueError(
+                f"--tokens-per-sample must be at least 2 (<s> and one token), not {cfg.tokens_per_sample}."
+            )
+        self.dictionary = dictionary
+        self.mask_idx = dictionary.add_symbol(MASK)
+        self.masking = Masking.for_dictionary(
+            dictionary,
+            whole_words=cfg.mask_whole_words,
+            probability=cfg.mask_prob,
+            leave_unmasked=cfg.leave_unmasked_prob,
+            random=cfg.random_token_prob,
+        )
+
+    @classmethod
+    def setup_task(cls, cfg: ImplicitMaskedLMConfig, **kwargs) -> "ImplicitMaskedLMTask":
+        dictionary = data_bin.load_dictionary(data_bin.data_folders(cfg.data))
+        logger.info(f"dictionary: {len(dictionary)} types, and {MASK}")
+        return cls(cfg, dictionary)
+
+    @classmethod
+    def load_dictionary(cls, filename: str) -> Dictionary:
+        """Dictionary of ``fairseq-preprocess --srcdict``: a sentencepiece ``.model`` reads raw text, else ``dict.txt``."""
+        if filename.endswith(".model"):
+            return SentencePieceDictionary.from_model(filename)
+        if not os.path.isfile(filename):
+            raise FileNotFoundError(f"--srcdict {filename}: there is no such dict.txt or sentencepiece .model.")
+        return Dictionary.load(filename)
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> MaskedBlockDataset:
+        """Loads a split; the training split of epoch ``e`` comes from folder ``(e - 1) mod folders``.
+
+        Raises:
+            FileNotFoundError, ValueError: the split is missing, truncated or empty.
+        """
+        folders = data_bin.data_folders(self.cfg.data)
+        folder = folders[(epoch - 1) % len(folders)]
+        files = data_bin.open_split(folder, split, combine)
+        indices = []
+        for file in files:
+            index = cut_blocks(file.line_lengths, self.cfg.tokens_per_sample - 1, str(self.cfg.sample_break_mode))
+            index.check_conservation(file.prefix)
+            indices.append(index)
+        self.datasets[split] = MaskedBlockDataset(
+            files,
+            indices,
+            self.masking,
+            max_length=self.cfg.tokens_per_sample,
+            seed=self.cfg.seed,
+            fixed=not split.startswith("train"),
+            pad_to_multiple=self.cfg.pad_to_multiple,
+            share_epoch=self.cfg.persistent_workers,
+        )
+        return self.datasets[split]
+
+    def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
+        """Never drops a block: fairseq would skip over-long ones in training with one line in the log.
+
+        Raises:
+            ValueError: blocks are longer than the model or ``--max-tokens`` allows.
+        """
+        kept, dropped = dataset.filter_indices_by_size(indices, max_positions)
+        if len(dropped):
+            raise ValueError(
+                f"{len(dropped):,} of {len(indices):,} blocks are longer than the {max_positions} tokens that the "
+                f"model's --max-positions or --max-tokens allows: lower --tokens-per-sample {self.cfg.tokens_per_sample}."
+            )
+        return kept
+
+    def build_dataset_for_inference(
+        self, src_tokens: List[torch.Tensor], src_lengths: List[int], sort: bool = True, **kwargs
+    ) -> InferenceDataset:
+        """Sequences with ``</s>`` and without ``<s>``, as the dictionary encodes lines.
+
+        Raises:
+            ValueError: one is too long.
+        """
+        longest = max((len(sequence) + 1 for sequence in src_tokens), default=0)
+        if longest > self.cfg.tokens_per_sample:
+            raise ValueError(
+                f"a sequence has {longest} tokens with <s>, the model was trained with {self.cfg.tokens_per_sample}: "
+                "split the text."
+            )
+        return InferenceDataset(src_tokens, self.dictionary.pad(), self.dictionary.bos(), sort=sort)
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        return self.dictionary
+
+    def max_positions(self) -> int:
+        return self.cfg.tokens_per_sample
+
+    def begin_epoch(self, epoch: int, model) -> None:
+        model.set_epoch(epoch)
+
+    def get_checkpoint_dict(self) -> Dict[str, Any]:
+        """What a checkpoint says of the data: a digest of the dictionary."""
+        return {type(self).__name__: {"dictionary": self._dictionary_digest()}}
+
+    def set_checkpoint_dict(self, state: Dict[str, Any]) -> None:
+        """Compares the dictionary of a checkpoint that is being resumed with that of the data.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if state["dictionary"] != self._dictionary_digest():
+            raise ValueError(
+                f"the checkpoint was trained with another dictionary than {self.cfg.data}/dict.txt: give the folder "
+                "that it was trained on, or one that was binarised with the same --srcdict."
+            )
+
+    def _dictionary_digest(self) -> str:
+        return hashlib.sha256("\n".join(self.dictionary.symbols).encode("utf-8")).hexdigest()
