@@ -13,8 +13,6 @@ ACTIVATIONS: Dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_accurate": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
-    "relu_squared": lambda x: functional.relu(x).square(),
-    "silu": functional.silu,
     "tanh": torch.tanh,
     "linear": lambda x: x,
 }

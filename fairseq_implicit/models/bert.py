@@ -1,0 +1,290 @@
+"""What every model of the package shares: embeddings, depth, heads, and the joints with fairseq.
+
+A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides ``build_depth``.
+"""
+
+import logging
+import math
+import os
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from fairseq.models import FairseqEncoder, FairseqEncoderModel
+from fairseq.models.roberta.model import RobertaClassificationHead, RobertaLMHead
+from fairseq.modules import PositionalEmbedding
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.fields.field import Field
+from fairseq_implicit.fields.shared_dropout import SharedDropout
+from fairseq_implicit.models.config import ImplicitBertConfig
+
+logger = logging.getLogger(__name__)
+
+#: Standard deviation of BERT's initial weights (arXiv 1810.04805, published code).
+INITIAL_STD = 0.02
+
+
+class ImplicitBertEncoder(FairseqEncoder):
+    """Embeddings, depth and masked-LM head.
+
+    Args:
+        cfg: the checked configuration, ``max_positions`` filled in.
+        dictionary: fairseq dictionary, ``<mask>`` included.
+        depth: module ``(x, padding_mask, return_hidden_states) -> DepthOutput``.
+    """
+
+    def __init__(self, cfg: ImplicitBertConfig, dictionary, depth: nn.Module):
+        super().__init__(dictionary)
+        dim = cfg.encoder_embed_dim
+        self.padding_idx = dictionary.pad()
+        self.positions = cfg.max_positions
+        self.embed_tokens = nn.Embedding(len(dictionary), dim, self.padding_idx)
+        self.embed_positions = PositionalEmbedding(cfg.max_positions, dim, self.padding_idx, learned=True)
+        self.layernorm_embedding = None if cfg.no_layernorm_embedding else nn.LayerNorm(dim)
+        self.dropout = SharedDropout(cfg.dropout)
+        self.depth = depth
+        self.lm_head = RobertaLMHead(
+            embed_dim=dim,
+            output_dim=len(dictionary),
+            activation_fn=cfg.activation_fn,
+            weight=None if cfg.untie_weights_roberta else self.embed_tokens.weight,
+        )
+
+    def padding_mask(self, src_tokens: Tensor, has_padding: Optional[bool] = None) -> Optional[Tensor]:
+        """``(batch, time)`` bool, True at padding; ``None`` where it is known, without asking a GPU, that there is none."""
+        if has_padding is False:
+            return None
+        mask = src_tokens.eq(self.padding_idx)
+        if has_padding is None and mask.device.type == "cpu" and not mask.any():
+            return None
+        return mask
+
+    def embed(self, src_tokens: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        """Token and position embeddings, normalised and dropped, zero at padding: ``(batch, time, dim)``."""
+        if src_tokens.shape[1] > self.positions:
+            raise ValueError(
+                f"an input of {src_tokens.shape[1]} tokens is longer than the model's {self.positions} positions: "
+                "shorten it, or train with a larger --max-positions"
+            )
+        x = self.embed_tokens(src_tokens) + self.embed_positions(src_tokens)
+        if self.layernorm_embedding is not None:
+            x = self.layernorm_embedding(x)
+        x = self.dropout.prepare(x)(x)
+        return x if padding_mask is None else x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        features_only: bool = False,
+        return_all_hiddens: bool = False,
+        masked_tokens: Optional[Tensor] = None,
+        has_padding: Optional[bool] = None,
+        **unused,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """Run the encoder.
+
+        Args:
+            src_tokens: ``(batch, time)`` ids.
+            features_only: return features ``(batch, time, dim)`` instead of logits.
+            return_all_hiddens: also return the states along the depth.
+            masked_tokens: ``(batch, time)`` bool; the head is applied only there, and logits are ``(masked, vocabulary)``.
+            has_padding: whether ``src_tokens`` holds padding, where the caller knows.
+
+        Returns:
+            logits or features, and ``inner_states`` (list of ``(time, batch, dim)`` or None), ``statistics``,
+            ``penalties``, ``auxiliary`` (``(weight, logits)`` pairs).
+        """
+        padding_mask = self.padding_mask(src_tokens, has_padding)
+        depth: DepthOutput = self.depth(self.embed(src_tokens, padding_mask), padding_mask, return_all_hiddens)
+        inner_states: Optional[List[Tensor]] = None
+        if return_all_hiddens:
+            inner_states = [state.transpose(0, 1) for state in depth.hidden_states]
+        extra: Dict[str, Any] = {
+            "inner_states": inner_states,
+            "statistics": depth.statistics,
+            "penalties": depth.penalties,
+            "auxiliary": [],
+        }
+        if features_only:
+            return depth.state, extra
+        selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
+        extra["auxiliary"] = [(weight, self.output_layer(state, selected)) for weight, state in depth.auxiliary_states]
+        return self.output_layer(depth.state, selected), extra
+
+    def output_layer(self, features: Tensor, selected: Optional[Tensor] = None) -> Tensor:
+        """Logits of ``features`` ``(batch, time, dim)``, or of its rows ``selected`` (flat indices) only."""
+        if selected is not None:
+            features = features.flatten(0, 1).index_select(0, selected)
+        # The depth may keep a float32 state around half-precision weights.
+        return self.lm_head(features.to(self.lm_head.dense.weight.dtype))
+
+    def max_positions(self) -> int:
+        """Longest input in tokens."""
+        return self.positions
+
+
+class ImplicitBertModel(FairseqEncoderModel):
+    """Base of the model families."""
+
+    def __init__(self, cfg: ImplicitBertConfig, encoder: ImplicitBertEncoder):
+        super().__init__(encoder)
+        # fairseq's trainer, tasks and criterions read the configuration under this name.
+        self.args = cfg
+        self.classification_heads = nn.ModuleDict()
+        self.initialise(cfg.encoder_init)
+
+    @classmethod
+    def build_depth(cls, cfg: ImplicitBertConfig) -> nn.Module:
+        """The hook of a family: the module between embeddings and head."""
+        raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
+
+    @classmethod
+    def build_model(cls, cfg: ImplicitBertConfig, task) -> "ImplicitBertModel":
+        """Build from a config (fairseq-train, fairseq-hydra-train, checkpoints) and a task that has a dictionary.
+
+        Raises:
+            ValueError: one sentence naming the flag at fault.
+        """
+        if OmegaConf.is_config(cfg):
+            typed = cls.config_class()(**{key: cfg[key] for key in cls.config_class().__dataclass_fields__ if key in cfg})
+        else:
+            typed = cfg
+        if typed.max_positions is None:
+            typed.max_positions = task.max_positions()
+            if OmegaConf.is_config(cfg):
+                # Stored with the checkpoint, so that fine-tuning and the hub build the same positions.
+                cfg.max_positions = typed.max_positions
+        typed.check()
+        return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, cls.build_depth(typed)))
+
+    @classmethod
+    def config_class(cls):
+        """The family's config dataclass."""
+        return getattr(cls, "__dataclass")
+
+    def initialise(self, scheme: str) -> None:
+        """BERT's N(0, 0.02), zero biases; ``depth-scaled`` divides residual projections by the root of their number.
+
+        Modules that need another start define ``initialise()``; it is called last.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=INITIAL_STD)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                    with torch.no_grad():
+                        module.weight[module.padding_idx].zero_()
+        if scheme == "depth-scaled":
+            fields = [module for module in self.encoder.depth.modules() if isinstance(module, Field)]
+            projections = [projection for field in fields for projection in field.residual_projections()]
+            # With tied blocks the same weights act in every block.
+            repeats = self.args.encoder_layers / len(fields) if fields else 1.0
+            with torch.no_grad():
+                for projection in projections:
+                    projection.weight.div_(math.sqrt(max(1.0, len(projections) * repeats)))
+        for module in self.encoder.depth.modules():
+            if hasattr(module, "initialise"):
+                module.initialise()
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        features_only: bool = False,
+        return_all_hiddens: bool = False,
+        classification_head_name: Optional[str] = None,
+        **kwargs,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """See :meth:`ImplicitBertEncoder.forward`; a head's name gives its logits ``(batch, classes)``."""
+        x, extra = self.encoder(
+            src_tokens, features_only or classification_head_name is not None, return_all_hiddens, **kwargs
+        )
+        if classification_head_name is not None:
+            head = self.classification_heads[classification_head_name]
+            x = head(x.to(head.dense.weight.dtype))
+        return x, extra
+
+    def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
+        """(Log-)probabilities of the net's output, in float32."""
+        logits = net_output[0].float()
+        return functional.log_softmax(logits, dim=-1) if log_probs else functional.softmax(logits, dim=-1)
+
+    def max_positions(self) -> int:
+        """Longest input in tokens."""
+        return self.encoder.max_positions()
+
+    @property
+    def supported_targets(self):
+        return {"self"}
+
+    def register_classification_head(self, name: str, num_classes: int, inner_dim: Optional[int] = None, **unused):
+        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position)."""
+        if name in self.classification_heads:
+            logger.warning("classification head %s is registered anew; its weights start over", name)
+        head = RobertaClassificationHead(
+            input_dim=self.args.encoder_embed_dim,
+            inner_dim=inner_dim or self.args.encoder_embed_dim,
+            num_classes=num_classes,
+            activation_fn=self.args.pooler_activation_fn,
+            pooler_dropout=self.args.pooler_dropout,
+            do_spectral_norm=self.args.spectral_norm_classification_head,
+        )
+        self.classification_heads[name] = head.to(self.encoder.embed_tokens.weight.device)
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
+        """Fit the classification heads of a checkpoint to this model's.
+
+        Heads the model lacks are registered under ``--load-checkpoint-heads`` and dropped otherwise; heads the
+        checkpoint lacks keep their fresh weights.
+        """
+        super().upgrade_state_dict_named(state_dict, name)
+        prefix = f"{name}." if name else ""
+        heads = f"{prefix}classification_heads."
+        found = {key[len(heads) :].split(".")[0] for key in state_dict if key.startswith(heads)}
+        for head in sorted(found):
+            # A spectral norm stores the projection as ``weight_orig``.
+            shape = next(
+                state_dict[key].shape
+                for key in (f"{heads}{head}.out_proj.weight", f"{heads}{head}.out_proj.weight_orig")
+                if key in state_dict
+            )
+            if head not in self.classification_heads and self.args.load_checkpoint_heads:
+                self.register_classification_head(head, shape[0], shape[1])
+            current = self.classification_heads[head] if head in self.classification_heads else None
+            if current is None or tuple(current.out_proj.weight.shape) != tuple(shape):
+                logger.warning("the checkpoint's classification head %s does not fit this model and is left out", head)
+                for key in [key for key in state_dict if key.startswith(f"{heads}{head}.")]:
+                    del state_dict[key]
+        for key, value in self.classification_heads.state_dict().items():
+            state_dict.setdefault(heads + key, value)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: Optional[str] = None,
+        **overrides,
+    ):
+        """Load a checkpoint behind the hub interface.
+
+        Args:
+            model_name_or_path: folder of the checkpoint.
+            checkpoint_file: file name inside it.
+            data_name_or_path: folder that holds ``dict.txt`` and ``sentencepiece.bpe.model``; by default they are
+                looked for beside the checkpoint, then in the data folder that the checkpoint names.
+            **overrides: model or task fields to change, as with ``--model-overrides``.
+
+        Returns:
+            :class:`~fairseq_implicit.models.hub_interface.ImplicitBertHubInterface` in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such checkpoint, or no dictionary or sentencepiece model in those places.
+        """
+        # Imported here: the hub interface needs a task, which needs the models to be registered first.
+        from fairseq_implicit.models.hub_interface import load_hub_interface
+
+        return load_hub_interface(os.fspath(model_name_or_path), checkpoint_file, data_name_or_path, overrides)

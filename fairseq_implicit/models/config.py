@@ -1,0 +1,97 @@
+"""What every model of the package is configured by: RoBERTa's flags where the meaning is RoBERTa's."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from fairseq import utils
+from fairseq.dataclass import FairseqDataclass
+
+from fairseq_implicit.fields.feed_forward import ACTIVATIONS
+from fairseq_implicit.fields.shared_dropout import POLICIES
+
+INITIALISATIONS = ("depth-scaled", "plain")
+
+
+@dataclass
+class ImplicitBertConfig(FairseqDataclass):
+    """Embeddings, noise and heads. Choices are plain strings, checked by :meth:`check`, so that a model pickles."""
+
+    encoder_layers: int = field(default=12, metadata={"help": "number of encoder blocks"})
+    encoder_embed_dim: int = field(default=768, metadata={"help": "width of the state"})
+    encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "inner width of the feed-forward networks"})
+    encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads; must divide the width"})
+    activation_fn: str = field(default="gelu", metadata={"help": f"activation: {', '.join(ACTIVATIONS)}"})
+    pooler_activation_fn: str = field(default="tanh", metadata={"help": "activation of the classification heads"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout of embeddings and sub-layer outputs"})
+    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of the attention probabilities"})
+    activation_dropout: float = field(default=0.0, metadata={"help": "dropout after the activation"})
+    pooler_dropout: float = field(default=0.0, metadata={"help": "dropout in the classification heads"})
+    stage_dropout: str = field(
+        default="shared",
+        metadata={
+            "help": "shared: one dropout mask per block and forward pass for all evaluations; independent: a new one "
+            "at each evaluation, as in the original publications"
+        },
+    )
+    drop_path: float = field(
+        default=0.0, metadata={"help": "stochastic depth: rate at which a sample's increment is dropped"}
+    )
+    max_positions: Optional[int] = field(
+        default=None, metadata={"help": "longest input in tokens (default: what the task asks for)"}
+    )
+    no_layernorm_embedding: bool = field(default=False, metadata={"help": "no LayerNorm after the embeddings"})
+    untie_weights_roberta: bool = field(
+        default=False, metadata={"help": "an output matrix of its own instead of the token embedding's"}
+    )
+    load_checkpoint_heads: bool = field(
+        default=False, metadata={"help": "(re-)register and load the classification heads found in checkpoints"}
+    )
+    spectral_norm_classification_head: bool = field(
+        default=False, metadata={"help": "spectral normalisation of the classification heads"}
+    )
+    encoder_init: str = field(
+        default="depth-scaled",
+        metadata={
+            "help": "depth-scaled: BERT's N(0, 0.02) with residual projections divided by the root of their number; "
+            "plain: BERT's N(0, 0.02) everywhere"
+        },
+    )
+
+    def check(self) -> None:
+        """Refuse impossible values with one sentence that names the flag.
+
+        Raises:
+            ValueError: naming the flag, the value and what is possible.
+        """
+        check_choice("--activation-fn", self.activation_fn, tuple(ACTIVATIONS))
+        check_choice("--pooler-activation-fn", self.pooler_activation_fn, tuple(utils.get_available_activation_fns()))
+        check_choice("--stage-dropout", self.stage_dropout, POLICIES)
+        check_choice("--encoder-init", self.encoder_init, INITIALISATIONS)
+        for flag, value in (
+            ("--encoder-layers", self.encoder_layers),
+            ("--encoder-embed-dim", self.encoder_embed_dim),
+            ("--encoder-ffn-embed-dim", self.encoder_ffn_embed_dim),
+            ("--encoder-attention-heads", self.encoder_attention_heads),
+        ):
+            if value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
+        for flag, rate in (
+            ("--dropout", self.dropout),
+            ("--attention-dropout", self.attention_dropout),
+            ("--activation-dropout", self.activation_dropout),
+            ("--pooler-dropout", self.pooler_dropout),
+            ("--drop-path", self.drop_path),
+        ):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{flag} must lie in [0, 1), got {rate}")
+        if self.encoder_embed_dim % self.encoder_attention_heads:
+            raise ValueError(
+                f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
+                f"--encoder-embed-dim {self.encoder_embed_dim}"
+            )
+
+
+def check_choice(flag: str, value: str, choices) -> None:
+    """ValueError unless ``value`` is among ``choices``; the sentence names the flag and lists them."""
+    if value not in choices:
+        raise ValueError(f"{flag} {value!r} is unknown: choose one of {', '.join(choices)}")

@@ -1,0 +1,239 @@
+"""ODE-BERT: each encoder block integrated by a Runge–Kutta scheme (arXiv 2203.09176); Euler is the ordinary BERT."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Dict, NamedTuple, Optional
+
+from fairseq.models import register_model
+from torch import Tensor, nn
+
+from fairseq_implicit.depth.stack import CORRECTORS, HISTORIES, BlockStack, StackConfig
+from fairseq_implicit.fields.transformer import KINDS, TransformerField, TransformerFieldConfig
+from fairseq_implicit.models.bert import ImplicitBertModel
+from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.presets import register_presets
+from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS, from_original_flags
+from fairseq_implicit.solvers.runge_kutta import GRADIENTS
+from fairseq_implicit.solvers.tableau import get_tableau
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SCHEME = "rk2"
+
+
+class Coefficients(NamedTuple):
+    """The scheme and how its stages are combined, once all flags have been read."""
+
+    scheme: str
+    mode: str
+    start: str
+    scope: str
+
+
+@dataclass
+class OdeBertConfig(ImplicitBertConfig):
+    """What is integrated (``ode_field``), by which scheme, with which coefficients and gradient."""
+
+    ode_field: str = field(
+        default="pre-norm",
+        metadata={"help": f"the vector field: {', '.join(KINDS)}; Euler on post-norm is exactly BERT and RoBERTa"},
+    )
+    ode_scheme: Optional[str] = field(
+        default=None, metadata={"help": f"Runge-Kutta scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME})"}
+    )
+    ode_steps: int = field(default=1, metadata={"help": "sub-steps per block, with the same weights"})
+    ode_time: float = field(default=1.0, metadata={"help": "time integrated by each block; the step is time / steps"})
+    ode_coefficients: Optional[str] = field(
+        default=None, metadata={"help": f"combination of the stages: {', '.join(MODES)} (default fixed)"}
+    )
+    ode_coefficient_start: Optional[str] = field(
+        default=None, metadata={"help": f"start of learned coefficients: {', '.join(STARTS)} (default tableau)"}
+    )
+    ode_coefficient_scope: Optional[str] = field(
+        default=None, metadata={"help": f"one set of coefficients per {', '.join(SCOPES)} (default block)"}
+    )
+    rk_norm: bool = field(
+        default=False, metadata={"help": "normalise the state and each stage's increment before the sum (PCformer)"}
+    )
+    ode_consistency_weight: float = field(
+        default=0.0, metadata={"help": "weight of the penalty (sum of coefficients - 1)^2"}
+    )
+    ode_second_order_weight: float = field(
+        default=0.0, metadata={"help": "weight of the penalty (sum of coefficients times nodes - 1/2)^2"}
+    )
+    ode_corrector: str = field(
+        default="none", metadata={"help": f"predictor-corrector, one more evaluation: {', '.join(CORRECTORS)}"}
+    )
+    ode_history: str = field(
+        default="none", metadata={"help": f"combination of all earlier blocks before each block: {', '.join(HISTORIES)}"}
+    )
+    ode_gradient: str = field(
+        default="autograd",
+        metadata={"help": f"{', '.join(GRADIENTS)}: the same gradient, less memory, one more evaluation of the field"},
+    )
+    ode_float32_state: bool = field(
+        default=False, metadata={"help": "keep the state in float32 around half-precision blocks"}
+    )
+    ode_residual_in_field: bool = field(
+        default=False,
+        metadata={"help": "integrate the layer with its residual, as the original code does: the state grows exponentially"},
+    )
+    ode_tied: bool = field(default=False, metadata={"help": "one block's weights for all blocks (ALBERT)"})
+    encoder_layerdrop: float = field(
+        default=0.0, metadata={"help": "LayerDrop: rate at which a whole block is skipped in training"}
+    )
+    enc_calculate_num: Optional[int] = field(
+        default=None, metadata={"help": "the ODE-Transformer's name for the order: 1 euler, 2 rk2, 3 rk3, 4 rk4"}
+    )
+    rk_type: Optional[str] = field(
+        default=None, metadata={"help": "the ODE-Transformer's coefficients: standard, learnable, initialization"}
+    )
+    enc_learnable_type: Optional[str] = field(
+        default=None, metadata={"help": "the ODE-Transformer's kind of --rk-type learnable: gated or ema"}
+    )
+    alpha_type: Optional[str] = field(
+        default=None, metadata={"help": "the ODE-Transformer's shape of the EMA's alpha: scalar or vector"}
+    )
+
+    def coefficients(self) -> Coefficients:
+        """Read the scheme from ``--ode-*`` or from the ODE-Transformer's flags.
+
+        Raises:
+            ValueError: the two kinds of flags contradict each other, or the original ones themselves.
+        """
+        own = {
+            "ode_scheme": self.ode_scheme,
+            "ode_coefficients": self.ode_coefficients,
+            "ode_coefficient_start": self.ode_coefficient_start,
+            "ode_coefficient_scope": self.ode_coefficient_scope,
+        }
+        if self.enc_calculate_num is None:
+            for flag in ("rk_type", "enc_learnable_type", "alpha_type"):
+                if getattr(self, flag) is not None:
+                    raise ValueError(f"{_flag(flag)} {getattr(self, flag)} needs --enc-calculate-num, the order")
+            defaults = Coefficients(DEFAULT_SCHEME, "fixed", "tableau", "block")
+            return Coefficients(*(given if given is not None else value for given, value in zip(own.values(), defaults)))
+        mapped = from_original_flags(
+            self.enc_calculate_num, self.rk_type or "standard", self.enc_learnable_type, self.alpha_type
+        )
+        for (name, given), value in zip(own.items(), mapped):
+            same = given == value or (name == "ode_scheme" and given and get_tableau(given) is get_tableau(value))
+            if given is not None and not same:
+                raise ValueError(
+                    f"{_flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its --rk-type, "
+                    f"which means {value}: give one of the two"
+                )
+        return Coefficients(*mapped)
+
+    def check(self) -> None:
+        super().check()
+        for name, choices in (
+            ("ode_field", KINDS),
+            ("ode_coefficients", MODES),
+            ("ode_coefficient_start", STARTS),
+            ("ode_coefficient_scope", SCOPES),
+            ("ode_corrector", CORRECTORS),
+            ("ode_history", HISTORIES),
+            ("ode_gradient", GRADIENTS),
+        ):
+            if getattr(self, name) is not None:
+                check_choice(_flag(name), getattr(self, name), choices)
+        self.stack()
+
+    def stack(self) -> StackConfig:
+        """The depth's configuration.
+
+        Raises:
+            ValueError: an impossible combination, in one sentence.
+        """
+        coefficients = self.coefficients()
+        return StackConfig(
+            layers=self.encoder_layers,
+            dim=self.encoder_embed_dim,
+            scheme=coefficients.scheme,
+            steps=self.ode_steps,
+            total_time=self.ode_time,
+            coefficients=coefficients.mode,
+            start=coefficients.start,
+            scope=coefficients.scope,
+            stage_norm=self.rk_norm,
+            gradient=self.ode_gradient,
+            state_float32=self.ode_float32_state,
+            residual_in_field=self.ode_residual_in_field,
+            corrector=self.ode_corrector,
+            history=self.ode_history,
+            tied=self.ode_tied,
+            layerdrop=self.encoder_layerdrop,
+            stage_dropout=self.stage_dropout,
+            consistency_penalty=self.ode_consistency_weight,
+            second_order_penalty=self.ode_second_order_weight,
+            # Post-norm layers end in a norm of their own, as BERT's do.
+            final_norm=self.ode_field != "post-norm",
+        )
+
+    def transformer_field(self) -> TransformerFieldConfig:
+        """The field's configuration."""
+        return TransformerFieldConfig(
+            dim=self.encoder_embed_dim,
+            ffn_dim=self.encoder_ffn_embed_dim,
+            heads=self.encoder_attention_heads,
+            kind=self.ode_field,
+            activation=self.activation_fn,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            activation_dropout=self.activation_dropout,
+            drop_path=self.drop_path,
+            dropout_policy=self.stage_dropout,
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@register_model("ode_bert", dataclass=OdeBertConfig)
+class OdeBertModel(ImplicitBertModel):
+    """A stack of Runge–Kutta blocks between RoBERTa's embeddings and heads."""
+
+    @classmethod
+    def build_depth(cls, cfg: OdeBertConfig) -> nn.Module:
+        config = cfg.transformer_field()
+        return BlockStack(cfg.stack(), lambda layer: TransformerField(config))
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
+        """Let a checkpoint be opened under another scheme.
+
+        Combination coefficients belong to one scheme and mode: those that do not fit start anew from the tableau.
+        """
+        super().upgrade_state_dict_named(state_dict, name)
+        prefix = f"{name}." if name else ""
+        part = f"{prefix}encoder.depth.combinations."
+        own = {f"{prefix}{key}": value for key, value in self.state_dict().items() if f"{prefix}{key}".startswith(part)}
+        stored = {key for key in state_dict if key.startswith(part)}
+        foreign = {key for key in stored if key not in own or own[key].shape != state_dict[key].shape}
+        for key in foreign:
+            del state_dict[key]
+        fresh = [key for key in own if key not in state_dict]
+        for key in fresh:
+            state_dict[key] = own[key]
+        if foreign or fresh:
+            logger.warning(
+                "the checkpoint was trained with other combination coefficients (%d left out, %d started from the "
+                "tableau): its scheme or --ode-coefficients differ from this model's",
+                len(foreign),
+                len(fresh),
+            )
+
+
+VARIANTS: Dict[str, Dict[str, Any]] = {
+    "": {},
+    "euler": dict(ode_scheme="euler"),
+    "rk2": dict(ode_scheme="rk2"),
+    "rk3": dict(ode_scheme="rk3"),
+    "rk4": dict(ode_scheme="rk4"),
+    # As in the publications, one gate or one alpha serves the whole encoder.
+    "gated": dict(ode_scheme="rk2", ode_coefficients="gated", ode_coefficient_scope="model"),
+    "ema": dict(ode_scheme="rk2", ode_coefficients="ema", ode_coefficient_scope="model"),
+}
+
+register_presets("ode_bert", OdeBertModel, OdeBertConfig, VARIANTS)
