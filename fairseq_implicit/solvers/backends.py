@@ -1,0 +1,277 @@
+"""torchdyn and torchdiffeq behind the contract of the own adaptive loop.
+
+Both libraries are optional and imported on first use. What they lack is added around the field: a limit on evaluations
+that returns the last accepted state, a check for non-finite values (torchdyn loops for ever on NaN), counts of accepted
+and rejected steps, a float32 state around half-precision fields, times that start at 0 (torchdyn can lose the last
+point of an interval that does not) and, for torchdiffeq, the error norm per sample over valid tokens.
+
+Only ``torchdyn.numerics`` is touched, with a fresh solver object per solve: its tableau is cast in place to the dtype of
+the state, so that one half-precision solve would spoil every later one.
+"""
+
+import importlib
+from typing import Callable, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_implicit.solvers.adaptive import (
+    AdaptiveConfig,
+    AdaptiveResult,
+    Field,
+    check_tolerance,
+    in_state_precision,
+    mean_square,
+    solve_adaptive,
+    valid_weight,
+)
+from fairseq_implicit.solvers.status import Status
+
+BACKENDS = ("own", "torchdyn", "torchdiffeq")
+BACKEND_PAIRS = {
+    "own": ("bosh3", "dopri5", "tsit5"),
+    "torchdyn": ("dopri5", "tsit5"),
+    "torchdiffeq": ("bosh3", "dopri5"),
+}
+_INSTALL = {
+    "torchdyn": "pip install --no-deps torchdyn==1.0.6 torchcde==0.2.5 torchdiffeq==0.2.5 torchsde==0.2.6 "
+    "trampoline attrs && pip install scipy",
+    "torchdiffeq": "pip install --no-deps torchdiffeq==0.2.5 && pip install scipy",
+}
+
+
+def check_backend(backend: str, scheme: str) -> None:
+    """Raises:
+    ValueError: unknown back end, or one that does not offer the scheme.
+    ModuleNotFoundError: the back end is not installed; the sentence holds the install line.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown ODE back end '{backend}': choose one of {', '.join(BACKENDS)}.")
+    if scheme not in BACKEND_PAIRS[backend]:
+        raise ValueError(
+            f"The back end {backend} has no sound adaptive '{scheme}': choose one of "
+            f"{', '.join(BACKEND_PAIRS[backend])}, or --ode-backend own."
+        )
+    if backend != "own":
+        _module(backend)
+
+
+def _module(backend: str):
+    # torchdyn.core would pull in Lightning and torchvision; numerics needs neither.
+    name = "torchdyn.numerics" if backend == "torchdyn" else "torchdiffeq"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"--ode-backend {backend} needs the package {backend} ({error}): install it with "
+            f"`{_INSTALL[backend]}` or use --ode-backend own."
+        ) from error
+
+
+def solve_with(
+    backend: str,
+    f: Field,
+    y: Tensor,
+    duration: float,
+    config: AdaptiveConfig,
+    valid: Optional[Tensor] = None,
+    start: float = 0.0,
+    **options,
+) -> AdaptiveResult:
+    """Integrates like :func:`solve_adaptive`, with the back end of that name.
+
+    torchdyn measures the error over the whole batch, padding included; its answers are within tolerance of the batch,
+    not of each sample. torchdiffeq takes the first step over the whole interval, as the own loop does.
+
+    Args:
+        options: further options of :func:`solve_adaptive`, for the back end ``own`` only.
+
+    Raises:
+        ValueError, ModuleNotFoundError: see :func:`check_backend`.
+    """
+    check_backend(backend, config.scheme)
+    if backend == "own":
+        return solve_adaptive(f, y, duration, config, valid=valid, start=start, **options)
+    if options:
+        raise ValueError(f"{', '.join(sorted(options))}: only the back end own offers this, not {backend}.")
+    g, dtype = in_state_precision(f, y.dtype)
+    check_tolerance(config, dtype)
+    state = y.to(dtype)
+    probe = _Probe(g, start, config.max_evaluations, state)
+    integrate = _torchdyn if backend == "torchdyn" else _torchdiffeq
+    status = Status.CONVERGED
+    try:
+        probe.accept(duration, integrate(probe, state, duration, config, valid))
+    except _Stopped as stopped:
+        status = stopped.status
+    return AdaptiveResult(
+        state=probe.last_state.to(y.dtype),
+        evaluations=probe.evaluations,
+        status=status,
+        accepted=probe.accepted,
+        rejected=probe.trials - probe.accepted,
+        field_calls=probe.evaluations,
+        reached=(start + probe.last_time,) * y.shape[0],
+    )
+
+
+class _Stopped(Exception):
+    def __init__(self, status: Status):
+        super().__init__(status.value)
+        self.status = status
+
+
+class _Probe:
+    """The field as the libraries call it: times from 0 and 0-dim, counted, limited, checked for non-finite values."""
+
+    def __init__(self, g: Field, start: float, limit: int, state: Tensor):
+        self.g, self.start, self.limit = g, start, limit
+        self.last_state, self.last_time = state, 0.0
+        self.evaluations = self.accepted = self.trials = 0
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        if self.evaluations >= self.limit:
+            raise _Stopped(Status.BUDGET_SPENT)
+        self.evaluations += 1
+        dz = self.g(self.start + t.reshape(()), z)
+        if not torch.isfinite(dz).all():
+            raise _Stopped(Status.NON_FINITE)
+        return dz
+
+    def accept(self, t: float, state: Tensor) -> None:
+        self.last_time, self.last_state = t, state
+
+
+def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Optional[Tensor]) -> Tensor:
+    _module("torchdyn")
+    odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
+    solver = importlib.import_module("torchdyn.numerics.solvers.ode").str_to_solver(config.scheme, y.dtype)
+    library_step = solver.step
+    smallest = 16 * torch.finfo(y.dtype).eps * duration
+
+    def step(f, x, t, dt, k1=None, args=None):
+        if probe.trials == 0 or x is not probe.last_state:
+            # The library hands a new state on only once it has accepted it.
+            probe.accepted += probe.trials > 0
+            probe.accept(float(t.detach()), x)
+        elif probe.trials and float(dt) < smallest:
+            # The library has no smallest step: a stuck error estimate would spend the whole budget here.
+            raise _Stopped(Status.STAGNATED)
+        probe.trials += 1
+        return library_step(f, x, t, dt, k1=k1, args=args)
+
+    solver.step = step
+    span = torch.tensor([0.0, duration], dtype=y.dtype, device=y.device)
+    times, states = odeint(probe, y, span, solver, atol=config.atol, rtol=config.rtol)
+    if len(states) != len(span):
+        raise ArithmeticError(
+            f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use "
+            f"--ode-backend own or torchdiffeq."
+        )
+    probe.accepted += 1
+    return states[-1]
+
+
+def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Optional[Tensor]) -> Tensor:
+    odeint = _module("torchdiffeq").odeint
+    weight = valid_weight(valid, y)
+
+    def field(t, z):
+        return probe(t, z)
+
+    def on_accept(t, state, dt):
+        probe.accepted += 1
+
+    def on_step(t, state, dt):
+        probe.accept(float(t.detach()), state)
+        probe.trials += 1
+
+    field.callback_step, field.callback_accept_step = on_step, on_accept
+    end = torch.tensor([duration], dtype=torch.float64, device=y.device)
+    options = {
+        "norm": lambda error: mean_square(error, weight).sqrt().max(),
+        "first_step": duration,
+        # Stop exactly at the end: by default the library steps past it and interpolates.
+        "step_t": end,
+    }
+    span = torch.cat([torch.zeros_like(end), end])
+    try:
+        states = odeint(field, y, span, rtol=config.rtol, atol=config.atol, method=config.scheme, options=options)
+    except AssertionError as error:
+        if "underflow" in str(error):
+            raise _Stopped(Status.STAGNATED) from error
+        raise
+    return states[-1]
+
+
+def solve_torchdyn_adjoint(
+    f: Field,
+    y: Tensor,
+    duration: float,
+    config: AdaptiveConfig,
+    parameters: Tuple[Tensor, ...],
+    start: float = 0.0,
+    on_backward: Optional[Callable[[int], None]] = None,
+) -> AdaptiveResult:
+    """torchdyn's own continuous adjoint around its adaptive solvers.
+
+    Its adjoint fails on frozen and on unused parameters, so only those are handed to it that need a gradient and
+    receive one at the start of the interval, which costs one more evaluation and its gradient. Its backward pass
+    integrates with the same tolerances: exact to the tolerance where the flow can be run backwards, wrong by 100 % on
+    strongly contracting ones. torchdyn's interpolated adjoint is not offered: it measures no error of its
+    interpolation.
+
+    Args:
+        parameters: every tensor with gradient that ``f`` reads, other than its arguments.
+        on_backward: called after the backward solve with its evaluations of the field.
+
+    Raises:
+        ValueError: a half-precision state, which torchdyn's adjoint cannot carry.
+    """
+    check_backend("torchdyn", config.scheme)
+    check_tolerance(config, torch.promote_types(y.dtype, torch.float32))
+    if y.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use --ode-gradient adjoint instead."
+        )
+    gather = importlib.import_module("torchdyn.numerics.sensitivity")._gather_odefunc_adjoint
+    probe = _Probe(lambda t, z: f(t, z).to(y.dtype), start, config.max_evaluations, y)
+    with torch.enable_grad():
+        z = y.detach().requires_grad_()
+        wanted = tuple(p for p in parameters if p.requires_grad)
+        gradients = torch.autograd.grad(f(start, z).sum(), (z,) + wanted, allow_unused=True)[1:]
+        used = [p for p, gradient in zip(wanted, gradients) if gradient is not None]
+    vector_field = _ModuleField(probe, used)
+    flat = torch.cat([p.contiguous().flatten() for p in used]) if used else y.new_zeros(0)
+    solve = gather(
+        vector_field, flat, config.scheme, config.atol, config.rtol, None, config.scheme, config.atol, config.rtol,
+        None, "standard",
+    )  # fmt: skip
+    try:
+        _, states = solve.apply(flat, y, y.new_tensor([0.0, duration]))
+    except _Stopped as stopped:
+        return AdaptiveResult(probe.last_state, probe.evaluations, None, stopped.status, field_calls=probe.evaluations)
+    if len(states) != 2:
+        raise ArithmeticError("torchdyn lost the end of the interval: use --ode-gradient adjoint instead.")
+    forward = probe.evaluations
+    # The backward solve has a budget of its own, and nobody left to receive a status: it ends in an error.
+    probe.limit = forward + 10 * config.max_evaluations
+    if on_backward is not None and flat.requires_grad:
+        flat.register_hook(lambda gradient: on_backward(probe.evaluations - forward))
+    return AdaptiveResult(
+        states[-1], forward, None, Status.CONVERGED, field_calls=forward, reached=(start + duration,) * len(y)
+    )
+
+
+class _ModuleField(nn.Module):
+    """The bare minimum that torchdyn's adjoint asks of a vector field: a call and ``parameters()``."""
+
+    def __init__(self, call: Callable, tensors: List[Tensor]):
+        super().__init__()
+        self.call, self.tensors = call, tensors
+
+    def parameters(self, recurse: bool = True):
+        return iter(self.tensors)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.call(t, z)
