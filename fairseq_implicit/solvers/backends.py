@@ -5,8 +5,8 @@ that returns the last accepted state, a check for non-finite values (torchdyn lo
 and rejected steps, a float32 state around half-precision fields, times that start at 0 (torchdyn can lose the last
 point of an interval that does not) and, for torchdiffeq, the error norm per sample over valid tokens.
 
-Only ``torchdyn.numerics`` is touched, with a fresh solver object per solve: its tableau is cast in place to the dtype of
-the state, so that one half-precision solve would spoil every later one.
+Only ``torchdyn.numerics`` is touched, with a fresh solver object per solve: its tableau is cast in place to the dtype
+of the state, so that one half-precision solve would spoil every later one.
 """
 
 import importlib

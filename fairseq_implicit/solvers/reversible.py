@@ -4,8 +4,8 @@ One step from the pair of states (y, w) at t to t' = t + h, one evaluation each:
 
     w' = 2 y - w + h f(t, w),      y' = y + h/2 (f(t, w) + f(t', w'))
 
-It is of order 2 and solvable backwards in closed form (Kidger et al., *Efficient and Accurate Gradients for Neural SDEs*,
-arXiv 2105.13493, Algorithm 1). In floating point the way back accumulates rounding errors that the scheme's parasitic
+It is of order 2 and solvable backwards in closed form (Kidger et al., *Efficient and Accurate Gradients for Neural
+SDEs*, arXiv 2105.13493, Algorithm 1). In floating point the way back accumulates rounding errors that the scheme's parasitic
 mode does not damp. Here both states are fixed-point integers: sums of integers have an exact inverse, so the backward
 pass meets the very states of the forward pass (the device of Levesque and Verlet 1993 for reversible dynamics).
 

@@ -5,12 +5,13 @@ Optimise-then-discretise: with a(T) the gradient of the loss, the state and its 
     dy/dt = f(t, y),    da/dt = -(∂f/∂y)ᵀ a,    dL/dθ = ∫ (∂f/∂θ)ᵀ a dt
 
 (Pontryagin; Chen et al., arXiv 1806.07366). Memory does not grow with the steps, but the gradient is exact only to the
-tolerance and only where the flow can be run backward: on strongly contracting fields the reconstructed state drifts away
-(Gholami et al., arXiv 1902.10298). Recomputation (``solve_adaptive(recompute=True)``) is exact; prefer it where it fits.
+tolerance and only where the flow can be run backward: on strongly contracting fields the reconstructed state drifts
+away (Gholami et al., arXiv 1902.10298). Recomputation (``solve_adaptive(recompute=True)``) is exact; prefer it where it
+fits.
 
 The noise of the field is drawn before the solve, so the adjoint sees the forward pass's field and is as sound with
-dropout as without. Parameter gradients are integrated alongside with the weights of the accepted steps and do not enter the
-error norm (Kidger et al., *"Hey, that's not an ODE"*, arXiv 2009.09457).
+dropout as without. Parameter gradients are integrated alongside with the weights of the accepted steps and do not
+enter the error norm (Kidger et al., *"Hey, that's not an ODE"*, arXiv 2009.09457).
 """
 
 from dataclasses import replace
