@@ -1,0 +1,41 @@
+"""Convert a fairseq RoBERTa checkpoint to ode_bert: python scripts/convert_roberta.py INPUT OUTPUT"""
+
+import argparse
+import logging
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+logger = logging.getLogger("convert_roberta")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Convert a fairseq RoBERTa checkpoint to ode_bert (Euler, same function).")
+    parser.add_argument("input", help="checkpoint of fairseq's roberta")
+    parser.add_argument("output", help="file to write; must not exist")
+    arguments = parser.parse_args()
+    if not os.path.isfile(arguments.input):
+        parser.error(f"there is no checkpoint {arguments.input}")
+    if os.path.exists(arguments.output):
+        parser.error(f"{arguments.output} exists: remove it or choose another name")
+
+    import fairseq_implicit  # noqa: F401  (registers the types that a checkpoint may hold)
+    from fairseq import checkpoint_utils
+
+    from fairseq_implicit.models.roberta import checkpoint_from_roberta
+
+    try:
+        converted = checkpoint_from_roberta(checkpoint_utils.load_checkpoint_to_cpu(arguments.input))
+    except (ValueError, KeyError) as error:
+        sys.exit(f"{arguments.input}: {error}")
+    torch.save(converted, arguments.output + ".part")
+    os.replace(arguments.output + ".part", arguments.output)
+    logger.info("wrote %s", arguments.output)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
