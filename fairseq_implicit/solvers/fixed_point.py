@@ -1,0 +1,406 @@
+"""Fixed points ``z = f(z)``, sample by sample: damped Picard, Anderson and Broyden.
+
+One batch is many independent problems. Every norm, Gram matrix and inner product is taken per sample and over valid
+tokens only, every decision (converged, stalled, diverged, damped) is a decision about one sample, and selections are
+made with ``where``, never by multiplying with a mask, so that a NaN in one sample cannot reach its neighbours.
+
+Sources: Walker and Ni 2011 (Anderson, constrained form); Broyden 1965 and Bai et al. 2019, arXiv 1909.01377 (limited
+memory inverse updates for equilibrium models).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from fairseq_implicit.solvers.anderson import Anderson
+from fairseq_implicit.solvers.broyden import Broyden, columns_within
+from fairseq_implicit.solvers.norms import sample_norm
+from fairseq_implicit.solvers.status import SolveResult, Status
+
+METHODS = ("picard", "anderson", "broyden")
+CRITERIA = ("relative", "rms", "absolute")
+
+# A relative residual cannot fall below the rounding of one evaluation of the field; the floors leave a small margin.
+TOLERANCE_FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
+DEFAULT_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# The ridge is relative to the mean squared residual in the window, so it keeps its meaning as residuals shrink.
+DEFAULT_RIDGE = {torch.float64: 1e-8, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+
+DIVERGENCE_FACTOR = 10.0  # a residual this many times its first value is a divergence, not a bad step
+STAGNATION_SPREAD = 1.3  # max / min of the last residuals below which nothing moves any more ...
+STAGNATION_MARGIN = 3.0  # ... which ends the solve only this close to the tolerance: rounding, not slowness
+COMPACTION_SHARE = 0.5  # rows are compacted when fewer than this share of them is still active
+
+
+class OptionError(ValueError):
+    """One option of a solver is wrong. Callers that know the option by another name can say so.
+
+    Attributes:
+        option: the field of the configuration at fault.
+        sentence: what is wrong and what to do.
+    """
+
+    def __init__(self, option: str, sentence: str):
+        super().__init__(f"{option}: {sentence}")
+        self.option = option
+        self.sentence = sentence
+
+
+@dataclass(frozen=True)
+class FixedPointConfig:
+    """How a fixed point is sought.
+
+    Attributes:
+        method: ``picard``, ``anderson`` or ``broyden``.
+        max_iter: evaluation budget per solve; every evaluation of the field counts, the first included.
+        tol: tolerance in the chosen criterion; ``None`` takes the default of the field's precision
+            (1e-6 in float64, 1e-3 in float32 and float16, 1e-2 in bfloat16).
+        criterion: ``relative`` ‖f(z) − z‖ / ‖f(z)‖, ``rms`` ‖f(z) − z‖ / √(valid tokens · dim), or ``absolute``.
+        damping: Picard's τ in ``z + τ (f(z) − z)`` and Anderson's mixing β, in (0, 1].
+        window: residuals that Anderson combines.
+        ridge: Anderson's ridge, relative to the mean squared residual of the window; ``None`` by precision.
+        memory: cap in MiB on Broyden's stored updates; when they are full the approximation restarts.
+        freeze: rows stop moving once converged, so that a sample's answer does not depend on its batch mates.
+        compact: drop converged rows from the evaluations when under half of them remain (needs ``freeze`` and a
+            field with ``rows(index)``).
+        stagnation_window: residuals that must have stopped moving, near the tolerance, to end a sample.
+
+    Raises:
+        OptionError: an option is out of range or contradicts another.
+    """
+
+    method: str = "anderson"
+    max_iter: int = 30
+    tol: Optional[float] = None
+    criterion: str = "relative"
+    damping: float = 1.0
+    window: int = 6
+    ridge: Optional[float] = None
+    memory: float = 1024.0
+    freeze: bool = True
+    compact: bool = False
+    stagnation_window: int = 6
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise OptionError("solver", f"{self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
+        if self.criterion not in CRITERIA:
+            raise OptionError("criterion", f"{self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
+        if self.max_iter < 1:
+            raise OptionError("max_iter", f"a budget of {self.max_iter} evaluations finds nothing; give at least 1.")
+        if self.tol is not None and not (math.isfinite(self.tol) and self.tol > 0):
+            raise OptionError("tol", f"the tolerance {self.tol} is not a positive number.")
+        if not 0.0 < self.damping <= 1.0:
+            raise OptionError("damping", f"{self.damping} is outside (0, 1].")
+        if self.window < 1:
+            raise OptionError("window", f"Anderson needs a window of at least 1 residual, got {self.window}.")
+        if self.ridge is not None and self.ridge < 0:
+            raise OptionError("ridge", f"the ridge {self.ridge} is negative.")
+        if self.memory <= 0:
+            raise OptionError("memory", f"a cap of {self.memory} MiB leaves Broyden no memory.")
+        if self.compact and not self.freeze:
+            raise OptionError("compact", "row compaction drops converged rows, so it needs frozen rows.")
+        if self.stagnation_window < 2:
+            raise OptionError("stagnation_window", f"{self.stagnation_window} residuals cannot show a trend; give 2.")
+
+    def tolerance_for(self, dtype: torch.dtype) -> float:
+        """The tolerance for a field that computes in ``dtype``.
+
+        Raises:
+            OptionError: the tolerance lies below what ``dtype`` can resolve.
+        """
+        if self.tol is None:
+            return DEFAULT_TOLERANCE[dtype]
+        if self.criterion != "absolute" and self.tol < TOLERANCE_FLOOR[dtype]:
+            raise OptionError(
+                "tol",
+                f"{self.tol:g} lies below the residual that {str(dtype).removeprefix('torch.')} can reach; "
+                f"give at least {TOLERANCE_FLOOR[dtype]:g} or a wider dtype.",
+            )
+        return self.tol
+
+
+@dataclass(frozen=True)
+class FixedPointResult(SolveResult):
+    """A :class:`SolveResult` with per-sample verdicts.
+
+    Attributes:
+        converged: ``(batch,)`` bool.
+        tolerance: the tolerance that was applied.
+        iterates: evaluation number -> the state it was given, for the numbers asked for.
+    """
+
+    converged: Optional[Tensor] = None
+    tolerance: float = 0.0
+    iterates: Optional[Dict[int, Tensor]] = None
+
+    def sentence(self) -> str:
+        """One sentence with the numbers: how many samples, how many evaluations, the worst residual."""
+        return (
+            f"{self.status.value}: {int(self.converged.sum())} of {self.converged.numel()} samples converged to "
+            f"{self.tolerance:g}, worst residual {float(self.residual.max()):.2e} "
+            f"after {int(self.evaluations.max())} evaluations"
+        )
+
+
+def field_dtype(z: Tensor) -> torch.dtype:
+    """The precision in which a field called on ``z`` now computes: autocast's, where it is on, else ``z``'s own."""
+    device = z.device.type
+    if z.dtype is torch.float32 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return z.dtype
+
+
+def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is iterated in float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+class _Picard:
+    """The plain damped iteration, with the same calls as the accelerated ones."""
+
+    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Optional[Tensor]) -> Tensor:
+        return f_z if damping is None else torch.addcmul(z, residual, damping)
+
+    def forget(self, samples: Tensor) -> None:
+        """Picard has no memory."""
+
+    def rows(self, index: Tensor) -> "_Picard":
+        return self
+
+
+def _acceleration(config: FixedPointConfig, z: Tensor, dtype: torch.dtype):
+    if config.method == "anderson":
+        ridge = DEFAULT_RIDGE[dtype] if config.ridge is None else config.ridge
+        return Anderson(z, config.window, ridge)
+    if config.method == "broyden":
+        columns = columns_within(config.memory, z)
+        if columns < 1:
+            need = 2 * z.numel() * z.element_size() / 2**20
+            raise OptionError(
+                "memory",
+                f"one Broyden update of this batch takes {need:.1f} MiB and the cap is {config.memory:g} MiB; "
+                "raise the cap, shrink the batch or take anderson.",
+            )
+        return Broyden(z, min(columns, config.max_iter))
+    return _Picard()
+
+
+class _Rows:
+    """Per-sample bookkeeping of one solve, for the rows still in the batch.
+
+    ``index`` names each row's place in the caller's batch; ``None`` while nobody has been dropped.
+    """
+
+    def __init__(self, z: Tensor, window: int):
+        batch = z.shape[0]
+        self.index: Optional[Tensor] = None
+        self.best = z
+        self.best_residual = torch.full((batch,), math.inf, dtype=torch.float64, device=z.device)
+        self.first = torch.full_like(self.best_residual, math.inf)
+        self.recent = torch.full((window, batch), math.inf, dtype=torch.float64, device=z.device)
+        self.active = torch.ones(batch, dtype=torch.bool, device=z.device)
+        self.converged = torch.zeros_like(self.active)
+        self.stalled = torch.zeros_like(self.active)
+        self.broken = torch.zeros_like(self.active)
+        self.evaluations = torch.zeros(batch, dtype=torch.long, device=z.device)
+        self.damping = torch.ones(batch, 1, 1, dtype=z.dtype, device=z.device)
+
+    _PER_ROW = ("best", "best_residual", "first", "active", "converged", "stalled", "broken", "evaluations", "damping")
+
+    def keep(self, chosen: Tensor) -> None:
+        """Drop every row but the ``chosen`` ones."""
+        for name in self._PER_ROW:
+            setattr(self, name, getattr(self, name)[chosen])
+        self.recent = self.recent[:, chosen]
+        self.index = chosen if self.index is None else self.index[chosen]
+
+    def write_into(self, whole: "_Rows") -> None:
+        """Put these rows' answers into the full-size ``whole``."""
+        for name in ("best", "best_residual", "converged", "stalled", "broken", "evaluations"):
+            target = getattr(whole, name).clone()
+            target[self.index] = getattr(self, name)
+            setattr(whole, name, target)
+
+
+@torch.no_grad()
+def solve(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    config: FixedPointConfig,
+    valid: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    capture: Sequence[int] = (),
+    precision: Optional[torch.dtype] = None,
+) -> FixedPointResult:
+    """Find ``z = f(z)`` for every sample of a batch, without a graph.
+
+    The state is iterated in float32 (float64 stays), whatever precision ``f`` computes in; autocast is off for the
+    solver's own algebra and as the caller left it inside ``f``.
+
+    Args:
+        f: ``(batch, time, dim) -> (batch, time, dim)``. With ``config.compact``, ``f.rows(index)`` restricts it to
+            some samples, or returns ``None`` when it cannot.
+        z0: start, ``(batch, time, dim)``. Positions that are not valid are set to zero and stay there.
+        config: method, budget, tolerance, safeguards.
+        valid: ``(batch, time)`` bool, True at real tokens; ``None``: all are.
+        scale: ``(batch,)`` norms that replace ‖f(z)‖ in the relative criterion (an adjoint is measured against its
+            right-hand side).
+        capture: counts; the state handed to the evaluation of that number (1 is the start) is returned in
+            ``iterates``. A solve that ends earlier gives its answer instead.
+
+        precision: what ``f`` computes in, where ``z0`` and autocast do not show it.
+
+    Returns:
+        The iterate of smallest residual for each sample, in ``z0``'s dtype, and how it was reached. The residual is
+        that of the returned state. Rows whose very first evaluation is not finite keep ``z0``.
+
+    Raises:
+        OptionError: the tolerance is out of the dtype's reach, or Broyden's cap holds not one update.
+    """
+    dtype = field_dtype(z0) if precision is None else precision
+    tol = config.tolerance_for(dtype)
+    device = z0.device.type
+    autocast = torch.is_autocast_enabled(device)
+    autocast_dtype = torch.get_autocast_dtype(device) if autocast else None
+
+    def evaluate(function, state: Tensor) -> Tensor:
+        if not autocast:
+            return function(state.to(z0.dtype)).to(state.dtype)
+        with torch.autocast(device, dtype=autocast_dtype):
+            return function(state.to(z0.dtype)).to(state.dtype)
+
+    with torch.autocast(device, enabled=False):
+        result = _iterate(f, z0.to(algebra_dtype(z0.dtype)), config, tol, dtype, valid, scale, capture, evaluate)
+    if autocast:
+        # Weights cast without a graph must not be served to a later call that wants their gradient.
+        torch.clear_autocast_cache()
+    rows, iterates = result
+    return FixedPointResult(
+        state=rows.best.to(z0.dtype),
+        evaluations=rows.evaluations,
+        residual=rows.best_residual.to(rows.best.dtype),
+        status=_status(rows),
+        converged=rows.converged,
+        tolerance=tol,
+        iterates={count: iterate.to(z0.dtype) for count, iterate in iterates.items()},
+    )
+
+
+def _status(rows: _Rows) -> Status:
+    converged, broken, settled = torch.stack(
+        [rows.converged.all(), (rows.broken & ~rows.converged).any(), (rows.converged | rows.stalled).all()]
+    ).tolist()
+    if converged:
+        return Status.CONVERGED
+    if broken:
+        return Status.NON_FINITE
+    return Status.STAGNATED if settled else Status.BUDGET_SPENT
+
+
+def _iterate(
+    f, z: Tensor, config: FixedPointConfig, tol: float, dtype, valid, scale, capture, evaluate
+) -> Tuple[_Rows, Dict[int, Tensor]]:
+    real = None if valid is None else valid.unsqueeze(-1)
+    if real is not None:
+        z = torch.where(real, z, 0.0)
+    width = z.shape[-1]
+    tokens = torch.full((z.shape[0],), z.shape[1], device=z.device) if valid is None else valid.sum(1)
+    root_size = (tokens * width).clamp(min=1).double().sqrt()
+    floor = torch.finfo(z.dtype).tiny
+
+    whole = rows = _Rows(z, config.stagnation_window)
+    acceleration = _acceleration(config, z, dtype)
+    damping = None if config.damping == 1.0 else rows.damping * config.damping
+    wanted, iterates = set(capture), {}
+    compact = config.compact and not wanted and hasattr(f, "rows")
+
+    for count in range(1, config.max_iter + 1):
+        if count in wanted:
+            iterates[count] = z
+        f_z = evaluate(f, z)
+        if real is not None:
+            f_z = torch.where(real, f_z, 0.0)
+        residual = f_z - z
+        metric = sample_norm(residual)
+        if config.criterion == "relative":
+            metric = metric / ((sample_norm(f_z) if scale is None else scale.double()) + floor)
+        elif config.criterion == "rms":
+            metric = metric / root_size
+
+        finite = metric.isfinite()
+        rows.evaluations += rows.active
+        improved = rows.active & finite & (metric < rows.best_residual)
+        rows.first = torch.where(rows.first.isinf() & finite, metric, rows.first)
+        rows.recent = torch.cat([rows.recent[1:], torch.where(finite, metric, math.inf)[None]])
+        reached = rows.active & (metric < tol)
+        highest, lowest = rows.recent.amax(0), rows.recent.amin(0)
+        flat = highest.isfinite() & (highest < STAGNATION_SPREAD * lowest) & (lowest < STAGNATION_MARGIN * tol)
+        stalled = rows.active & flat & ~reached
+        diverged = rows.active & ~reached & ~(metric <= DIVERGENCE_FACTOR * rows.first)
+        # A first evaluation that is not finite leaves nothing to return to.
+        hopeless = diverged & rows.best_residual.isinf() & ~finite
+        rows.broken = torch.where(rows.active, ~finite, rows.broken)
+        rows.converged = rows.converged | reached
+        rows.stalled = rows.stalled | stalled
+        if config.freeze:
+            moving = rows.active & ~reached & ~stalled & ~hopeless
+        else:
+            # Without freezing nobody rests until everybody may.
+            settled = rows.converged | rows.stalled | hopeless
+            moving = rows.active & ~settled.all()
+
+        # The one read from the device per evaluation.
+        remaining, any_diverged, all_improved = torch.stack(
+            [moving.sum(), diverged.sum(), (improved | ~rows.active).all().long()]
+        ).tolist()
+        if all_improved and remaining == z.shape[0]:
+            rows.best = z
+        else:
+            rows.best = torch.where(improved[:, None, None], z, rows.best)
+        rows.best_residual = torch.where(improved, metric, rows.best_residual)
+        rows.active = moving
+        if remaining == 0 or count == config.max_iter:
+            break
+
+        if any_diverged:
+            broken = diverged[:, None, None]
+            rows.damping = torch.where(broken, rows.damping / 2, rows.damping)
+            damping = rows.damping * config.damping
+            acceleration.forget(diverged)
+            f_z = torch.where(broken, rows.best, f_z)
+            residual = torch.where(broken, 0.0, residual)
+            following = acceleration.step(torch.where(broken, rows.best, z), f_z, residual, damping)
+            acceleration.forget(diverged)
+            following = torch.where(broken, rows.best, following)
+        else:
+            following = acceleration.step(z, f_z, residual, damping)
+        z = following if remaining == z.shape[0] else torch.where(moving[:, None, None], following, z)
+
+        if compact and remaining < COMPACTION_SHARE * z.shape[0]:
+            chosen = moving.nonzero().squeeze(1)
+            subset = f.rows(chosen)
+            if subset is None:
+                compact = False
+                continue
+            f, z, acceleration = subset, z[chosen], acceleration.rows(chosen)
+            if rows is whole:
+                whole = _Rows(rows.best, config.stagnation_window)
+                for name in ("best_residual", "converged", "stalled", "broken", "evaluations"):
+                    setattr(whole, name, getattr(rows, name))
+            else:
+                rows.write_into(whole)
+            rows.keep(chosen)
+            real = None if real is None else real[chosen]
+            scale = None if scale is None else scale[chosen]
+            root_size = root_size[chosen]
+            damping = None if damping is None else damping[chosen]
+
+    if rows is not whole:
+        rows.write_into(whole)
+    for count in wanted - iterates.keys():
+        iterates[count] = whole.best
+    return whole, iterates
