@@ -23,17 +23,14 @@ watched() {
     : >"$log"
     echo "  $label ..."
     (
-        trap 'exit 0' TERM
-        while kill -0 $$ 2>/dev/null; do
+        while sleep 1 && kill -0 $$ 2>/dev/null; do
             if [ -t 1 ]; then
                 printf '\r\033[K  %4d s  %.90s' $((SECONDS - start)) "$(tail -n 1 "$log" | tr -cd '[:print:]')"
-                sleep 1
-            else
-                sleep 30 & wait $!
+            elif [ $(((SECONDS - start) % 30)) -eq 0 ]; then
                 echo "  $label: still at work after $((SECONDS - start)) s"
             fi
         done
-    ) &
+    ) 9>&- &
     beat=$!
     "$@" >>"$log" 2>&1 || status=$?
     kill "$beat" 2>/dev/null
@@ -86,9 +83,10 @@ make_venv() {
 # build_fairseq REQUIREMENT: compiles the wheel into .wheels once. Without optimisation the torch extensions, which text
 # models never call, take half the time; the Cython loops that matter set their own -O3.
 build_fairseq() {
+    rm -rf "$wheels/partial"
     env -u CUDA_HOME CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0" "$venv/bin/python" -m pip wheel \
-        --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir "$wheels.partial" "$1" &&
-        mkdir -p "$wheels" && mv "$wheels.partial"/*.whl "$wheels"/ && rm -rf "$wheels.partial"
+        --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir "$wheels/partial" "$1" &&
+        mv "$wheels/partial"/*.whl "$wheels"/ && rmdir "$wheels/partial"
 }
 
 check_compiler() {

@@ -29,7 +29,14 @@ from corpus_splits import (  # noqa: E402
 )
 
 ENDINGS = (".txt", ".text", ".md", ".tokens", ".raw")
-SPLIT_NAMES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "validation": "valid", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train",
+    "valid": "valid",
+    "val": "valid",
+    "dev": "valid",
+    "validation": "valid",
+    "test": "test",
+}
 LONGEST_DOCUMENT = 200  # paragraphs
 
 

@@ -1,0 +1,101 @@
+"""Loads a trained checkpoint through the hub interface and fills masks.
+
+    python scripts/fill_masks.py FOLDER --checkpoint-file checkpoint_best.pt "Return the <mask> of the file."
+    python scripts/fill_masks.py FOLDER --text corpus/test.txt --count 5
+
+Without sentences of your own, one word is hidden in each of a few sentences of --text, and the word that stood there is
+printed beside the candidates.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+import sys
+from typing import Iterator, List, NamedTuple, Optional
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+logging.disable(logging.INFO)  # fairseq announces optional packages on import
+from fairseq.models import MODEL_REGISTRY  # noqa: E402
+
+import fairseq_implicit  # noqa: E402, F401  (registers the models)
+
+WORD_START = "\u2581"
+
+
+class Question(NamedTuple):
+    sentence: str  # with one <mask>
+    answer: Optional[str]  # the hidden word, where it is known
+
+
+def model_of(path: str):
+    """The registered model class that a checkpoint was trained as.
+
+    Raises FileNotFoundError when there is no such file and ValueError when it is no checkpoint of this package.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint {path}: train first, or name another --checkpoint-file")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    name = ((state.get("cfg") or {}).get("model") or {}).get("_name")
+    if name not in MODEL_REGISTRY:
+        raise ValueError(f"{path} was trained as the model {name!r}, which this package does not register")
+    return MODEL_REGISTRY[name]
+
+
+def questions(path: str, is_one_piece) -> Iterator[Question]:
+    """Sentences of 6 to 16 words with one lower-case word hidden that is a single piece of the vocabulary. The order
+    is that of a hash, so that neighbours in the text do not follow each other, and is always the same."""
+    found = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            words = line.split()
+            if not 6 <= len(words) <= 16 or not re.fullmatch(r"[A-Z][A-Za-z ,'-]+\.", line.strip()):
+                continue
+            digest = hashlib.sha256(line.encode("utf-8")).digest()
+            inner = [
+                i for i in range(1, len(words) - 1) if re.fullmatch(r"[a-z]{2,}", words[i]) and is_one_piece(words[i])
+            ]
+            if inner:
+                found.append((digest, words, inner[digest[0] % len(inner)]))
+    for _, words, hidden in sorted(found):
+        yield Question(" ".join(words[:hidden] + ["<mask>"] + words[hidden + 1 :]), words[hidden])
+
+
+def report(question: Question, filled) -> List[str]:
+    """Lines for the terminal: the sentence, then the candidates with their probabilities."""
+    lines = [f"  {question.sentence}" + (f"   (hidden: {question.answer})" if question.answer else "")]
+    candidates = ", ".join(f"{one.token.strip()} {one.probability:.3f}" for one in filled)
+    return lines + [f"      {candidates}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the checkpoint")
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="with one <mask> each")
+    parser.add_argument("--checkpoint-file", default="checkpoint_best.pt", help="default: checkpoint_best.pt")
+    parser.add_argument("--text", metavar="FILE", help="where sentences come from when none is given")
+    parser.add_argument("--count", type=int, default=6, help="sentences taken from --text (default: 6)")
+    parser.add_argument("--candidates", type=int, default=5, help="printed for each mask (default: 5)")
+    arguments = parser.parse_args()
+    if not arguments.sentences and not arguments.text:
+        parser.error("give sentences with a <mask>, or --text FILE to take them from")
+    try:
+        model = model_of(os.path.join(arguments.folder, arguments.checkpoint_file))
+        bert = model.from_pretrained(arguments.folder, arguments.checkpoint_file)
+        asked = [Question(sentence, None) for sentence in arguments.sentences]
+        if not asked:
+            found = questions(arguments.text, lambda word: WORD_START + word in bert.dictionary)
+            asked = [question for question, _ in zip(found, range(arguments.count))]
+        for question in asked:
+            print("\n".join(report(question, bert.fill_mask(question.sentence, topk=arguments.candidates))))
+    except (OSError, ValueError) as error:
+        sys.exit(f"fill_masks: {error}")
+    if not asked:
+        print(f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead")
+
+
+if __name__ == "__main__":
+    main()

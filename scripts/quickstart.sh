@@ -1,0 +1,221 @@
+#!/usr/bin/env bash
+# From a bare checkout to a trained model that fills masks, in one command:
+#   environment, corpus, tokenizer, binarised data, pretraining, validation, filled masks, loss curves.
+# Every stage that is already done with the same inputs is kept; an interrupted training is resumed.
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+usage: bash scripts/quickstart.sh [options]
+
+  --text PATH       pretrain on your own text: a file, or a folder of .txt, .md, .tokens, .raw files
+                    (default: the documentation strings of Python's standard library and of torch)
+  --model FAMILY    ode, neural-ode or deq (default: ode)
+  --arch NAME       a preset of that family (default: its tiny one, ode_bert_rk2_tiny)
+  --updates N       training updates (default: 1500); with --continue, that many more
+  --dictionary N    symbols in the dictionary (default: 2048)
+  --continue        go on training a finished model
+  --redo            throw the trained model of this --arch away and train again
+  --out DIR         where everything is written (default: quickstart)
+  --help            this text
+HELP
+}
+
+refuse() { # one sentence, exit status 2
+    echo "quickstart: $* (bash scripts/quickstart.sh --help lists the options)" >&2
+    exit 2
+}
+
+text='' family=ode arch='' updates=1500 dictionary=2048 further='' redo='' out=quickstart
+while [ $# -gt 0 ]; do
+    case $1 in
+        --text | --model | --arch | --updates | --dictionary | --out)
+            [ $# -gt 1 ] && [ -n "$2" ] || refuse "$1 needs a value"
+            case $1 in
+                --text) text=$2 ;; --model) family=$2 ;; --arch) arch=$2 ;; --updates) updates=$2 ;;
+                --dictionary) dictionary=$2 ;; --out) out=$2 ;;
+            esac
+            shift 2
+            ;;
+        --continue) further=yes; shift ;;
+        --redo) redo=yes; shift ;;
+        --help | -h) usage; exit 0 ;;
+        *) refuse "unknown option $1" ;;
+    esac
+done
+case $family in
+    ode) default_arch=ode_bert_rk2_tiny ;;
+    neural-ode) default_arch=neural_ode_bert_tiny ;;
+    deq) default_arch=deq_bert_tiny ;;
+    *) refuse "unknown --model $family: choose ode, neural-ode or deq" ;;
+esac
+prefix=${default_arch%%_bert*}_bert
+arch=${arch:-$default_arch}
+case $arch in "$prefix" | "$prefix"_*) ;; *) refuse "--arch $arch is no preset of --model $family ($prefix...)" ;; esac
+case $updates in '' | *[!0-9]* | 0*) refuse "--updates $updates is not a positive whole number" ;; esac
+case $dictionary in '' | *[!0-9]* | 0*) refuse "--dictionary $dictionary is not a positive whole number" ;; esac
+[ -z "$further" ] || [ -z "$redo" ] || refuse "--continue and --redo contradict each other"
+[ -z "$text" ] || [ -e "$text" ] || refuse "--text $text does not exist"
+if [ -n "$text" ]; then text=$(cd "$(dirname "$text")" && pwd)/$(basename "$text"); fi
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+
+SECONDS=0
+timings=''
+note_time() { timings+=$(printf '\n  %-12s %5d s' "$1" "$2"); }
+key() { cat "$@" | cksum | tr ' ' -; } # of files, or of standard input
+
+# stage NAME RESULT KEY COMMAND...: runs COMMAND, which makes RESULT, unless an earlier run made it with the same KEY.
+stage() {
+    local name=$1 result=$2 wanted=$3 start=$SECONDS marker=$out/stages/$1
+    shift 3
+    if [ -e "$result" ] && [ "$(cat "$marker" 2>/dev/null)" = "$wanted" ]; then
+        echo "== $name: kept from an earlier run ($result)"
+        return
+    fi
+    echo "== $name"
+    rm -f "$marker"
+    "$@"
+    mkdir -p "$out/stages"
+    echo "$wanted" >"$marker"
+    echo "   $((SECONDS - start)) s"
+    note_time "$name" $((SECONDS - start))
+}
+
+echo "== environment"
+source scripts/environment.sh
+note_time environment $SECONDS
+
+# fairseq and hydra warn about their own internals on every start.
+export PYTHONWARNINGS=ignore
+cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))} # more threads only wait in a model this small
+
+# --- the plugin, as fairseq's commands want it named
+plugin=(--user-dir "$root/fairseq_implicit" --task implicit_masked_lm)
+
+# --- corpus
+if [ -n "$text" ]; then
+    name=own-text
+    # names, sizes and dates stand for the contents of what may be gigabytes
+    corpus_key=$({ cat scripts/text_corpus.py scripts/corpus_splits.py; ls -lLR "$text"; } | key)
+    make_corpus=(python scripts/text_corpus.py "$text")
+else
+    name=embedded
+    corpus_key=$(key scripts/embedded_corpus.py scripts/corpus_splits.py "$stamp" <(python -V))
+    make_corpus=(python scripts/embedded_corpus.py)
+fi
+corpus=$out/$name/corpus tokenizer=$out/$name/sentencepiece.bpe.model data=$out/$name/data-bin
+stage "$name-corpus" "$corpus" "$corpus_key" "${make_corpus[@]}" --out "$corpus"
+
+# --- tokenizer
+tokenizer_key=$(key scripts/train_tokenizer.py <(echo "$corpus_key $dictionary"))
+stage "$name-tokenizer" "$tokenizer" "$tokenizer_key" \
+    python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary"
+
+# --- binarise: raw text in, fairseq's memory-mapped token files out
+binarise() {
+    local splits=(--trainpref "$corpus/train.txt" --validpref "$corpus/valid.txt")
+    if [ -s "$corpus/test.txt" ]; then splits+=(--testpref "$corpus/test.txt"); fi
+    rm -rf "$data" "$data.partial"
+    fairseq-preprocess "${plugin[@]}" --only-source --srcdict "$tokenizer" "${splits[@]}" \
+        --destdir "$data.partial" --workers "$cores" 2>&1 | grep -E 'sents|Error|error' || true
+    [ -f "$data.partial/valid.idx" ] || fail "quickstart: fairseq-preprocess failed: see its message above"
+    mv "$data.partial" "$data"
+}
+data_key=$(key fairseq_implicit/data/sentencepiece_dictionary.py <(echo "$tokenizer_key"))
+stage "$name-data" "$data" "$data_key" binarise
+
+# --- pretraining: RoBERTa's recipe at the size of two cores. Every number is here.
+model=$out/$name/$arch
+training=(
+    --arch "$arch" --criterion implicit_masked_lm
+    --dropout 0 --attention-dropout 0
+    --tokens-per-sample 128 --batch-size 32 --mask-prob 0.15
+    --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0
+    --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 100
+    --seed 1 --distributed-world-size 1
+)
+bookkeeping=(
+    --save-dir "$model" --tensorboard-logdir "$model/tensorboard"
+    --save-interval-updates 250 --keep-interval-updates 1 --no-epoch-checkpoints --validate-interval-updates 250
+    --log-interval 50 --num-workers 1
+)
+training_key=$(echo "$data_key ${training[*]}" | key)
+if [ -n "$redo" ]; then rm -rf "$model"; fi
+if [ "$(cat "$model/inputs" 2>/dev/null || echo "$training_key")" != "$training_key" ]; then
+    fail "quickstart: $model was trained on other data or with other settings: train again with --redo, or choose another --out"
+fi
+trained=$(cat "$model/trained" 2>/dev/null || echo 0)
+target=$((further ? trained + updates : updates))
+
+if [ "$arch" != ode_bert_rk2_tiny ]; then
+    python - "$arch" 2>/dev/null <<'PYTHON' || refuse "--arch $arch is not registered by this version of fairseq_implicit"
+import sys, fairseq_implicit
+from fairseq.models import ARCH_MODEL_REGISTRY
+sys.exit(sys.argv[1] not in ARCH_MODEL_REGISTRY)
+PYTHON
+fi
+
+pretrain() {
+    mkdir -p "$model"
+    echo "$training_key" >"$model/inputs"
+    cp "$tokenizer" "$data/dict.txt" "$model/" # the folder is then all that the hub needs
+    # The bar goes to the terminal; the log goes to a file and its milestones to whoever watches.
+    local format=simple
+    if [ -t 2 ]; then format=tqdm; fi
+    PYTHONUNBUFFERED=1 fairseq-train "$data" "${plugin[@]}" "${training[@]}" "${bookkeeping[@]}" \
+        --max-update "$target" --total-num-update "$target" --log-format "$format" |
+        tee -a "$model/train.log" |
+        { grep --line-buffered -E 'loss=|valid on|blocks|num\. (shared )?model params|Loaded checkpoint' || true; } |
+        sed -u -E 's/^[^|]*\| INFO \| [a-z_.]+ \| /   /'
+}
+
+show_validation() {
+    local log=$model/validate.log loss
+    if ! fairseq-validate "$data" "${plugin[@]}" --path "$model/checkpoint_best.pt" --batch-size 32 \
+        --log-format simple --distributed-world-size 1 >"$log" 2>&1; then
+        tail -n 5 "$log" >&2
+        fail "quickstart: fairseq-validate failed; the whole log is $log"
+    fi
+    loss=$(grep -o '| loss [0-9.]*' "$log" | tail -n 1 | cut -d ' ' -f 3)
+    python scripts/corpus_entropy.py "$data" --loss-bits "$loss"
+}
+
+if [ "$trained" -ge "$target" ]; then
+    echo "== pretraining: kept, $arch has $trained updates (--continue goes on, --redo starts again)"
+elif [ "$trained" -gt 0 ] && [ -z "$further" ]; then
+    fail "quickstart: $model has $trained finished updates: go on with --continue --updates $((updates - trained)), or train again with --redo"
+else
+    echo "== pretraining $arch: $target updates of 4,096 tokens on $cores cores"
+    start=$SECONDS
+    pretrain
+    echo "$target" >"$model/trained"
+    echo "   $((SECONDS - start)) s"
+    note_time pretraining $((SECONDS - start))
+fi
+
+# shown NAME COMMAND...: a stage whose point is what it prints
+shown() {
+    local name=$1 start=$SECONDS
+    shift
+    echo "== $name"
+    "$@"
+    echo "   $((SECONDS - start)) s"
+    note_time "$name" $((SECONDS - start))
+}
+shown "validation" show_validation
+shown "filled masks" python scripts/fill_masks.py "$model" --text "$corpus/valid.txt"
+shown "loss curves" python scripts/plot_losses.py "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
+
+cat <<SUMMARY
+
+time per stage:$timings
+  all          $(printf '%5d' $SECONDS) s
+
+model    $model/checkpoint_best.pt
+curves   $model/losses.png
+try      .venv/bin/python scripts/fill_masks.py $model "Return the <mask> of the list."
+more     bash scripts/quickstart.sh --continue
+SUMMARY
