@@ -13,7 +13,7 @@ logger = logging.getLogger("convert_roberta")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a fairseq RoBERTa checkpoint to ode_bert (Euler, same function).")
+    parser = argparse.ArgumentParser(description="Convert a fairseq RoBERTa checkpoint to ode_bert (Euler).")
     parser.add_argument("input", help="checkpoint of fairseq's roberta")
     parser.add_argument("output", help="file to write; must not exist")
     arguments = parser.parse_args()
@@ -22,9 +22,9 @@ def main() -> None:
     if os.path.exists(arguments.output):
         parser.error(f"{arguments.output} exists: remove it or choose another name")
 
-    import fairseq_implicit  # noqa: F401  (registers the types that a checkpoint may hold)
     from fairseq import checkpoint_utils
 
+    import fairseq_implicit  # noqa: F401  (registers the types that a checkpoint may hold)
     from fairseq_implicit.models.roberta import checkpoint_from_roberta
 
     try:

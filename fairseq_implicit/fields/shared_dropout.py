@@ -87,7 +87,7 @@ class SharedDropout(nn.Module):
             # One multiplication per evaluation instead of two; four bytes per element, shared by all stages.
             factor = mask.to(like.dtype).mul_(scale)
             return lambda x: x * factor
-        # In half precision the scale would be rounded (1/0.9 is off by 0.15 % in bfloat16), so it stays a Python number.
+        # A half-precision scale would be rounded (1/0.9 is off by 0.15 % in bfloat16), so it stays a Python number.
         return lambda x: (x * mask).mul_(scale)
 
     def extra_repr(self) -> str:

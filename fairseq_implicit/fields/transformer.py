@@ -107,9 +107,7 @@ class TransformerField(Field):
         def feed_forward() -> FeedForward:
             return FeedForward(config.dim, ffn_dim, config.activation, config.activation_dropout, config.dropout_policy)
 
-        self.attention = MultiHeadAttention(
-            config.dim, config.heads, config.attention_dropout, config.dropout_policy
-        )
+        self.attention = MultiHeadAttention(config.dim, config.heads, config.attention_dropout, config.dropout_policy)
         self.feed_forward = feed_forward()
         self.attention_norm = nn.LayerNorm(config.dim)
         self.feed_forward_norm = None if config.kind == "parallel" else nn.LayerNorm(config.dim)

@@ -54,7 +54,7 @@ class ImplicitBertEncoder(FairseqEncoder):
         )
 
     def padding_mask(self, src_tokens: Tensor, has_padding: Optional[bool] = None) -> Optional[Tensor]:
-        """``(batch, time)`` bool, True at padding; ``None`` where it is known, without asking a GPU, that there is none."""
+        """``(batch, time)`` bool, True at padding; ``None`` where there is none and no GPU had to be asked."""
         if has_padding is False:
             return None
         mask = src_tokens.eq(self.padding_idx)
@@ -90,7 +90,7 @@ class ImplicitBertEncoder(FairseqEncoder):
             src_tokens: ``(batch, time)`` ids.
             features_only: return features ``(batch, time, dim)`` instead of logits.
             return_all_hiddens: also return the states along the depth.
-            masked_tokens: ``(batch, time)`` bool; the head is applied only there, and logits are ``(masked, vocabulary)``.
+            masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
             has_padding: whether ``src_tokens`` holds padding, where the caller knows.
 
         Returns:
@@ -149,7 +149,9 @@ class ImplicitBertModel(FairseqEncoderModel):
             ValueError: one sentence naming the flag at fault.
         """
         if OmegaConf.is_config(cfg):
-            typed = cls.config_class()(**{key: cfg[key] for key in cls.config_class().__dataclass_fields__ if key in cfg})
+            typed = cls.config_class()(
+                **{key: cfg[key] for key in cls.config_class().__dataclass_fields__ if key in cfg}
+            )
         else:
             typed = cfg
         if typed.max_positions is None:

@@ -62,7 +62,9 @@ class ImplicitBertHubInterface(RobertaHubInterface):
             self._glued_processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         return self._glued_processor
 
-    def encode(self, sentence: Union[str, Sequence[str]], *addl_sentences: str, no_separator: bool = False) -> LongTensor:
+    def encode(
+        self, sentence: Union[str, Sequence[str]], *addl_sentences: str, no_separator: bool = False
+    ) -> LongTensor:
         """Ids ``<s> a </s>``, of a pair ``<s> a </s> </s> b </s>``.
 
         Args:
@@ -88,7 +90,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
         return torch.nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=self.dictionary.pad())
 
     def decode(self, tokens: Tensor) -> Union[str, List]:
-        """The text of ids ``(time,)``, a list of texts where there are several segments; of ``(batch, time)``, a list."""
+        """The text of ids ``(time,)``; a list of texts for several segments, and for a batch ``(batch, time)``."""
         if tokens.dim() == 2:
             return [self.decode(row) for row in tokens]
         segments: List[List[int]] = [[]]
@@ -103,10 +105,6 @@ class ImplicitBertHubInterface(RobertaHubInterface):
             if segment
         ]
         return texts[0] if len(texts) == 1 else texts or ""
-
-    def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Union[Tensor, List[Tensor]]:
-        """Features ``(batch, time, dim)`` of ids ``(time,)`` or ``(batch, time)``; all states along the depth on demand."""
-        return super().extract_features(tokens, return_all_hiddens)
 
     def fill_mask(
         self, masked_input: Union[str, Sequence[str]], topk: int = 5

@@ -39,7 +39,8 @@ class OdeBertConfig(ImplicitBertConfig):
         metadata={"help": f"the vector field: {', '.join(KINDS)}; Euler on post-norm is exactly BERT and RoBERTa"},
     )
     ode_scheme: Optional[str] = field(
-        default=None, metadata={"help": f"Runge-Kutta scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME})"}
+        default=None,
+        metadata={"help": f"Runge-Kutta scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME})"},
     )
     ode_steps: int = field(default=1, metadata={"help": "sub-steps per block, with the same weights"})
     ode_time: float = field(default=1.0, metadata={"help": "time integrated by each block; the step is time / steps"})
@@ -65,7 +66,8 @@ class OdeBertConfig(ImplicitBertConfig):
         default="none", metadata={"help": f"predictor-corrector, one more evaluation: {', '.join(CORRECTORS)}"}
     )
     ode_history: str = field(
-        default="none", metadata={"help": f"combination of all earlier blocks before each block: {', '.join(HISTORIES)}"}
+        default="none",
+        metadata={"help": f"combination of all earlier blocks before each block: {', '.join(HISTORIES)}"},
     )
     ode_gradient: str = field(
         default="autograd",
@@ -76,7 +78,9 @@ class OdeBertConfig(ImplicitBertConfig):
     )
     ode_residual_in_field: bool = field(
         default=False,
-        metadata={"help": "integrate the layer with its residual, as the original code does: the state grows exponentially"},
+        metadata={
+            "help": "integrate the layer with its residual, as the original code does: the state grows exponentially"
+        },
     )
     ode_tied: bool = field(default=False, metadata={"help": "one block's weights for all blocks (ALBERT)"})
     encoder_layerdrop: float = field(
@@ -112,7 +116,9 @@ class OdeBertConfig(ImplicitBertConfig):
                 if getattr(self, flag) is not None:
                     raise ValueError(f"{_flag(flag)} {getattr(self, flag)} needs --enc-calculate-num, the order")
             defaults = Coefficients(DEFAULT_SCHEME, "fixed", "tableau", "block")
-            return Coefficients(*(given if given is not None else value for given, value in zip(own.values(), defaults)))
+            return Coefficients(
+                *(given if given is not None else value for given, value in zip(own.values(), defaults))
+            )
         mapped = from_original_flags(
             self.enc_calculate_num, self.rk_type or "standard", self.enc_learnable_type, self.alpha_type
         )
@@ -120,8 +126,8 @@ class OdeBertConfig(ImplicitBertConfig):
             same = given == value or (name == "ode_scheme" and given and get_tableau(given) is get_tableau(value))
             if given is not None and not same:
                 raise ValueError(
-                    f"{_flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its --rk-type, "
-                    f"which means {value}: give one of the two"
+                    f"{_flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its "
+                    f"--rk-type, which means {value}: give one of the two"
                 )
         return Coefficients(*mapped)
 

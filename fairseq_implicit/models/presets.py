@@ -16,18 +16,10 @@ from fairseq_implicit.models.config import ImplicitBertConfig
 
 #: BERT's published sizes (arXiv 1810.04805; tiny and small: arXiv 1908.08962).
 SIZES: Dict[str, Dict[str, int]] = {
-    "tiny": dict(
-        encoder_layers=2, encoder_embed_dim=128, encoder_ffn_embed_dim=512, encoder_attention_heads=2
-    ),
-    "small": dict(
-        encoder_layers=4, encoder_embed_dim=512, encoder_ffn_embed_dim=2048, encoder_attention_heads=8
-    ),
-    "base": dict(
-        encoder_layers=12, encoder_embed_dim=768, encoder_ffn_embed_dim=3072, encoder_attention_heads=12
-    ),
-    "large": dict(
-        encoder_layers=24, encoder_embed_dim=1024, encoder_ffn_embed_dim=4096, encoder_attention_heads=16
-    ),
+    "tiny": dict(encoder_layers=2, encoder_embed_dim=128, encoder_ffn_embed_dim=512, encoder_attention_heads=2),
+    "small": dict(encoder_layers=4, encoder_embed_dim=512, encoder_ffn_embed_dim=2048, encoder_attention_heads=8),
+    "base": dict(encoder_layers=12, encoder_embed_dim=768, encoder_ffn_embed_dim=3072, encoder_attention_heads=12),
+    "large": dict(encoder_layers=24, encoder_embed_dim=1024, encoder_ffn_embed_dim=4096, encoder_attention_heads=16),
 }
 
 
@@ -49,7 +41,9 @@ def register_preset(
         for key, value in defaults.items()
     ]
     module = model.__module__
-    preset_config = dataclasses.make_dataclass(f"{stem}Config", fields, bases=(config,), namespace={"__module__": module})
+    preset_config = dataclasses.make_dataclass(
+        f"{stem}Config", fields, bases=(config,), namespace={"__module__": module}
+    )
     preset_config.__doc__ = f"Defaults of {name}."
     preset = type(f"{stem}Model", (model,), {"__module__": module, "__doc__": f"The preset {name}."})
     for made in (preset_config, preset):

@@ -83,7 +83,9 @@ def checkpoint_from_roberta(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
     stored = checkpoint["cfg"]["model"]
     source = vars(stored) if not hasattr(stored, "keys") else {key: stored[key] for key in stored.keys()}
     if "encoder_layers" not in source:
-        raise ValueError(f"the checkpoint holds a {source.get('_name') or source.get('arch')} model, not a RoBERTa encoder")
+        raise ValueError(
+            f"the checkpoint holds a {source.get('_name') or source.get('arch')} model, not a RoBERTa encoder"
+        )
     kept = (
         "encoder_layers",
         "encoder_embed_dim",

@@ -60,9 +60,7 @@ def test_outputs_and_every_parameter_gradient_agree(pair, tokens):
     (our_logits * weights).sum().backward()
     (their_logits * weights).sum().backward()
     # A gradient is a tensor of the parameter's shape: the same renaming brings the two sets side by side.
-    their_gradients = state_dict_from_roberta(
-        {name: parameter.grad for name, parameter in theirs.named_parameters()}
-    )
+    their_gradients = state_dict_from_roberta({name: parameter.grad for name, parameter in theirs.named_parameters()})
     compared = 0
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, their_gradients.pop(name), rtol=0, atol=1e-10, msg=name)

@@ -1,0 +1,199 @@
+"""One field for the whole depth: a transformer whose weights depend on the time t in [0, T].
+
+Two ways. :class:`DepthEmbeddedField` has one set of weights and lets t move the scale and shift of its norms (adaptive
+layer norm, as in arXiv 2212.09748). :class:`InterpolatedField` has K sets, the knots, and weights that are piecewise linear
+or constant between them (the "stacked" weights of arXiv 2002.08071): with as many knots as units of time, Euler with unit
+steps is the ordinary K-layer transformer, so that such a model can start from one and be solved more finely later.
+"""
+
+import math
+from typing import Dict, Iterator, List, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+
+Time = Union[float, Tensor]
+
+INTERPOLATIONS = ("linear", "constant")
+#: Sinusoids of the depth embedding; the fastest makes this many half turns over the depth. Faster ones would force an
+#: adaptive solver to small steps.
+FREQUENCIES = 8
+HIDDEN = 128
+
+
+class DepthEmbedding(nn.Module):
+    """Time to scales and shifts: sinusoids, one hidden layer, a projection that starts at zero.
+
+    Args:
+        duration: the depth T; the sinusoids have frequencies ``pi k / T``, k = 1 … ``FREQUENCIES``.
+        outputs: numbers per time.
+    """
+
+    def __init__(self, duration: float, outputs: int):
+        super().__init__()
+        self.base = math.pi / duration
+        self.hidden = nn.Linear(2 * FREQUENCIES, HIDDEN)
+        self.projection = nn.Linear(HIDDEN, outputs)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Start autonomous: at zero projection the time changes nothing. The hidden layer sees O(1) sinusoids."""
+        nn.init.xavier_uniform_(self.hidden.weight)
+        nn.init.zeros_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, t: Time) -> Tensor:
+        """``(1, outputs)`` for one time, a float or 0-dim tensor; ``(batch, outputs)`` for a ``(batch,)`` tensor."""
+        weight = self.hidden.weight
+        # Angles in float32: half precision has no room for many turns.
+        k = torch.arange(1, FREQUENCIES + 1, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        angles = t.to(k).reshape(-1, 1) * (self.base * k) if isinstance(t, Tensor) else (k * (self.base * t))[None]
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1).to(weight.dtype)
+        return self.projection(functional.silu(self.hidden(features)))
+
+
+class DepthEmbeddedField(TransformerField):
+    """The transformer increment with norms that follow the time: ``LN(z) * (1 + scale(t)) + shift(t)``.
+
+    Takes one time for all samples or a ``(batch,)`` tensor of times.
+
+    Args:
+        config: the transformer field; of kind ``pre-norm`` or ``parallel``.
+        duration: the depth T that the embedding resolves.
+
+    Raises:
+        ValueError: another kind of field.
+    """
+
+    def __init__(self, config: TransformerFieldConfig, duration: float):
+        if config.kind not in ("pre-norm", "parallel"):
+            raise ValueError(
+                f"a depth embedding moves the norms of a pre-norm or parallel field, not of a {config.kind} one: "
+                "set --ode-field pre-norm, or --ode-depth-weights linear for the others"
+            )
+        super().__init__(config)
+        self.norms = 1 if config.kind == "parallel" else 2
+        self.depth_embedding = DepthEmbedding(duration, self.norms * 2 * config.dim)
+
+    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
+        attend = self.attention.prepare(x, padding_mask)
+        drop_attention = self.dropout.prepare(x)
+        feed = self.feed_forward.prepare(x)
+        drop_feed = self.dropout.prepare(x)
+        drop_path = self.drop_path.prepare(x)
+        padding = None if padding_mask is None else padding_mask.unsqueeze(-1)
+        parallel = self.config.kind == "parallel"
+
+        def f(t: Time, z: Tensor) -> Tensor:
+            moved = self._modulated(t)
+            normed = moved[0](self.attention_norm(z))
+            first = drop_attention(attend(normed))
+            if parallel:
+                dz = first + drop_feed(feed(normed))
+            else:
+                dz = first + drop_feed(feed(moved[1](self.feed_forward_norm(z + first))))
+            dz = drop_path(dz)
+            return dz if padding is None else dz.masked_fill(padding, 0.0)
+
+        return f
+
+    def _modulated(self, t: Time) -> List["_Modulation"]:
+        # (1 or batch, 1, norms * 2 * dim), split into scale and shift of each norm
+        parts = self.depth_embedding(t).unsqueeze(1).chunk(2 * self.norms, dim=-1)
+        return [_Modulation(scale, shift) for scale, shift in zip(parts[0::2], parts[1::2])]
+
+
+class _Modulation:
+    def __init__(self, scale: Tensor, shift: Tensor):
+        self.scale, self.shift = scale, shift
+
+    def __call__(self, normed: Tensor) -> Tensor:
+        return torch.addcmul(normed + self.shift, normed, self.scale)
+
+
+class InterpolatedField(Field):
+    """Weights that are a function of depth: ``knots`` transformer fields, each over ``T / knots`` units of time.
+
+    At ``t = k T / knots`` the field is exactly knot ``k``; between two knots its weights are interpolated (``linear``) or
+    those of the earlier one (``constant``); after the last knot they stay. Noise is drawn once, as for one layer.
+    All samples share one time: an adaptive solver needs batch step control.
+
+    Args:
+        config: of each knot, any kind.
+        duration: the depth T.
+        knots: number of knots, at least 1.
+        interpolation: one of ``INTERPOLATIONS``.
+
+    Raises:
+        ValueError: no knots or an unknown interpolation.
+    """
+
+    def __init__(self, config: TransformerFieldConfig, duration: float, knots: int, interpolation: str = "linear"):
+        super().__init__()
+        if knots < 1:
+            raise ValueError(f"weights along the depth need at least one knot, got --ode-knots {knots}")
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"unknown interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+        self.per_unit, self.interpolation = knots / duration, interpolation
+        self.knots = nn.ModuleList(TransformerField(config) for _ in range(knots))
+
+    def residual_projections(self) -> Iterator[nn.Linear]:
+        # Each knot is a field of its own and names its own projections.
+        return iter(())
+
+    def position(self, t: Time) -> Tuple[int, float]:
+        """The knot at or before ``t`` and the share of the next one, in [0, 1).
+
+        Raises:
+            ValueError: several times.
+        """
+        if isinstance(t, Tensor):
+            if t.numel() != 1:
+                raise ValueError(
+                    "weights interpolated along the depth cannot differ between the samples of a batch: use "
+                    "--ode-step-control batch"
+                )
+            t = float(t)
+        place = t * self.per_unit
+        # Sums of step sizes miss a knot by rounding; there the weights must be the knot's own.
+        nearest = round(place)
+        place = float(nearest) if abs(place - nearest) < 1e-9 * len(self.knots) else place
+        knot = min(max(math.floor(place), 0), len(self.knots) - 1)
+        share = place - knot if self.interpolation == "linear" and knot < len(self.knots) - 1 else 0.0
+        return knot, max(share, 0.0)
+
+    def weights(self, t: Time) -> Dict[str, Tensor]:
+        """Name to weight of the transformer field at time ``t``, with gradient to the knots."""
+        knot, share = self.position(t)
+        here = dict(self.knots[knot].named_parameters())
+        if share == 0.0:
+            return here
+        following = dict(self.knots[knot + 1].named_parameters())
+        return {name: torch.lerp(weight, following[name], share) for name, weight in here.items()}
+
+    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
+        # The noise is that of the first knot, whose weights are replaced for the length of one evaluation.
+        evaluation = _Evaluation(self.knots[0])
+        prepared = self.knots[0].prepare(x, padding_mask)
+
+        def f(t: Time, z: Tensor) -> Tensor:
+            weights = {f"template.{name}": weight for name, weight in self.weights(t).items()}
+            return functional_call(evaluation, weights, (prepared, t, z))
+
+        return f
+
+
+class _Evaluation(nn.Module):
+    """A module around the template, so that ``functional_call`` can put other weights into it."""
+
+    def __init__(self, template: TransformerField):
+        super().__init__()
+        self.template = template
+
+    def forward(self, prepared: Increment, t: Time, z: Tensor) -> Tensor:
+        return prepared(t, z)
