@@ -1,0 +1,225 @@
+"""The reading step: one source to one segment file, with a JSON record of what happened."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_implicit.corpora.cleaning import clean, split_text, wrap_line
+from fairseq_implicit.corpora.counts import Counts
+from fairseq_implicit.corpora.durable import HashedFile, publish, read_json, temporary_beside, write_json
+from fairseq_implicit.corpora.filters import component_of, reason_to_drop
+from fairseq_implicit.corpora.near_duplicates import band_hashes, signature
+from fairseq_implicit.corpora.problems import CorpusError, ReadProblem
+from fairseq_implicit.corpora.quality import quality_check
+from fairseq_implicit.corpora.readers import read_source
+from fairseq_implicit.corpora.records import Document
+from fairseq_implicit.corpora.segments import SegmentWriter, derived_key, document_key, share_of
+from fairseq_implicit.corpora.settings import PrepareSettings
+from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
+from fairseq_implicit.corpora.workers import advance
+
+logger = logging.getLogger(__name__)
+
+# Stored split numbers, in the order in which a split keeps a document that several splits have.
+TEST, VALID, TRAIN = 0, 1, 2
+SPLIT_NUMBERS = {"test": TEST, "valid": VALID, "train": TRAIN}
+
+# A badly damaged file could fill the report; the counts go on beyond this.
+_REPORTED_PROBLEMS = 200
+_SPLIT, _SAMPLE, _WEIGHT = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The intermediate files of one source in the work folder."""
+
+    segments: Path
+    signatures: Path
+    record: Path
+
+    @classmethod
+    def of(cls, source: Source, work: Path) -> SourceFiles:
+        name = hashlib.sha256(f"{source.split}\0{source.name}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
+        return cls(work / f"{name}.segments", work / f"{name}.signatures", work / f"{name}.json")
+
+
+def identity_of(source: Source) -> dict:
+    """What shows that a file is still the one that was read: name, size and time of change."""
+    if source.name == STANDARD_INPUT:
+        return {"name": source.name, "split": source.split, "size": 0, "changed": 0}
+    try:
+        status = os.stat(source.name)
+    except OSError:
+        return {"name": source.name, "split": source.split, "size": -1, "changed": 0}
+    return {"name": source.name, "split": source.split, "size": status.st_size, "changed": status.st_mtime_ns}
+
+
+def is_prepared(source: Source, settings: PrepareSettings, work: Path) -> bool:
+    """True when the source's intermediate files are complete, of these settings and of the file as it is now."""
+    files = SourceFiles.of(source, work)
+    record = read_json(files.record)
+    return (
+        record is not None
+        and record["fingerprint"] == settings.fingerprint()
+        and record["source"] == identity_of(source)
+        and files.segments.is_file()
+    )
+
+
+def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> Counts:
+    """Reads, cleans and filters one source into its segment file; the JSON record is written last.
+
+    Raises:
+        CorpusError: a problem of the file under ``strict``.
+    """
+    files = SourceFiles.of(source, work)
+    identity = identity_of(source)
+    temporary = temporary_beside(files.segments)
+    writer = SegmentWriter(temporary, settings.buckets)
+    signatures = HashedFile(files.signatures) if settings.drop_near_duplicates else None
+    step = _Step(source, settings, writer, signatures)
+    try:
+        step.run()
+    except BaseException:
+        writer.abandon()
+        if signatures is not None:
+            signatures.discard()
+        raise
+    checksum = writer.close()
+    publish(temporary, files.segments)
+    write_json(
+        files.record,
+        {
+            "source": identity,
+            "fingerprint": settings.fingerprint(),
+            "segments_sha256": checksum,
+            "signatures_sha256": signatures.publish() if signatures is not None else None,
+            "counts": step.counts.as_dict(),
+            "problems": [problem.as_dict() for problem in step.problems],
+            "problems_total": step.problems_total,
+        },
+    )
+    return step.counts
+
+
+class _Step:
+    """The documents of one source on their way into its segment file."""
+
+    def __init__(
+        self, source: Source, settings: PrepareSettings, writer: SegmentWriter, signatures: HashedFile | None
+    ):
+        self.counts = Counts()
+        self.problems: list[ReadProblem] = []
+        self.problems_total = 0
+        self._source = source
+        self._settings = settings
+        self._writer = writer
+        self._signatures = signatures
+        self._quality = quality_check(settings.quality_filters)
+
+    def run(self) -> None:
+        limit = self._settings.documents_per_file
+        for item in read_source(self._source, self._settings.boundary, lambda size: advance(consumed=size)):
+            if isinstance(item, ReadProblem):
+                self._take_problem(item)
+            else:
+                self._take_document(item)
+            if limit and self.counts.documents_read >= limit:
+                self.counts.changed["file not read beyond --documents-per-file"] += 1
+                return
+
+    def _take_problem(self, problem: ReadProblem) -> None:
+        if self._settings.strict:
+            raise CorpusError(f"{problem.sentence} (--strict stops here; without it the rest of the corpus is read.)")
+        self.problems_total += 1
+        if len(self.problems) < _REPORTED_PROBLEMS:
+            self.problems.append(problem)
+            logger.warning("%s", problem.sentence)
+        self.counts.documents_read += problem.lost_documents
+        self.counts.bytes_read += problem.lost_bytes
+        if problem.lost_documents:
+            self.counts.drop(problem.reason, problem.lost_bytes, problem.lost_documents)
+
+    def _take_document(self, document: Document) -> None:
+        counts, settings = self.counts, self._settings
+        size = len(document.text.encode("utf-8", "surrogatepass"))
+        counts.documents_read += 1
+        counts.bytes_read += size
+        counts.components[component_of(document) or "(none)"] += 1
+        advance(text=size)
+        reason = reason_to_drop(document, settings)
+        if reason is not None:
+            counts.drop(reason, size)
+            return
+        text, changes = clean(document.text)
+        if not text:
+            counts.drop("empty", size)
+            return
+        data = text.encode("utf-8")
+        if len(data) < settings.min_document_size:
+            counts.drop("shorter than --min-document-size", size)
+            return
+        reason = self._quality(text)
+        if reason is not None:
+            counts.drop(reason, size)
+            return
+        key = document_key(data, settings.seed)
+        if settings.sample < 1 and share_of(key, _SAMPLE) >= settings.sample:
+            counts.drop("not sampled", size)
+            return
+        split = self._split_of(key)
+        copies = self._copies_of(document, key) if split == TRAIN else 1
+        if copies == 0:
+            counts.drop("component weight", size)
+            return
+        counts.changed.update(changes)
+        counts.changed.update(document.repairs)
+        pieces = self._pieces_of(text, data)
+        counts.pieces_added += len(pieces) - 1
+        counts.bytes_removed += size - sum(map(len, pieces))
+        for piece in pieces:
+            self._write(key if len(pieces) == 1 and piece is data else document_key(piece, settings.seed), split, piece)
+            for number in range(1, copies):
+                counts.copies_added += 1
+                counts.copies_bytes += len(piece)
+                self._writer.add(derived_key(document_key(piece, settings.seed), number), split, piece)
+
+    def _write(self, key: bytes, split: int, data: bytes) -> None:
+        self._writer.add(key, split, data)
+        if self._signatures is not None:
+            bands = band_hashes(data.decode("utf-8"))
+            if bands is not None:
+                self._signatures.write(signature(split, key, bands))
+
+    def _split_of(self, key: bytes) -> int:
+        if self._source.split:
+            return SPLIT_NUMBERS[self._source.split]
+        share = share_of(key, _SPLIT)
+        if share < self._settings.test_fraction:
+            return TEST
+        return VALID if share < self._settings.test_fraction + self._settings.valid_fraction else TRAIN
+
+    def _copies_of(self, document: Document, key: bytes) -> int:
+        weight = self._settings.component_weights.get(component_of(document), 1.0)
+        whole = int(weight)
+        return whole + (share_of(key, _WEIGHT) < weight - whole)
+
+    def _pieces_of(self, text: str, data: bytes) -> list[bytes]:
+        """The document as one or several documents within the limits of size."""
+        settings, counts = self._settings, self.counts
+        if settings.max_line_size and len(data) > settings.max_line_size:
+            lines = [piece for line in text.split("\n") for piece in wrap_line(line, settings.max_line_size)]
+            wraps = len(lines) - text.count("\n") - 1
+            if wraps:
+                counts.lines_wrapped += wraps
+                counts.changed["long lines wrapped"] += 1
+                text = "\n".join(lines)
+                data = text.encode("utf-8")
+        if settings.max_document_size and len(data) > settings.max_document_size:
+            counts.changed["split at --max-document-size"] += 1
+            return [piece.encode("utf-8") for piece in split_text(text, settings.max_document_size)]
+        return [data]

@@ -1,0 +1,293 @@
+"""Command line: corpus files in, numbered shards of clean text out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from fairseq_implicit.corpora import hub
+from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob
+from fairseq_implicit.corpora.filters import warn_of_unknown_components
+from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
+from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
+from fairseq_implicit.corpora.sources import BOUNDARIES, STANDARD_INPUT, Source, find_sources
+
+logger = logging.getLogger(__name__)
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def byte_size(text: str) -> int:
+    """Reads a size such as ``4GB``, ``512MiB`` or ``65536``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or match[2] == "I":
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 65536, 500MB or 4GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Reads ``i/n`` with 0 ≤ i < n."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no part; write i/n with 0 <= i < n, for example 0/3")
+    return int(match[1]), int(match[2])
+
+
+def part_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's part under SLURM (array tasks and/or several tasks per job) or torchrun, else ``(0, 1)``.
+
+    Raises:
+        CorpusError: a variable of the scheduler is no number.
+    """
+
+    def number(name: str, default: int) -> int:
+        value = environment.get(name, "")
+        if not value:
+            return default
+        if not value.isdigit():
+            raise CorpusError(f"The environment variable {name}={value} is no number; give --part i/n instead.")
+        return int(value)
+
+    if "SLURM_JOB_ID" in environment:
+        tasks = number("SLURM_NTASKS", 1)
+        rank = number("SLURM_PROCID", 0) if tasks > 1 else 0
+        array, count = 0, 1
+        if "SLURM_ARRAY_TASK_ID" in environment:
+            step = max(number("SLURM_ARRAY_TASK_STEP", 1), 1)
+            array = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // step
+            count = number("SLURM_ARRAY_TASK_COUNT", 1)
+        return array * tasks + rank, count * tasks
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return number("RANK", 0), number("WORLD_SIZE", 1)
+    return 0, 1
+
+
+def component_weight(text: str) -> tuple[str, float]:
+    """Reads ``NAME=WEIGHT``."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no weight; write NAME=NUMBER") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; every option that decides the output is a field of `PrepareSettings`."""
+    defaults = PrepareSettings()
+    parser = argparse.ArgumentParser(
+        prog="prepare_corpus.py",
+        description="Cleans a corpus and writes it as numbered text shards with train/valid/test splits. The same "
+        "command again goes on after an interruption; the result is the same for any number of workers and parts.",
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        help="files, folders, '-' for standard input, or hf://OWNER/NAME; formats: The Pile (.jsonl[.zst|.gz|.zst.tar])"
+        ", OSCAR 2019 to 23.01, parquet, plain text",
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder of the shards")
+    parser.add_argument("--valid-input", action="append", default=[], help="input that goes to valid.txt as a whole")
+    parser.add_argument("--test-input", action="append", default=[], help="input that goes to test.txt as a whole")
+
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    work.add_argument(
+        "--part", type=part_of, help="read only part i/n of the files (default: from SLURM or torchrun variables)"
+    )
+    work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
+    work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
+    work.add_argument("--verify", action="store_true", help="compare a finished output folder with its checksums")
+
+    download = parser.add_argument_group("Hugging Face hub")
+    download.add_argument(
+        "--hub-folder", type=Path, default=Path("corpora"), help="where repositories are downloaded to"
+    )
+    download.add_argument("--hub-files", action="append", default=[], help="pattern of files to take, repeatable")
+    download.add_argument("--hub-revision", help="branch, tag or commit")
+    download.add_argument("--download-only", action="store_true", help="download, then stop")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--shard-size", type=byte_size, default=defaults.shard_size, help="text per shard (4GB)")
+    output.add_argument(
+        "--valid-fraction", type=float, help=f"share of valid.txt ({defaults.valid_fraction}; 0 with --valid-input)"
+    )
+    output.add_argument("--test-fraction", type=float, help="share of test.txt (0)")
+    output.add_argument("--seed", type=int, default=defaults.seed, help="changes order and split")
+    output.add_argument(
+        "--buckets", type=int, default=defaults.buckets, help="hash ranges merged one at a time; more need less memory"
+    )
+
+    text = parser.add_argument_group("documents")
+    text.add_argument(
+        "--document-boundary",
+        choices=BOUNDARIES,
+        default=defaults.boundary,
+        help="what ends a document in plain text; auto: blank lines if there are any, else one document per line in "
+        "compressed files (OSCAR 2019) and one per file otherwise",
+    )
+    text.add_argument("--min-document-size", type=byte_size, default=defaults.min_document_size)
+    text.add_argument(
+        "--max-document-size", type=byte_size, default=defaults.max_document_size, help="split longer ones (0: never)"
+    )
+    text.add_argument(
+        "--max-line-size", type=byte_size, default=defaults.max_line_size, help="wrap longer lines (0: never)"
+    )
+    text.add_argument("--keep-duplicates", action="store_true", help="keep documents with equal text")
+    text.add_argument("--drop-near-duplicates", action="store_true", help="MinHash removal (14 bands of 8)")
+    text.add_argument(
+        "--quality-filter", action="append", default=[], choices=sorted(QUALITY_FILTERS), help="needs datatrove"
+    )
+    text.add_argument("--sample", type=float, default=defaults.sample, help="share of the documents to keep")
+    text.add_argument("--documents-per-file", type=int, default=0, help="read only the first ones of each file")
+
+    pile = parser.add_argument_group("The Pile")
+    pile.add_argument("--include-component", action="append", default=[], help="pile_set_name to keep, repeatable")
+    pile.add_argument("--exclude-component", action="append", default=[], help="pile_set_name to drop, repeatable")
+    pile.add_argument(
+        "--component-weight", action="append", default=[], type=component_weight, metavar="NAME=W",
+        help="write its documents W times (0.5: every other one)",
+    )
+    pile.add_argument(
+        "--pile-epochs", action="store_true", help="weights of The Pile's paper; its files contain them already, and "
+        "removing duplicates takes them away",
+    )
+
+    oscar = parser.add_argument_group("OSCAR")
+    oscar.add_argument(
+        "--drop-annotation", action="append", help=f"label that drops a document (default: "
+        f"{', '.join(DEFAULT_DROPPED_ANNOTATIONS)}; 'none' keeps all)",
+    )
+    oscar.add_argument("--only-unannotated", action="store_true", help="drop every labelled document (most of them)")
+    oscar.add_argument("--language", action="append", default=[], help="document language to keep, repeatable")
+    oscar.add_argument("--min-language-probability", type=float, default=0.0)
+    oscar.add_argument("--min-harmful-perplexity", type=float, default=0.0, help="23.01: drop below it")
+    oscar.add_argument("--drop-category", action="append", default=[], help="23.01: block-list category to drop")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
+    """Checks the options and makes the settings of them.
+
+    Raises:
+        CorpusError: an option is out of range, or two contradict each other.
+    """
+    annotations = arguments.drop_annotation
+    if annotations is None:
+        annotations = DEFAULT_DROPPED_ANNOTATIONS
+    elif "none" in annotations:
+        annotations = ()
+    weights = dict(PILE_EPOCHS) if arguments.pile_epochs else {}
+    valid_fraction, test_fraction = arguments.valid_fraction, arguments.test_fraction
+    if valid_fraction is None:
+        valid_fraction = 0.0 if arguments.valid_input else PrepareSettings.valid_fraction
+    return PrepareSettings(
+        boundary=arguments.document_boundary,
+        shard_size=arguments.shard_size,
+        valid_fraction=valid_fraction,
+        test_fraction=test_fraction or 0.0,
+        seed=arguments.seed,
+        buckets=arguments.buckets,
+        keep_duplicates=arguments.keep_duplicates,
+        drop_near_duplicates=arguments.drop_near_duplicates,
+        include_components=tuple(sorted(arguments.include_component)),
+        exclude_components=tuple(sorted(arguments.exclude_component)),
+        component_weights=weights | dict(arguments.component_weight),
+        drop_annotations=tuple(sorted(annotations)),
+        only_unannotated=arguments.only_unannotated,
+        languages=tuple(sorted(arguments.language)),
+        min_language_probability=arguments.min_language_probability,
+        min_harmful_perplexity=arguments.min_harmful_perplexity,
+        drop_categories=tuple(sorted(arguments.drop_category)),
+        min_document_size=arguments.min_document_size,
+        max_document_size=arguments.max_document_size,
+        max_line_size=arguments.max_line_size,
+        quality_filters=tuple(arguments.quality_filter),
+        sample=arguments.sample,
+        documents_per_file=arguments.documents_per_file,
+        strict=arguments.strict,
+    )
+
+
+def _local(inputs: list[str], arguments: argparse.Namespace) -> list[str]:
+    """Replaces repositories of the hub by their local folders."""
+    local = []
+    for name in inputs:
+        if name.startswith(hub.PREFIX) or (_REPOSITORY.fullmatch(name) and not os.path.exists(name)):
+            folder = hub.download(name, arguments.hub_folder, tuple(arguments.hub_files), arguments.hub_revision)
+            local.append(str(folder))
+        else:
+            local.append(name)
+    return local
+
+
+def _sources(arguments: argparse.Namespace) -> list[Source]:
+    sources: list[Source] = []
+    for inputs, split in ((arguments.inputs, ""), (arguments.valid_input, "valid"), (arguments.test_input, "test")):
+        found, passed_over = find_sources(_local(inputs, arguments), split)
+        sources += found
+        for name in passed_over:
+            logger.info("%s is no corpus file and is not read", name)
+    held_out = {source.name for source in sources if source.split}
+    # A folder usually contains its own val and test files; they are not training data then.
+    return sorted(
+        (source for source in sources if source.split or source.name not in held_out), key=lambda s: (s.name, s.split)
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs one command; returns the exit status.
+
+    Raises:
+        CorpusError: with the sentence for the user.
+    """
+    if arguments.workers < 1:
+        raise CorpusError(f"--workers {arguments.workers} must be at least 1.")
+    settings = settings_from(arguments)
+    warn_of_unknown_components(settings)
+    quality_check(settings.quality_filters)
+    if arguments.download_only:
+        _local(arguments.inputs + arguments.valid_input + arguments.test_input, arguments)
+        return 0
+    sources = _sources(arguments)
+    if not sources:
+        raise CorpusError("No input is given; name files, folders, '-' or hf://OWNER/NAME.")
+    part, parts = arguments.part or ((0, 1) if arguments.merge else part_from_environment(os.environ))
+    if parts > 1 and any(source.name == STANDARD_INPUT for source in sources):
+        raise CorpusError(f"The standard input cannot be divided into {parts} parts; give files, or --part 0/1.")
+    job = CorpusJob(arguments.output, sources, settings, arguments.workers)
+    if job.open():
+        if arguments.verify:
+            job.verify()
+        logger.info("%s is complete, nothing to do", arguments.output)
+        return 0
+    if arguments.verify:
+        raise CorpusError(f"--verify: {arguments.output} is not finished; run the same command without it first.")
+    if not arguments.merge:
+        job.prepare(part, parts)
+        if parts > 1:
+            logger.info("part %d/%d is read; when all are, run the same command with --merge", part, parts)
+            return 0
+    counts = job.merge(part, parts)
+    if counts is None:
+        logger.info("shards of part %d/%d are written; when all are, run --merge without --part", part, parts)
+        return 0
+    sys.stdout.write((arguments.output / TABLE).read_text(encoding="utf-8"))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``scripts/prepare_corpus.py`` and ``python -m fairseq_implicit.corpora``."""
+    # Importing the package has configured fairseq's own logging, which a command-line tool replaces by its own.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+    try:
+        return run(build_parser().parse_args(argv))
+    except CorpusError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1

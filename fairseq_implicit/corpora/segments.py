@@ -1,0 +1,181 @@
+"""The intermediate files between reading and merging: documents of one source, ordered by hash, compressed.
+
+A segment file is a sequence of zstd frames. Each frame holds the documents of one bucket (one range of the document
+hash) out of one block of input, in hash order. The index at the end says where each bucket's frames are, so that the
+merge of a bucket reads only its own bytes of every source. Layout::
+
+    frame, frame, ...                                  records: key (16), split (u8), length (u32), text
+    index: (bucket u16, offset u64, length u32, documents u32, bytes u64) per frame, little-endian
+    footer: index offset (u64), number of index entries (u64), magic (8)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+from fairseq_implicit.corpora.problems import CorpusError
+
+_MAGIC = b"FICORP01"
+_RECORD = struct.Struct("<16sBI")
+_FOOTER = struct.Struct("<QQ8s")
+INDEX = np.dtype(
+    [("bucket", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("documents", "<u4"), ("bytes", "<u8")]
+)
+# Text that is held and sorted before it is written: larger blocks mean longer frames, smaller ones less memory.
+BLOCK_SIZE = 64 * 2**20
+# Cost of one document in memory beyond its text (the tuple, the key, the bytes object).
+_DOCUMENT_OVERHEAD = 200
+
+Stored = tuple[bytes, int, bytes]
+"""(key, split number, text)."""
+
+
+def document_key(text: bytes, seed: int) -> bytes:
+    """128-bit hash of a cleaned text: its identity for deduplication, its place in the order, its split.
+
+    Bytes 0–7 order the documents, bytes 8–15 choose the split; BLAKE2b makes the two independent.
+    """
+    return hashlib.blake2b(text, digest_size=16, key=seed.to_bytes(8, "little", signed=True)).digest()
+
+
+def derived_key(key: bytes, number: int) -> bytes:
+    """Key of a document's further copy, so that copies spread over the whole order."""
+    return hashlib.blake2b(key, digest_size=16, salt=number.to_bytes(8, "little")).digest()
+
+
+def share_of(key: bytes, purpose: int) -> float:
+    """A number in [0, 1) drawn from a key; different purposes give independent numbers (0 splits, 1 samples, ...)."""
+    digest = key[8:] if purpose == 0 else hashlib.blake2b(key, digest_size=8, salt=bytes([purpose])).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def bucket_of(key: bytes, buckets: int) -> int:
+    """Range of the hash that a key falls into, 0 to ``buckets - 1``, in the order of the keys."""
+    return int.from_bytes(key[:4], "big") * buckets >> 32
+
+
+class SegmentWriter:
+    """Writes one segment file; give it a temporary path and rename the result.
+
+    Args:
+        path: file to write.
+        buckets: number of hash ranges.
+    """
+
+    def __init__(self, path: Path, buckets: int):
+        self._path = path
+        self._file = open(path, "wb")
+        self._buckets = buckets
+        self._documents: list[Stored] = []
+        self._size = 0
+        self._offset = 0
+        self._index: list[tuple[int, int, int, int, int]] = []
+        self._hash = hashlib.sha256()
+        self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+
+    def add(self, key: bytes, split: int, text: bytes) -> None:
+        """Adds one document."""
+        self._documents.append((key, split, text))
+        self._size += len(text) + _DOCUMENT_OVERHEAD
+        if self._size >= BLOCK_SIZE:
+            self._flush()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._offset += len(data)
+
+    def _flush(self) -> None:
+        self._documents.sort()
+        start = 0
+        while start < len(self._documents):
+            bucket = bucket_of(self._documents[start][0], self._buckets)
+            parts: list[bytes] = []
+            size, end = 0, start
+            # A frame's length must fit the index's 32 bits; 1 GiB of text per frame stays far below.
+            while end < len(self._documents) and size < 2**30:
+                key, split, text = self._documents[end]
+                if bucket_of(key, self._buckets) != bucket:
+                    break
+                parts += (_RECORD.pack(key, split, len(text)), text)
+                size += len(text)
+                end += 1
+            frame = self._compressor.compress(b"".join(parts))
+            self._index.append((bucket, self._offset, len(frame), end - start, size))
+            self._write(frame)
+            start = end
+        self._documents.clear()
+        self._size = 0
+
+    def abandon(self) -> None:
+        """Removes the unfinished file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> str:
+        """Writes the index and makes the file durable; returns the file's SHA-256."""
+        self._flush()
+        index_offset = self._offset
+        self._write(np.array(self._index, dtype=INDEX).tobytes())
+        self._write(_FOOTER.pack(index_offset, len(self._index), _MAGIC))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+
+class SegmentFile:
+    """Reads one segment file bucket by bucket.
+
+    Attributes:
+        index: one entry per frame, dtype `INDEX`, sorted by bucket.
+
+    Raises:
+        CorpusError: the file is no complete segment file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(max(size - _FOOTER.size, 0))
+            footer = file.read()
+            offset, entries, magic = _FOOTER.unpack(footer) if len(footer) == _FOOTER.size else (0, 0, b"")
+            if magic != _MAGIC or offset + entries * INDEX.itemsize + _FOOTER.size != size:
+                raise CorpusError(
+                    f"The intermediate file {path} is incomplete; remove it with the .json file beside it and run the "
+                    "same command again."
+                )
+            file.seek(offset)
+            index = np.frombuffer(file.read(entries * INDEX.itemsize), dtype=INDEX)
+        self.index = index[np.argsort(index["bucket"], kind="stable")]
+
+    def documents(self, bucket: int) -> Iterator[Stored]:
+        """The documents of one bucket, frame by frame; each frame is in hash order."""
+        first, last = np.searchsorted(self.index["bucket"], [bucket, bucket + 1])
+        if first == last:
+            return
+        decompressor = zstandard.ZstdDecompressor()
+        with open(self.path, "rb") as file:
+            for entry in self.index[first:last]:
+                file.seek(int(entry["offset"]))
+                try:
+                    data = decompressor.decompress(file.read(int(entry["length"])))
+                except zstandard.ZstdError as error:
+                    raise CorpusError(
+                        f"The intermediate file {self.path} is damaged at byte {entry['offset']} ({error}); remove it "
+                        "with the .json file beside it and run the same command again."
+                    ) from error
+                position = 0
+                while position < len(data):
+                    key, split, length = _RECORD.unpack_from(data, position)
+                    position += _RECORD.size
+                    yield key, split, data[position : position + length]
+                    position += length

@@ -1,0 +1,161 @@
+"""Which files a corpus consists of and what each of them is: extension first, content where the extension is silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.records import is_oscar_2109_metadata
+from fairseq_implicit.corpora.streams import StreamDamage, compression_of, head_of, lines_of, uncompressed_blocks
+
+STANDARD_INPUT = "-"
+BOUNDARIES = ("auto", "blank-line", "line", "file")
+
+_COMPRESSION_SUFFIXES = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".bz2": "bz2", ".xz": "xz"}
+_JSON_SUFFIXES = {".jsonl", ".json", ".ndjson"}
+_TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw"}
+_OTHER_SUFFIXES = {".parquet", ".tar", ".tgz"}
+# Side files that stand next to the data in the published layouts.
+_NOT_DATA = re.compile(r"(^\.)|sha256|checksum|^readme|^license|\.md$|\.lock$|\.incomplete$", re.IGNORECASE)
+_OSCAR_METADATA = re.compile(r"_meta(_part_\d+)?(_dedup)?\.jsonl(\.gz|\.zst)?$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file: the unit of work, of resuming and of spreading over machines.
+
+    Attributes:
+        name: absolute path, or ``-`` for the standard input. Sorted names give every machine the same numbering.
+        split: "train", "valid" or "test" when the whole file belongs to one split, "" when documents are hashed.
+    """
+
+    name: str
+    split: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, 0 for the standard input."""
+        return 0 if self.name == STANDARD_INPUT else os.stat(self.name).st_size
+
+
+def suffixes_of(name: str) -> tuple[str, str | None]:
+    """(format suffix, compression by suffix): ``(".jsonl", "zst")`` for ``00.jsonl.zst``, in lower case."""
+    lower = name.lower()
+    stem, last = os.path.splitext(lower)
+    if last in _COMPRESSION_SUFFIXES:
+        return os.path.splitext(stem)[1], _COMPRESSION_SUFFIXES[last]
+    if last == ".tgz":
+        return ".tar", "gz"
+    # `blns.jsonl.zst.tar` is a tar file; its members are compressed one by one.
+    return last, None
+
+
+def is_corpus_file(name: str) -> bool:
+    """True when a folder's file of this name is read; a file named on the command line is always read."""
+    if _NOT_DATA.search(name):
+        return False
+    suffix, compression = suffixes_of(name)
+    return suffix in _JSON_SUFFIXES | _TEXT_SUFFIXES | _OTHER_SUFFIXES or (suffix == "" and compression is not None)
+
+
+def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[str]]:
+    """Expands files and folders.
+
+    Returns:
+        the sources, sorted by name, and the names of files in folders that are no corpus files.
+
+    Raises:
+        CorpusError: a path does not exist, or a folder holds nothing to read.
+    """
+    names: set[str] = set()
+    passed_over: list[str] = []
+    for path in paths:
+        if path == STANDARD_INPUT:
+            names.add(STANDARD_INPUT)
+        elif os.path.isdir(path):
+            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not _is_hidden(p, Path(path)))
+            chosen = {os.path.abspath(file) for file in files if is_corpus_file(os.path.basename(file))}
+            if not chosen:
+                raise CorpusError(
+                    f"The folder {path} holds no corpus file (.jsonl, .json, .ndjson, .txt, .tokens, .raw, .parquet or "
+                    "a compressed form of them); name the files themselves if they carry other names."
+                )
+            names |= chosen
+            passed_over += [file for file in files if os.path.abspath(file) not in chosen]
+        elif os.path.exists(path):
+            names.add(os.path.abspath(path))
+        else:
+            raise CorpusError(
+                f"The input {path} does not exist; give a file, a folder, '-' for the standard input, or "
+                "hf://OWNER/NAME for a dataset repository of the Hugging Face hub."
+            )
+    side_files = {name for name in names if name != STANDARD_INPUT and is_oscar_metadata(Path(name))}
+    return [Source(name, split) for name in sorted(names - side_files)], passed_over + sorted(side_files)
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def container_of(path: Path) -> tuple[str, str | None]:
+    """(container, compression) of a file: container is "parquet", "tar" or "stream".
+
+    Raises:
+        CorpusError: the name promises a compression that the content does not have.
+    """
+    suffix, promised = suffixes_of(path.name)
+    head = head_of(path)
+    compression = compression_of(head)
+    if promised and head and compression != promised:
+        raise CorpusError(
+            f"{path} is named like a {promised} file but does not begin like one; it may be an error page saved under "
+            "that name or a file cut at its beginning: fetch it again."
+        )
+    if head[:4] == b"PAR1":
+        return "parquet", None
+    if head[257:262] == b"ustar" or suffix == ".tar":
+        return "tar", compression
+    return "stream", compression
+
+
+def looks_like_json(name: str, head: bytes) -> bool:
+    """True when a stream is JSON lines: by the name, else by the first character that is no white space."""
+    suffix, _ = suffixes_of(name)
+    if suffix in _JSON_SUFFIXES:
+        return True
+    if suffix in _TEXT_SUFFIXES:
+        return False
+    first = head.lstrip()[:1]
+    return first == b"{" or (first == b'"' and head.lstrip().partition(b"\n")[0].rstrip().endswith(b'"'))
+
+
+def oscar_metadata_beside(path: Path) -> Path | None:
+    """OSCAR 21.09's side file of a text file if it is there: ``fr_meta_part_3.jsonl.gz`` of ``fr_part_3.txt.gz``."""
+    match = re.fullmatch(r"(.+?)(_part_\d+)?(_dedup)?\.txt(\.gz|\.zst)?", path.name)
+    if not match:
+        return None
+    language, part, dedup = match[1], match[2] or "", match[3] or ""
+    for stem in (f"{language}_meta{part}{dedup}", f"{language}{part}_meta{dedup}", f"{language}{part}{dedup}_meta"):
+        for ending in (".jsonl.gz", ".jsonl.zst", ".jsonl"):
+            candidate = path.with_name(stem + ending)
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def is_oscar_metadata(path: Path) -> bool:
+    """True for a side file of OSCAR 21.09, which has no text; 22.01 and later keep the text under the same name."""
+    if not _OSCAR_METADATA.search(path.name):
+        return False
+    try:
+        with open(path, "rb") as file:
+            compression = compression_of(file.read(16))
+            file.seek(0)
+            line = next(lines_of(uncompressed_blocks(file, compression), 2**20), None)
+        return line is not None and line[1] is not None and is_oscar_2109_metadata(json.loads(line[1]))
+    except (OSError, ValueError, StreamDamage):
+        return False  # the reader says what is wrong with it
