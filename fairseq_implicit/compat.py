@@ -2,8 +2,8 @@
 
 ``register()`` runs once, when the package is imported, which fairseq does before it loads a checkpoint or parses the
 plugin's flags: in ``fairseq-train``, in every rank, in ``fairseq-validate``, ``fairseq-preprocess``,
-``fairseq-hydra-train`` and the hub. It replaces four functions of fairseq by wrappers that call the original, and
-changes nothing for models and tasks that never meet these gaps.
+``fairseq-hydra-train`` and the hub. It puts wrappers around six functions of fairseq, each of which calls the original
+and changes nothing for models and tasks that never meet the gap.
 """
 
 import argparse
@@ -24,9 +24,10 @@ import zipfile
 import numpy as np
 import omegaconf
 import torch
-from fairseq import binarizer, checkpoint_utils, options
+from fairseq import binarizer, checkpoint_utils, nan_detector, options
 from fairseq.data import iterators
 from fairseq.distributed.utils import _TensorPlaceholder
+from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def register() -> None:
     _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_checkpoint_to_cpu)
     _wrap(checkpoint_utils, "load_checkpoint", _load_checkpoint)
     _wrap(binarizer.FileBinarizer, "multiprocess_dataset", _multiprocess_dataset)
+    _wrap(nan_detector.NanDetector, "add_hooks", _add_hooks)
     _wrap(progress_bar.BaseProgressBar, "_format_stats", _format_stats)
     atexit.register(finish_buffers)
 
@@ -131,7 +133,7 @@ def refuse_what_cannot_train(cfg: omegaconf.DictConfig) -> None:
         ValueError: copies of a job under a launcher, or precisions that fairseq only has for GPUs.
     """
     restore = cfg.checkpoint.restore_file
-    if restore != _DEFAULT_RESTORE_FILE and not os.path.exists(restore):
+    if restore != _DEFAULT_RESTORE_FILE and not PathManager.exists(restore):
         raise FileNotFoundError(
             f"--restore-file {restore} does not exist: correct the path, or leave the flag out to train from scratch."
         )
@@ -156,7 +158,12 @@ def refuse_what_cannot_train(cfg: omegaconf.DictConfig) -> None:
 
 
 def _parse_args_and_arch(original, parser, *args, **kwargs):
-    parsed = original(parser, *args, **kwargs)
+    try:
+        parsed = original(parser, *args, **kwargs)
+    except KeyError as error:
+        if error.args != (None,):
+            raise
+        raise ValueError("fairseq-validate needs --task, for example --task implicit_masked_lm.") from None
     namespace = parsed[0] if isinstance(parsed, tuple) else parsed
     without_gpu = getattr(namespace, "cpu", False) or not torch.cuda.is_available()
     _keep_bf16_off_tpu(namespace)
@@ -263,6 +270,22 @@ def find_invalid_utf8(path: str) -> typing.Tuple[int, int]:
                 return offset + error.start, number
             offset += len(line)
     return -1, -1
+
+
+# --- non-finite gradients ---------------------------------------------------------------------------------------------
+
+
+def _add_hooks(original, detector, module):
+    """Hooks that find the module with the first NaN.
+
+    fairseq's backward hooks look for a tensor in each module's output and fail where it is another structure, such as
+    a ``DepthOutput``; the user then reads that failure instead of "gradients are Nan/Inf".
+    """
+    backward, detector.backward = detector.backward, False
+    original(detector, module)
+    detector.backward = backward
+    if backward:
+        detector.bhooks.append(module.register_full_backward_hook(detector.bhook_fn))
 
 
 # --- progress bars ----------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def _log(logging_output: Dict[str, Any], name: str, value) -> None:
 
 
 def _details(statistics: List[str]) -> List[str]:
-    """The statistics that a line of text leaves out: those of single blocks (``/`` in the name) and all beyond eight."""
+    """Statistics that a line of text leaves out: those of single blocks (``/`` in the name) and all beyond eight."""
     if len(statistics) <= _SHOWN:
         return []
     of_the_whole = [name for name in statistics if "/" not in name]

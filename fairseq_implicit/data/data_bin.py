@@ -26,7 +26,7 @@ def data_folders(data: str) -> List[str]:
     folders = utils.split_paths(data)
     for folder in folders:
         if not folder:
-            raise ValueError(f"the data argument {data!r} names an empty folder: remove the superfluous '{os.pathsep}'.")
+            raise ValueError(f"the data argument {data!r} names an empty folder: remove the '{os.pathsep}' too many.")
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"the data folder {folder} does not exist: make it with {_PREPROCESS} {folder}")
     return folders
@@ -41,7 +41,9 @@ def load_dictionary(folders: List[str]) -> Dictionary:
     """
     path = os.path.join(folders[0], "dict.txt")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"the data folder {folders[0]} has no dict.txt: make it with {_PREPROCESS} {folders[0]}")
+        raise FileNotFoundError(
+            f"the data folder {folders[0]} has no dict.txt: make it with {_PREPROCESS} {folders[0]}"
+        )
     dictionary = Dictionary.load(path)
     model_path = os.path.join(folders[0], MODEL_FILE_NAME)
     if os.path.isfile(model_path):

@@ -83,9 +83,9 @@ class MaskedBlockDataset(FairseqDataset):
         largest = int(text.max())
         if largest >= self.masking.vocabulary or (text == self.masking.mask).any():
             raise ValueError(
-                f"{self.files[file].prefix}.bin holds the id {max(largest, self.masking.mask)}, which is not a token of "
-                f"the dictionary ({self.masking.vocabulary} symbols with <mask>): the data was binarised with another "
-                "dict.txt."
+                f"{self.files[file].prefix}.bin holds the id {max(largest, self.masking.mask)}, which is no token of "
+                f"the dictionary ({self.masking.vocabulary} symbols with <mask>): the data was binarised with "
+                "another dict.txt."
             )
         return np.append(self.masking.bos, text)
 

@@ -187,7 +187,9 @@ def word_starts(dictionary: Dictionary) -> np.ndarray:
     """
     starts = np.array([symbol.startswith(WORD_START) for symbol in dictionary.symbols])
     if not starts.any():
-        raise ValueError("--mask-whole-words needs a sentencepiece dictionary, and no symbol of dict.txt begins with '▁'.")
+        raise ValueError(
+            "--mask-whole-words needs a sentencepiece dictionary, but no symbol of dict.txt begins with '▁'."
+        )
     starts[: dictionary.nspecial] = True
     for index, symbol in enumerate(dictionary.symbols):
         if symbol == MASK or symbol.startswith("madeupword"):

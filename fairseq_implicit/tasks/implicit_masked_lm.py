@@ -87,12 +87,24 @@ class ImplicitMaskedLMTask(FairseqTask):
 
     @classmethod
     def load_dictionary(cls, filename: str) -> Dictionary:
-        """Dictionary of ``fairseq-preprocess --srcdict``: a sentencepiece ``.model`` reads raw text, else ``dict.txt``."""
+        """Dictionary of ``fairseq-preprocess --srcdict``: a sentencepiece ``.model`` (raw text) or a ``dict.txt``."""
         if filename.endswith(".model"):
             return SentencePieceDictionary.from_model(filename)
         if not os.path.isfile(filename):
             raise FileNotFoundError(f"--srcdict {filename}: there is no such dict.txt or sentencepiece .model.")
         return Dictionary.load(filename)
+
+    @classmethod
+    def build_dictionary(cls, filenames, **kwargs) -> Dictionary:
+        """Refuses to count words: the vocabulary is the sentencepiece model's.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "--task implicit_masked_lm needs --srcdict: a sentencepiece .model, which then reads raw text, or a "
+            "dict.txt for text that is already split into pieces."
+        )
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> MaskedBlockDataset:
         """Loads a split; the training split of epoch ``e`` comes from folder ``(e - 1) mod folders``.
@@ -130,7 +142,8 @@ class ImplicitMaskedLMTask(FairseqTask):
         if len(dropped):
             raise ValueError(
                 f"{len(dropped):,} of {len(indices):,} blocks are longer than the {max_positions} tokens that the "
-                f"model's --max-positions or --max-tokens allows: lower --tokens-per-sample {self.cfg.tokens_per_sample}."
+                "model's --max-positions or --max-tokens allows: lower --tokens-per-sample "
+                f"{self.cfg.tokens_per_sample}."
             )
         return kept
 

@@ -1,0 +1,237 @@
+"""Shared fixtures: a toy corpus, its sentencepiece model and data folder, and fairseq's commands in this process.
+
+Everything is made once per session in a temporary folder; fairseq is imported only by tests that ask for it.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+NOUNS = "encoder solver field block state step scheme order residual gradient tableau stage token mask corpus".split()
+VERBS = "integrates bounds repeats follows corrects predicts shortens measures divides restores".split()
+ADJECTIVES = "implicit explicit stable learned fixed embedded continuous deep shallow exact".split()
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    noun, other = rng.choice(NOUNS, 2)
+    text = f"the {rng.choice(ADJECTIVES)} {noun} {rng.choice(VERBS)} the {rng.choice(ADJECTIVES)} {other}"
+    return text + (f" in {rng.integers(1, 100)} steps." if rng.random() < 0.3 else ".")
+
+
+def _document(rng: np.random.Generator) -> str:
+    lines = [" ".join(_sentence(rng) for _ in range(rng.integers(1, 5))) for _ in range(rng.integers(1, 8))]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="session")
+def toy_text(tmp_path_factory):
+    """Files ``train``, ``valid``, ``test`` of made-up English: one paragraph per line, blank lines between documents."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    files = {}
+    for split, documents in (("train", 60), ("valid", 10), ("test", 5)):
+        files[split] = folder / f"{split}.txt"
+        text = "\n".join(_document(rng) for _ in range(documents))
+        if split == "train":  # a paragraph much longer than any block
+            text += "\n" + " ".join(_sentence(rng) for _ in range(60)) + "\n"
+        files[split].write_text(text, encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="session")
+def toy_model(toy_text):
+    """Path of a unigram sentencepiece model of 180 pieces."""
+    import sentencepiece
+
+    prefix = toy_text["train"].with_name("toy")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(toy_text["train"]),
+        model_prefix=str(prefix),
+        vocab_size=180,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return str(prefix) + ".model"
+
+
+@pytest.fixture(scope="session")
+def fairseq_preprocess():
+    """``fairseq-preprocess`` in this process: takes the command's arguments."""
+
+    def preprocess(*argv):
+        import fairseq_cli.preprocess as command
+        from fairseq import options
+
+        import fairseq_implicit  # noqa: F401  (registers the task)
+
+        try:
+            command.main(options.get_preprocessing_parser().parse_args([str(arg) for arg in argv]))
+        finally:
+            for handler in list(command.logger.handlers):
+                handler.close()
+                command.logger.removeHandler(handler)
+
+    return preprocess
+
+
+@pytest.fixture(scope="session")
+def toy_data(toy_text, toy_model, fairseq_preprocess, tmp_path_factory):
+    """Data folder binarised from raw text in one step."""
+    folder = tmp_path_factory.mktemp("data") / "bin"
+    fairseq_preprocess(
+        *("--task", "implicit_masked_lm", "--only-source", "--srcdict", toy_model, "--destdir", folder),
+        *("--trainpref", toy_text["train"], "--validpref", toy_text["valid"], "--testpref", toy_text["test"]),
+    )
+    return str(folder)
+
+
+class _Records(logging.Handler):
+    """Collects the JSON lines of fairseq's progress bars as ``(tag, dict of numbers)``."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.text = []
+
+    def emit(self, record):
+        message = record.getMessage()
+        self.text.append(message)
+        if message.startswith("{") and record.name in ("train_inner", "train", "valid", "test"):
+            stats = {key: float(value) for key, value in json.loads(message).items() if value is not None}
+            self.found.append((record.name, stats))
+
+
+class Run(list):
+    """``(tag, metrics)`` of every line that a command logged, in order; ``text`` has all log messages."""
+
+    def __init__(self, records: _Records):
+        super().__init__(records.found)
+        self.text = "\n".join(records.text)
+
+    def metrics(self, tag: str):
+        """The metrics of all lines of one tag (``train_inner``, ``train``, ``valid``)."""
+        return [stats for name, stats in self if name == tag]
+
+    def losses(self, tag: str = "train_inner"):
+        """Losses of one tag, by number of updates."""
+        prefix = "" if tag == "train_inner" else tag + "_"
+        return {int(stats[prefix + "num_updates"]): stats[prefix + "loss"] for stats in self.metrics(tag)}
+
+
+def _reset_fairseq():
+    """Forgets what fairseq keeps in function attributes and module globals between runs of one process."""
+    import fairseq_cli.train as train
+    from fairseq import checkpoint_utils
+    from fairseq.logging import metrics, progress_bar
+
+    metrics.reset()
+    for function, names in (
+        (checkpoint_utils.save_checkpoint, ["best"]),
+        (train.should_stop_early, ["best", "num_runs"]),
+    ):
+        for name in names:
+            if hasattr(function, name):
+                delattr(function, name)
+    progress_bar._tensorboard_writers.clear()
+
+
+def _recorded(command):
+    records = _Records()
+    logger = logging.getLogger("fairseq")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    root = logging.getLogger()
+    root.addHandler(records)
+    try:
+        command()
+    finally:
+        root.removeHandler(records)
+        logger.setLevel(level)
+    return Run(records)
+
+
+@pytest.fixture(scope="session")
+def fairseq_train():
+    """``fairseq-train`` in this process: takes the command's arguments, returns a ``Run``.
+
+    Runs on the CPU with JSON logs; numbers in a log line are fairseq's printed ones.
+    """
+
+    def train(*argv):
+        import fairseq_cli.train as command
+        from fairseq import options
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+        import fairseq_implicit  # noqa: F401  (get_parser reads sys.argv, not argv, to find --user-dir)
+
+        _reset_fairseq()
+        common = "--cpu --num-workers 0 --data-buffer-size 0 --log-format json --log-interval 1 --no-epoch-checkpoints"
+        arguments = [str(arg) for arg in argv] + common.split()
+        parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
+        return _recorded(lambda: command.main(convert_namespace_to_omegaconf(parsed)))
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def fairseq_validate():
+    """``fairseq-validate`` in this process: takes the command's arguments, returns the metrics of the subset."""
+
+    def validate(*argv):
+        import fairseq_cli.validate as command
+        from fairseq import options
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+        import fairseq_implicit  # noqa: F401
+
+        _reset_fairseq()
+        arguments = [str(arg) for arg in argv] + ["--cpu", "--num-workers", "0", "--log-format", "json"]
+        parsed = options.parse_args_and_arch(options.get_validation_parser(), arguments)
+        given = options.parse_args_and_arch(options.get_validation_parser(), arguments, suppress_defaults=True)
+        run = _recorded(lambda: command.main(convert_namespace_to_omegaconf(parsed), override_args=given))
+        return run.metrics("valid")[-1]
+
+    return validate
+
+
+@pytest.fixture(scope="session")
+def toy_flags(toy_data):
+    """Flags of a tiny pretraining run on the toy data, without its end (``--max-update``) and ``--save-dir``."""
+    return (
+        f"{toy_data} --task implicit_masked_lm --criterion implicit_masked_lm --arch ode_bert_rk2_tiny "
+        "--encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --tokens-per-sample 32 --batch-size 4 "
+        "--optimizer adam --lr 2e-3 --lr-scheduler fixed"
+    ).split()
+
+
+@pytest.fixture(scope="session")
+def checkout():
+    """Root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def command_line():
+    """Starts one of fairseq's commands as a process of its own: ``command_line("fairseq-train", *argv, **environment)``."""
+
+    def start(name, *argv, **environment):
+        modules = {"fairseq-train": "fairseq_cli.train", "fairseq-hydra-train": "fairseq_cli.hydra_train"}
+        script = f"import sys; from {modules[name]} import cli_main; sys.argv[0] = {name!r}; cli_main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, argv)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment},
+        )
+
+    return start

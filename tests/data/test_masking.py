@@ -1,0 +1,114 @@
+"""80/10/10 masks: their rates, what they spare, and what they are drawn from."""
+
+import numpy as np
+import pytest
+from fairseq.data import Dictionary
+
+from fairseq_implicit.data.masking import Masking
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    """100 pieces of which every third begins a word, some madeupwords, <mask>."""
+    made = Dictionary()
+    for i in range(100):
+        made.add_symbol(("\u2581" if i % 3 == 0 else "") + f"p{i}")
+    for i in range(5):
+        made.add_symbol(f"madeupword{i:04d}", n=0)
+    made.add_symbol("<mask>")
+    return made
+
+
+def sequence(rng, length=1000):
+    tokens = rng.integers(3, 104, length)  # <unk> and pieces
+    tokens[0] = 0
+    tokens[rng.integers(1, length, length // 20)] = 2
+    tokens[-1] = 2
+    return tokens
+
+
+def test_rates(dictionary):
+    masking = Masking.for_dictionary(dictionary)
+    counts = np.zeros(4)
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        tokens = sequence(rng)
+        source, target = masking.apply(tokens, rng)
+        chosen = target != masking.pad
+        counts += [
+            ((tokens != 0) & (tokens != 2)).sum(),
+            chosen.sum(),
+            (source[chosen] == masking.mask).sum(),
+            (source[chosen] == tokens[chosen]).sum(),
+        ]
+        assert (target[chosen] == tokens[chosen]).all()
+        assert (source[~chosen] == tokens[~chosen]).all()
+    maskable, chosen, masked, kept = counts
+    assert chosen / maskable == pytest.approx(0.15, abs=0.001)
+    assert masked / chosen == pytest.approx(0.8, abs=0.01)
+    assert kept / chosen == pytest.approx(0.1 + 0.1 / 100, abs=0.01)  # a random token may be the same one
+
+
+def test_special_symbols_are_neither_masked_nor_drawn(dictionary):
+    masking = Masking.for_dictionary(dictionary, probability=0.9, random=1.0, leave_unmasked=0.0)
+    rng = np.random.default_rng(0)
+    drawn = set()
+    for _ in range(50):
+        tokens = sequence(rng)
+        source, target = masking.apply(tokens, rng)
+        special = (tokens == 0) | (tokens == 2)
+        assert (target[special] == masking.pad).all() and (source[special] == tokens[special]).all()
+        drawn |= set(source[target != masking.pad].tolist())
+    assert drawn == set(range(4, 104))
+
+
+def test_probabilistic_rounding_keeps_short_sequences_at_the_rate(dictionary):
+    masking = Masking.for_dictionary(dictionary)
+    rng = np.random.default_rng(0)
+    tokens = np.array([0, 10, 11, 12, 2])
+    chosen = sum((masking.apply(tokens, rng)[1] != masking.pad).sum() for _ in range(20000))
+    assert chosen / 60000 == pytest.approx(0.15, abs=0.005)
+
+
+def test_whole_words_share_one_fate(dictionary):
+    masking = Masking.for_dictionary(dictionary, whole_words=True, probability=0.3)
+    starts = masking.word_starts
+    rng = np.random.default_rng(0)
+    chosen_words = words = 0
+    for _ in range(50):
+        tokens = sequence(rng)
+        source, target = masking.apply(tokens, rng)
+        special = (tokens == 0) | (tokens == 2)
+        begins = ~special & (starts[tokens] | np.append(True, special[:-1]))
+        for word in np.split(np.arange(len(tokens)), np.flatnonzero(begins | special))[1:]:
+            if special[word[0]]:
+                continue
+            chosen = target[word] != masking.pad
+            assert chosen.all() or not chosen.any()
+            masked = source[word] == masking.mask
+            assert masked.all() or not masked.any()
+            words += 1
+            chosen_words += chosen[0]
+    assert chosen_words / words == pytest.approx(0.3, abs=0.01)
+
+
+def test_nothing_to_mask(dictionary):
+    for whole in (False, True):
+        masking = Masking.for_dictionary(dictionary, whole_words=whole)
+        source, target = masking.apply(np.array([0, 2]), np.random.default_rng(0))
+        assert source.tolist() == [0, 2] and target.tolist() == [masking.pad] * 2
+
+
+@pytest.mark.parametrize(
+    "shares, flag",
+    [
+        (dict(probability=0.0), "--mask-prob"),
+        (dict(probability=1.0), "--mask-prob"),
+        (dict(leave_unmasked=-0.1), "--leave-unmasked-prob"),
+        (dict(random=1.1), "--random-token-prob"),
+        (dict(random=0.6, leave_unmasked=0.5), "add up to more than 1"),
+    ],
+)
+def test_refuses_impossible_shares(dictionary, shares, flag):
+    with pytest.raises(ValueError, match=flag):
+        Masking.for_dictionary(dictionary, **shares)
