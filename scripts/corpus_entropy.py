@@ -52,11 +52,14 @@ def entropies(train: np.ndarray, valid: np.ndarray, vocabulary: int, eos: int) -
     nats = -np.log(unigram[valid[target]]).mean()
 
     # Ney et al. 1994: absolute discounting, the rest spread by the number of different tokens that a type follows.
-    pairs, counts = np.unique(train[:-1].astype(np.int64) * vocabulary + train[1:], return_counts=True)
+    follows = train[1:] != eos
+    pairs = train[:-1][follows].astype(np.int64) * vocabulary + train[1:][follows]
+    pairs, counts = np.unique(pairs, return_counts=True)
     before, after = pairs // vocabulary, pairs % vocabulary
     total = np.bincount(before, weights=counts, minlength=vocabulary)
     different = np.bincount(before, minlength=vocabulary)
     continuation = np.bincount(after, minlength=vocabulary) + 1.0
+    continuation[eos] = 0.0
     continuation /= continuation.sum()
     context, token = valid[:-1][target[1:]].astype(np.int64), valid[1:][target[1:]]
     wanted = context * vocabulary + token

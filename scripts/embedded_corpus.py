@@ -50,16 +50,25 @@ def source_files(root: str, prefix: str) -> List[SourceFile]:
     return sorted(found)
 
 
+def in_source_order(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree, depth first."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting.extend(reversed(list(ast.iter_child_nodes(node))))
+
+
 def docstrings(source: str) -> Iterator[str]:
     """The documentation strings of a module: its own, those of its classes and functions, and the texts that torch
-    attaches to compiled functions by calling `add_docstr`.
+    attaches to compiled functions by calling `add_docstr`, in the order of the source.
 
     Raises SyntaxError or ValueError when `source` is no Python.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an invalid escape in someone else's source is no news
         tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in in_source_order(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=True)
             if text:

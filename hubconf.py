@@ -1,0 +1,16 @@
+"""Entry points of torch.hub:
+
+    torch.hub.load("path/to/this/checkout", "ode_bert", source="local", path="folder", checkpoint_file="checkpoint_best.pt")
+
+`path` is the checkpoint's folder. The dictionary and the sentencepiece model are looked for there, then in the data
+folder that the checkpoint names; further keywords override fields of the model (`ode_scheme="rk4"`).
+"""
+
+dependencies = ["torch", "fairseq", "sentencepiece"]
+
+from fairseq_implicit.models.ode_bert import OdeBertModel  # noqa: E402
+
+
+def ode_bert(path, checkpoint_file="checkpoint_best.pt", **overrides):
+    """A trained ODE-BERT behind the hub interface (encode, decode, extract_features, fill_mask, predict)."""
+    return OdeBertModel.from_pretrained(path, checkpoint_file, **overrides)
