@@ -1,0 +1,84 @@
+"""fairseq's memory-mapped dataset format, written from arrays.
+
+``.bin`` holds the token ids of all lines without gaps. ``.idx`` holds the magic ``MMIDIDX\\0\\0``, version 1 (u64), the
+type code (u8), the number of lines (u64), the length of each line (int32) and its byte offset in ``.bin`` (int64).
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+
+_MAGIC = b"MMIDIDX\x00\x00"
+HEADER_SIZE = 26
+INDEX_ENTRY_SIZE = 12
+_TYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
+# Lines whose offsets are computed at once.
+_BLOCK = 2**20
+
+
+def join_parts(parts: list[Path], prefix: Path, dtype: np.dtype) -> tuple[int, int]:
+    """Joins consecutive parts into ``<prefix>.bin`` and ``<prefix>.idx``.
+
+    Args:
+        parts: in order; part ``p`` consists of ``p.ids`` (token ids) and ``p.lengths`` (int32 line lengths).
+        prefix: path of the result without its suffix.
+        dtype: type of the ids.
+
+    Returns:
+        the numbers of lines and of tokens.
+    """
+    with open(prefix.with_name(prefix.name + ".bin"), "wb") as output:
+        for part in parts:
+            with open(_ids(part), "rb") as ids:
+                shutil.copyfileobj(ids, output, 2**22)
+    lines = sum(_lengths(part).stat().st_size // 4 for part in parts)
+    tokens = 0
+    with open(prefix.with_name(prefix.name + ".idx"), "wb") as output:
+        output.write(_MAGIC + struct.pack("<QBQ", 1, _TYPE_CODES[np.dtype(dtype)], lines))
+        for part in parts:
+            with open(_lengths(part), "rb") as lengths:
+                shutil.copyfileobj(lengths, output, 2**22)
+        for part in parts:
+            with open(_lengths(part), "rb") as file:
+                while len(lengths := np.fromfile(file, dtype=np.int32, count=_BLOCK)):
+                    ends = tokens + np.cumsum(lengths, dtype=np.int64)
+                    output.write(((ends - lengths) * np.dtype(dtype).itemsize).tobytes())
+                    tokens = int(ends[-1])
+    return lines, tokens
+
+
+def _ids(part: Path) -> Path:
+    return part.with_name(part.name + ".ids")
+
+
+def _lengths(part: Path) -> Path:
+    return part.with_name(part.name + ".lengths")
+
+
+class PartWriter:
+    """Writes one part under temporary names; `close` publishes it, lengths last."""
+
+    def __init__(self, part: Path, suffix: str):
+        self._part = part
+        self._temporaries = [path.with_name(path.name + suffix) for path in (_ids(part), _lengths(part))]
+        self._files = [open(path, "wb") for path in self._temporaries]
+
+    @staticmethod
+    def is_complete(part: Path) -> bool:
+        """True when the part was published."""
+        return _lengths(part).is_file()
+
+    def write(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Appends lines."""
+        self._files[0].write(ids.tobytes())
+        self._files[1].write(lengths.tobytes())
+
+    def close(self) -> None:
+        """Publishes the part."""
+        for file, temporary, path in zip(self._files, self._temporaries, (_ids(self._part), _lengths(self._part))):
+            file.close()
+            temporary.replace(path)
