@@ -275,9 +275,6 @@ def solve(
 
     with torch.autocast(device, enabled=False):
         result = _iterate(f, z0.to(algebra_dtype(z0.dtype)), config, tol, dtype, valid, scale, capture, evaluate)
-    if autocast:
-        # Weights cast without a graph must not be served to a later call that wants their gradient.
-        torch.clear_autocast_cache()
     rows, iterates = result
     return FixedPointResult(
         state=rows.best.to(z0.dtype),

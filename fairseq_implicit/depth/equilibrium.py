@@ -1,0 +1,373 @@
+"""An equilibrium as the depth of an encoder: ``z* = f(z*; x)`` instead of a stack of layers."""
+
+import contextlib
+import logging
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
+from fairseq_implicit.depth.schedule import UpdateCount
+from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, field_dtype, solve
+from fairseq_implicit.solvers.implicit_grad import AdjointRecord, Equilibrium, GradientConfig, equilibrium
+from fairseq_implicit.solvers.jacobian import (
+    frobenius_double_backward,
+    frobenius_finite_difference,
+    spectral_radius,
+)
+
+logger = logging.getLogger(__name__)
+
+ESTIMATORS = ("finite-difference", "double-backward")
+INITIAL_STATES = ("zero", "input")
+
+RADIUS_STEPS = 20  # products with the Jacobian per estimate of the spectral radius
+ALARM_RESIDUAL = 0.05  # mean relative residual above which training is warned
+ALARM_INTERVAL = 100  # updates between two warnings
+ACCEPTED_SHARE = 0.95  # share of samples that must converge at update 0
+
+
+class NonConvergentCellError(ValueError):
+    """The cell does not converge at update 0."""
+
+
+@dataclass(frozen=True)
+class EquilibriumConfig:
+    """What is solved and how it is differentiated.
+
+    Attributes:
+        cell: the map.
+        solver: forward solver at its full budget; evaluation always uses it.
+        gradient: the gradient after all phases.
+        phases: the schedule that leads there.
+        prelude_layers: ordinary layers before the equilibrium.
+        coda_layers: ordinary layers after it.
+        initial_state: ``zero`` or ``input``.
+        recompute: recompute the cell in the backward pass (``phantom``, ``jfb`` and ``bptt`` only).
+        correction: evaluation numbers whose ``f(z)`` is also trained to predict (fixed-point correction).
+        correction_weight: weight of the last of them.
+        correction_decay: factor from each to the one before.
+        jacobian_estimator: ``finite-difference`` or ``double-backward``.
+        jacobian_probes: random directions per estimate.
+        monitor_interval: updates between measurements of spectral radius and Jacobian norm; 0 for never.
+        allow_nonconvergent: train a cell that does not converge at update 0.
+
+    Raises:
+        OptionError, ValueError: an impossible value or combination.
+    """
+
+    cell: CellConfig
+    solver: FixedPointConfig = field(default_factory=FixedPointConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    phases: PhaseConfig = field(default_factory=PhaseConfig)
+    prelude_layers: int = 0
+    coda_layers: int = 0
+    initial_state: str = "zero"
+    recompute: bool = False
+    correction: Tuple[int, ...] = ()
+    correction_weight: float = 1.0
+    correction_decay: float = 0.8
+    jacobian_estimator: str = "finite-difference"
+    jacobian_probes: int = 1
+    monitor_interval: int = 100
+    allow_nonconvergent: bool = False
+
+    def __post_init__(self):
+        gradient, layer, injection = self.gradient, self.cell.layer, self.cell.injection
+        self.phases.check(self.solver, gradient)
+        for name in ("prelude_layers", "coda_layers", "monitor_interval"):
+            if getattr(self, name) < 0:
+                raise OptionError(name, f"{getattr(self, name)} is negative.")
+        if self.initial_state not in INITIAL_STATES:
+            raise OptionError("initial_state", f"{self.initial_state!r} is unknown; choose one of zero, input.")
+        if self.jacobian_estimator not in ESTIMATORS:
+            raise OptionError(
+                "jacobian_estimator", f"{self.jacobian_estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}."
+            )
+        if self.jacobian_probes < 1:
+            raise OptionError(
+                "jacobian_probes", f"{self.jacobian_probes} directions estimate nothing; give at least 1."
+            )
+        if not self.cell.final_norm and gradient.kind != "bptt":
+            raise OptionError(
+                "no_final_norm",
+                "a pre-norm cell without a norm at its end has spectral radius 1 whatever its weights, so it has no "
+                f"equilibrium for {gradient.name} to differentiate; keep the norm or unroll with bptt-K.",
+            )
+        if not injection.residual and not injection.qkv and self.initial_state == "zero":
+            raise OptionError(
+                "injection",
+                "nothing of the input would reach the state; inject it or start from it (initial state input).",
+            )
+        noisy = max(layer.dropout, layer.attention_dropout, layer.activation_dropout) > 0
+        if layer.dropout_policy == "independent" and noisy and gradient.kind != "bptt":
+            which = "attention dropout" if layer.attention_dropout > 0 else "dropout"
+            raise OptionError(
+                "stage_dropout",
+                f"{which} with a new mask at every evaluation leaves no fixed point to solve for; share the masks "
+                "(stage dropout shared) or set the rates to 0.",
+            )
+        if self.recompute and gradient.kind in ("ift", "neumann", "reversible"):
+            raise OptionError(
+                "checkpoint_activations",
+                f"{gradient.name} differentiates one evaluation many times in the backward pass, which recomputation "
+                "would repeat or, in its reentrant form, refuse; its memory does not grow with the budget anyway.",
+            )
+        for count in self.correction:
+            if not 1 <= count < (gradient.steps if gradient.kind == "bptt" else self.solver.max_iter):
+                raise OptionError("correction", f"evaluation {count} lies outside the budget.")
+        if self.correction and gradient.kind == "reversible":
+            raise OptionError(
+                "correction", "the reversible iteration keeps no iterates to correct; drop one of the two."
+            )
+        if list(self.correction) != sorted(set(self.correction)):
+            raise OptionError("correction", "the evaluation numbers must rise.")
+        if self.correction_weight <= 0 or not 0 < self.correction_decay <= 1:
+            raise OptionError("correction_weight", "weight must be positive and decay in (0, 1].")
+
+
+class EquilibriumDepth(nn.Module):
+    """Prelude, equilibrium, coda.
+
+    Statistics, the same names for every batch:
+
+    - ``evaluations_forward``, ``…_p95``, ``…_max``: evaluations of the cell that the solver spent, over the samples
+      of the batch; the tracked evaluations after it are not counted.
+    - ``residual``, ``converged_share``: of the forward solve, over the samples.
+    - ``evaluations_backward``, ``…_p95``, ``…_max``, ``adjoint_residual``, ``adjoint_fallbacks`` (samples): of the
+      *previous* backward pass, the only one known when the batch is logged; 0 before the first.
+    - ``spectral_radius``, ``jacobian_norm`` (‖J‖_F / √N): measured every ``monitor_interval`` updates and repeated
+      in between; 0 before the first measurement of a run.
+    - ``injection_gain`` (0 without residual injection), ``evaluation_budget``.
+
+    Args:
+        config: see :class:`EquilibriumConfig`.
+    """
+
+    def __init__(self, config: EquilibriumConfig):
+        super().__init__()
+        self.config = config
+        layer = config.cell.layer
+        self.prelude = nn.ModuleList(CellLayer(layer) for _ in range(config.prelude_layers))
+        self.cell = EquilibriumCell(config.cell)
+        self.coda = nn.ModuleList(CellLayer(layer) for _ in range(config.coda_layers))
+        # Pre-norm layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
+        unfinished = layer.kind == "pre-norm" and (config.coda_layers > 0 or not config.cell.final_norm)
+        self.output_norm = nn.LayerNorm(layer.dim) if unfinished else None
+        self.updates = UpdateCount()
+        self.adjoint = AdjointRecord()
+        self.checked = False
+        self.measured_at = -1
+        self.spectral_radius = 0.0
+        self.jacobian_norm = 0.0
+        self.alarmed_at = -ALARM_INTERVAL
+
+    def phase(self) -> Phase:
+        """What this pass does: the schedule's phase in training, the full solve in evaluation."""
+        config = self.config
+        if not self.training:
+            return Phase(config.solver, config.gradient, 0.0)
+        return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
+    ) -> DepthOutput:
+        """Solve for the equilibrium of ``x``.
+
+        Args:
+            x: embedding ``(batch, time, dim)``.
+            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            return_hidden_states: collect the input and the states after prelude, equilibrium and coda layers.
+
+        Raises:
+            NonConvergentCellError: at update 0 of training, when the cell does not converge.
+        """
+        hidden = [x] if return_hidden_states else None
+        x = self._through(self.prelude, x, padding_mask, hidden)
+        # Weights that are computed from others (weight norm) are computed once per pass.
+        cached = parametrize.cached() if self.config.cell.weight_norm else contextlib.nullcontext()
+        with cached:
+            cell = self.cell.prepare(x, padding_mask)
+            phase = self.phase()
+            valid = None if padding_mask is None else ~padding_mask
+            if self.training and not self.checked and self.updates.value == 0:
+                self._check_convergence(cell, x, valid)
+            found = self._solve(cell, x, valid, phase)
+            penalties = self._penalties(cell, found, valid, phase)
+            if self.training:
+                self._monitor(cell, found, valid)
+        state = self._finish(found.state, padding_mask, hidden, collect=True)
+        auxiliary = [
+            (weight, self._finish(found.iterates[count], padding_mask, None))
+            for count, weight in self._correction_weights()
+        ]
+        return DepthOutput(state, hidden, self._statistics(found, phase), penalties, auxiliary)
+
+    def _through(self, layers, state: Tensor, padding_mask, hidden: Optional[List[Tensor]]) -> Tensor:
+        for layer in layers:
+            state = layer.prepare_map(state, padding_mask)(state)
+            if padding_mask is not None:
+                state = state.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+            if hidden is not None:
+                hidden.append(state)
+        return state
+
+    def _finish(self, state: Tensor, padding_mask, hidden: Optional[List[Tensor]], collect: bool = False) -> Tensor:
+        if collect and hidden is not None:
+            hidden.append(state)
+        state = self._through(self.coda, state, padding_mask, hidden)
+        if self.output_norm is not None:
+            state = self.output_norm(state)
+            if padding_mask is not None:
+                state = state.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        return state
+
+    def _initial_state(self, x: Tensor) -> Tensor:
+        return x if self.config.initial_state == "input" else torch.zeros_like(x)
+
+    def _solve(self, cell: CellMap, x: Tensor, valid: Optional[Tensor], phase: Phase) -> Equilibrium:
+        f = cell
+        if self.config.recompute and torch.is_grad_enabled():
+            # All noise was drawn when the cell was prepared, so there is no random state to restore.
+            def f(z: Tensor) -> Tensor:
+                if not torch.is_grad_enabled():
+                    return cell(z)
+                return checkpoint(cell, z, use_reentrant=False, preserve_rng_state=False)
+
+        return equilibrium(
+            f,
+            self._initial_state(x),
+            phase.solver,
+            phase.gradient,
+            valid,
+            self.adjoint,
+            depends_on=cell.depends_on,
+            capture=self.config.correction if self.training else (),
+        )
+
+    def _correction_weights(self) -> List[Tuple[int, float]]:
+        """``(evaluation, weight)``: γ^(n−1−i) times the weight, in training."""
+        counts = self.config.correction if self.training else ()
+        last = len(counts) - 1
+        return [
+            (count, self.config.correction_weight * self.config.correction_decay ** (last - place))
+            for place, count in enumerate(counts)
+        ]
+
+    def _penalties(self, cell: CellMap, found: Equilibrium, valid, phase: Phase) -> Dict[str, Tensor]:
+        config = self.config
+        if not config.phases.jacobian_weight:
+            return {}
+        if not self.training or not phase.jacobian_weight:
+            return {"jacobian_penalty": found.state.new_zeros((), dtype=torch.float32)}
+        point = (found.state if found.point is None else found.point).detach()
+        if config.jacobian_estimator == "double-backward":
+            estimate = frobenius_double_backward(cell, point, config.jacobian_probes, valid)
+        else:
+            precision = field_dtype(point)
+            estimate = frobenius_finite_difference(cell, point, cell(point), precision, config.jacobian_probes, valid)
+        return {"jacobian_penalty": phase.jacobian_weight * estimate}
+
+    @torch.no_grad()
+    def _measure(self, cell: CellMap, point: Tensor, valid: Optional[Tensor]) -> None:
+        """Spectral radius and Jacobian norm at ``point``; the training's random numbers are not touched."""
+        generator = torch.Generator().manual_seed(self.config.phases.seed + self.updates.value)
+        radius = spectral_radius(cell, point, RADIUS_STEPS, valid, generator)
+        square = frobenius_finite_difference(cell, point, cell(point), field_dtype(point), 1, valid, generator)
+        self.spectral_radius, self.jacobian_norm = torch.stack([radius.mean(), square.sqrt()]).tolist()
+        self.measured_at = self.updates.value
+
+    def _monitor(self, cell: CellMap, found: Equilibrium, valid: Optional[Tensor]) -> None:
+        update, interval = self.updates.value, self.config.monitor_interval
+        if interval and update % interval == 0 and self.measured_at != update:
+            self._measure(cell, (found.state if found.point is None else found.point).detach(), valid)
+        if not found.solve.converged.all():
+            mean = float(found.solve.residual.mean())
+            # A network that is being unrolled is not asked to converge yet.
+            solving = found.point is not None and self.config.solver.criterion == "relative"
+            if solving and not mean <= ALARM_RESIDUAL and update - self.alarmed_at >= ALARM_INTERVAL:
+                self.alarmed_at = update
+                logger.warning(
+                    "update %d: the mean residual %.3f of the equilibrium is above %.2f (%s); raise the budget, or "
+                    "strengthen the contraction: a larger injection gain, a Jacobian penalty, a smaller learning rate",
+                    update,
+                    mean,
+                    ALARM_RESIDUAL,
+                    found.solve.sentence(),
+                )
+
+    @torch.no_grad()
+    def _check_convergence(self, cell: CellMap, x: Tensor, valid: Optional[Tensor]) -> None:
+        """Solve once at full budget at update 0, say how it went, and refuse a cell that has no equilibrium.
+
+        Raises:
+            NonConvergentCellError: too few samples converge and nobody has allowed it.
+        """
+        self.checked = True
+        config = self.config
+        result = solve(cell, self._initial_state(x), config.solver, valid)
+        self._measure(cell, result.state, valid)
+        evaluations, residual, share = torch.stack(
+            [result.evaluations.double().mean(), result.residual.double().mean(), result.converged.double().mean()]
+        ).tolist()
+        logger.info(
+            "equilibrium at update 0: spectral radius %.3f, Jacobian norm %.3f, %.1f evaluations (budget %d), "
+            "residual %.1e (tolerance %.0e), %.0f %% of the samples converged",
+            self.spectral_radius,
+            self.jacobian_norm,
+            evaluations,
+            config.solver.max_iter,
+            residual,
+            result.tolerance,
+            100 * share,
+        )
+        if share >= ACCEPTED_SHARE or not config.gradient.uses_solver or config.allow_nonconvergent:
+            return
+        raise NonConvergentCellError(
+            f"The cell does not converge: after {config.solver.max_iter} evaluations {100 * share:.0f} % of the "
+            f"samples meet the tolerance {result.tolerance:g} (mean residual {residual:.2g}, spectral radius "
+            f"{self.spectral_radius:.2f}). {self._advice()} --deq-allow-nonconvergent trains it as it is."
+        )
+
+    def _advice(self) -> str:
+        injection = self.config.cell.injection
+        if not injection.residual:
+            return "Inject the input into the residual stream (--deq-injection residual), which makes the map contract;"
+        if self.spectral_radius < 0.95:
+            return "It contracts, so raise --deq-max-iter or loosen --deq-tol;"
+        return (
+            f"Raise --deq-injection-gain above {injection.gain:g}, lower the scale of the initial weights, or set "
+            "--deq-jacobian-weight;"
+        )
+
+    def _statistics(self, found: Equilibrium, phase: Phase) -> Dict[str, object]:
+        result, adjoint = found.solve, self.adjoint
+        gain = self.cell.injection.gain
+        forward, backward = (
+            torch.as_tensor(counts, dtype=torch.float32).flatten()
+            for counts in (result.evaluations, adjoint.evaluations)
+        )
+        budget = phase.solver.max_iter if phase.gradient.kind != "bptt" else phase.gradient.steps
+        # The first ones are those that a line of text shows.
+        return {
+            "evaluations_forward": forward.mean(),
+            "evaluations_backward": backward.mean(),
+            "residual": result.residual.float().mean(),
+            "converged_share": result.converged.float().mean(),
+            "adjoint_fallbacks": torch.as_tensor(adjoint.fallbacks, dtype=torch.float32),
+            "spectral_radius": self.spectral_radius,
+            "injection_gain": 0.0 if gain is None else gain.detach(),
+            "evaluation_budget": float(budget),
+            "jacobian_norm": self.jacobian_norm,
+            "adjoint_residual": torch.as_tensor(adjoint.residual, dtype=torch.float32).mean(),
+            "evaluations_forward_p95": forward.quantile(0.95),
+            "evaluations_forward_max": forward.max(),
+            "evaluations_backward_p95": backward.quantile(0.95),
+            "evaluations_backward_max": backward.max(),
+        }

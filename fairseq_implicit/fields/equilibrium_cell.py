@@ -1,0 +1,191 @@
+"""The map whose fixed point is a deep-equilibrium encoder: transformer layers around an injected input.
+
+=========  ==================================================================================================
+post-norm  ``y = LN(z + g u + Drop(Attn z))``, ``f(z) = LN(y + Drop(FFN y))``
+pre-norm   ``y = z + g u``, ``y += Drop(Attn(LN y))``, ``y += Drop(FFN(LN y))``, ``f(z) = LN(y)``
+=========  ==================================================================================================
+
+with ``u = LN(x)`` the normalised input and g a learnable gain. The norm at the end of the map is what bounds it: a
+pre-norm cell without one has spectral radius 1 whatever its weights, and iterating it drifts instead of converging.
+Norms are not moved outside the map for the same reason.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Callable, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from fairseq_implicit.fields.injection import Injection, InjectionConfig
+from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+
+NORM_PLACEMENTS = ("post-norm", "pre-norm")
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """Shape of one cell.
+
+    Attributes:
+        layer: shape and noise of each layer; ``kind`` is ``post-norm`` or ``pre-norm``.
+        layers: transformer layers in the map.
+        injection: how the input enters the first layer.
+        final_norm: end a pre-norm map with a norm. Only a map that is unrolled a fixed number of times may go without.
+        weight_norm: learn direction and length of the rows of the layers' matrices apart.
+        initial_std: standard deviation of the initial weights.
+
+    Raises:
+        ValueError: a shape or combination that has no meaning.
+    """
+
+    layer: TransformerFieldConfig
+    layers: int = 1
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    final_norm: bool = True
+    weight_norm: bool = False
+    initial_std: float = 0.02
+
+    def __post_init__(self):
+        if self.layer.kind not in NORM_PLACEMENTS:
+            raise ValueError(f"an equilibrium cell is one of {', '.join(NORM_PLACEMENTS)}, not {self.layer.kind!r}")
+        if self.layers < 1:
+            raise ValueError(f"an equilibrium cell of {self.layers} layers: it needs at least 1")
+        if self.layer.kind == "post-norm" and not self.final_norm:
+            raise ValueError("a post-norm cell ends in its layer's own norm, which cannot be left out")
+        if self.layer.drop_path > 0:
+            raise ValueError(
+                f"drop path {self.layer.drop_path} inside an equilibrium cell makes the map the identity for the "
+                "samples it drops, which have no equilibrium"
+            )
+
+
+class CellLayer(TransformerField):
+    """A transformer layer as a map ``z -> z'``, with an optional addition to q, k and v."""
+
+    def prepare_map(self, x: Tensor, padding_mask: Optional[Tensor]) -> Callable[..., Tensor]:
+        """Fix one solve's noise and masks; return ``layer(z, qkv=None)``, both states ``(batch, time, dim)``."""
+        attend, feed = self.attention.prepare(x, padding_mask), self.feed_forward.prepare(x)
+        drop_attention, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
+
+        def post_norm(z: Tensor, added: Optional[Tensor] = None, qkv: Optional[Tensor] = None) -> Tensor:
+            stream = z if added is None else z + added
+            y = self.attention_norm(stream + drop_attention(attend(z, qkv)))
+            return self.feed_forward_norm(y + drop_feed(feed(y)))
+
+        def pre_norm(z: Tensor, added: Optional[Tensor] = None, qkv: Optional[Tensor] = None) -> Tensor:
+            stream = z if added is None else z + added
+            y = stream + drop_attention(attend(self.attention_norm(stream), qkv))
+            return y + drop_feed(feed(self.feed_forward_norm(y)))
+
+        return post_norm if self.config.kind == "post-norm" else pre_norm
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the prepared map holds masks of the batch's own."""
+        rates = (self.config.dropout, self.config.attention_dropout, self.config.activation_dropout)
+        return self.training and any(rate > 0 for rate in rates)
+
+
+class CellMap:
+    """One solve's map ``z -> f(z)``, ``(batch, time, dim)``, zero at padding.
+
+    Args:
+        cell: the cell it was prepared by.
+        x: its input, ``(batch, time, dim)``.
+        padding_mask: ``(batch, time)`` bool, True at padding.
+    """
+
+    def __init__(self, cell: "EquilibriumCell", x: Tensor, padding_mask: Optional[Tensor]):
+        self.cell, self.x, self.padding_mask = cell, x, padding_mask
+        self._layers: List[Callable[..., Tensor]] = [layer.prepare_map(x, padding_mask) for layer in cell.layers]
+        self._added, self._qkv = cell.injection(x)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        first, *others = self._layers
+        z = first(z, self._added, self._qkv)
+        for layer in others:
+            z = layer(z)
+        if self.cell.final_norm is not None:
+            z = self.cell.final_norm(z)
+        return z if self.padding_mask is None else z.masked_fill(self.padding_mask.unsqueeze(-1), 0.0)
+
+    @property
+    def depends_on(self) -> Tuple[Tensor, ...]:
+        """Every tensor with a gradient that an evaluation uses."""
+        injected = tuple(tensor for tensor in (self._added, self._qkv) if tensor is not None)
+        return (*injected, *(parameter for parameter in self.cell.parameters() if parameter.requires_grad))
+
+    def rows(self, index: Tensor) -> Optional["CellMap"]:
+        """The same map for some samples; ``None`` where noise was drawn for the whole batch."""
+        if any(layer.is_noisy for layer in self.cell.layers):
+            return None
+        return CellMap(self.cell, self.x[index], None if self.padding_mask is None else self.padding_mask[index])
+
+
+class EquilibriumCell(nn.Module):
+    """``layers`` transformer layers as one map, the input injected into the first.
+
+    Args:
+        config: see :class:`CellConfig`.
+    """
+
+    def __init__(self, config: CellConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(CellLayer(config.layer) for _ in range(config.layers))
+        self.injection = Injection(config.layer.dim, config.injection)
+        ends_in_norm = config.layer.kind == "pre-norm" and config.final_norm
+        self.final_norm = nn.LayerNorm(config.layer.dim) if ends_in_norm else None
+        if config.weight_norm:
+            for linear in self._matrices():
+                parametrizations.weight_norm(linear, dim=0)
+        self.initialise()
+
+    def _matrices(self) -> List[nn.Linear]:
+        return [
+            linear
+            for layer in self.layers
+            for linear in (layer.attention.qkv, layer.attention.out, layer.feed_forward.fc1, layer.feed_forward.fc2)
+        ]
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Normal weights, zero biases; the residual branches scaled so that the map contracts at the start.
+
+        The attention's output and fc2 are divided by √(2 layers), as in a stack; fc2 also by the root of how much
+        wider than 4 dim the feed-forward network is, so that widening it does not strengthen its branch.
+        """
+        config = self.config
+        residual = config.initial_std / math.sqrt(2 * config.layers)
+        widening = math.sqrt(max(1.0, config.layer.ffn_dim / (4 * config.layer.dim)))
+        for layer in self.layers:
+            for linear, std in (
+                (layer.attention.qkv, config.initial_std),
+                (layer.attention.out, residual),
+                (layer.feed_forward.fc1, config.initial_std),
+                (layer.feed_forward.fc2, residual / widening),
+            ):
+                # Assigned, not drawn in place: under weight norm the weight is computed from its parts.
+                drawn = torch.empty_like(linear.weight).normal_(std=std)
+                if parametrize.is_parametrized(linear, "weight"):
+                    linear.weight = drawn
+                else:
+                    linear.weight.copy_(drawn)
+                linear.bias.zero_()
+        if self.injection.qkv is not None:
+            self.injection.qkv.weight.normal_(std=config.initial_std)
+
+    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> CellMap:
+        """Fix one solve's noise, masks and injection.
+
+        Args:
+            x: the input, ``(batch, time, dim)``.
+            padding_mask: ``(batch, time)`` bool, True at padding, or ``None``.
+        """
+        if self.config.weight_norm and torch.is_grad_enabled():
+            # Under parametrize.cached() the weight must be computed with its graph before a solve without one asks.
+            for linear in self._matrices():
+                linear.weight
+        return CellMap(self, x, padding_mask)
