@@ -1,30 +1,24 @@
-"""Trains a sentencepiece model on a text file, ready for `fairseq-preprocess --srcdict`.
+"""Trains a sentencepiece model on text, ready for `fairseq-preprocess --srcdict`, and writes dict.txt beside it.
 
     python scripts/train_tokenizer.py corpus/train.txt --out tokenizer/sentencepiece.bpe.model --dictionary-size 2048
+    python scripts/train_tokenizer.py prepared --preset bert-32k --out tokenizer/sentencepiece.bpe.model
 
 The size is that of the model's embedding: pieces, fairseq's own four symbols and <mask>. Multiples of 64 suit the
-matrix units of accelerators.
+matrix units of accelerators; other sizes are filled up in dict.txt.
 """
 
 import argparse
-import io
-import os
 import sys
-from typing import Iterator
+from pathlib import Path
 
-import sentencepiece
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# sentencepiece's <unk>, <s>, </s> fall away in fairseq's dictionary; <s>, <pad>, </s>, <unk> and <mask> are added.
-ADDED_BY_FAIRSEQ = 5
-DROPPED_BY_FAIRSEQ = 3
-LARGEST_TEXT = 10_000_000  # paragraphs drawn for training the model; more change nothing but time and memory
+from fairseq_implicit.corpora import tokenizer_training  # noqa: E402
+from fairseq_implicit.corpora.prepare_command import byte_size  # noqa: E402
+from fairseq_implicit.corpora.problems import CorpusError  # noqa: E402
+from fairseq_implicit.corpora.tokenizer_training import PRESETS  # noqa: E402
 
-
-def paragraphs(text: str) -> Iterator[str]:
-    with open(text, encoding="utf-8") as lines:
-        for line in lines:
-            if not line.isspace():
-                yield line.rstrip("\n")
+DEFAULT_SIZE = 2048
 
 
 def train_tokenizer(text: str, out: str, dictionary_size: int, kind: str = "unigram") -> None:
@@ -32,46 +26,39 @@ def train_tokenizer(text: str, out: str, dictionary_size: int, kind: str = "unig
 
     Raises FileNotFoundError when `text` is missing and ValueError when it is too small for so many pieces.
     """
-    if not os.path.isfile(text):
-        raise FileNotFoundError(f"{text}: no such text file")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=paragraphs(text),  # given file names, sentencepiece would store them in the model
-            model_writer=model,
-            model_type=kind,
-            vocab_size=dictionary_size - ADDED_BY_FAIRSEQ + DROPPED_BY_FAIRSEQ,
-            character_coverage=0.9995,
-            input_sentence_size=LARGEST_TEXT,
-            shuffle_input_sentence=True,
-            max_sentence_length=1 << 20,  # bytes; longer lines would be left out of training
-            num_threads=4,  # a constant: the sums of the EM steps depend on the number of threads
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].strip() or "it holds no text"  # what follows the C++ condition
-        raise ValueError(
-            f"{text} gives no dictionary of {dictionary_size} symbols ({reason}): "
-            "give more text or another --dictionary-size"
-        ) from None
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    with open(out + ".partial", "wb") as file:
-        file.write(model.getvalue())
-    os.replace(out + ".partial", out)
+    tokenizer_training.train_tokenizer([Path(text)], Path(out), dictionary_size, {"model_type": kind})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", metavar="TEXT", help="one paragraph per line")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the model to write")
-    parser.add_argument("--dictionary-size", type=int, default=2048, help="rows of the embedding (default: 2048)")
-    parser.add_argument("--kind", choices=("unigram", "bpe"), default="unigram", help="sentencepiece's model type")
+    parser.add_argument(
+        "text", nargs="+", type=Path, metavar="TEXT", help="text, one paragraph per line, or a prepared corpus folder"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the model to write")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="published size and options")
+    parser.add_argument(
+        "--dictionary-size", type=int, help=f"rows of the embedding (default: the preset's, else {DEFAULT_SIZE})"
+    )
+    parser.add_argument("--kind", choices=("unigram", "bpe"), help="sentencepiece's model type (default: unigram)")
+    parser.add_argument(
+        "--sample-size", type=byte_size, default=500 * 10**6, help="text to train on, drawn at random (500MB)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the sample")
+    parser.add_argument("--threads", type=int, default=4, help="part of the result; keep it for equal bytes")
     arguments = parser.parse_args()
+    options = dict(PRESETS[arguments.preset].options) if arguments.preset else {"model_type": "unigram"}
+    if arguments.kind:
+        options["model_type"] = arguments.kind
+    size = arguments.dictionary_size or (
+        PRESETS[arguments.preset].dictionary_size if arguments.preset else DEFAULT_SIZE
+    )
     try:
-        train_tokenizer(arguments.text, arguments.out, arguments.dictionary_size, arguments.kind)
-    except (OSError, ValueError) as error:
+        tokenizer_training.train_tokenizer(
+            arguments.text, arguments.out, size, options, arguments.sample_size, arguments.seed, arguments.threads
+        )
+    except (OSError, ValueError, CorpusError) as error:
         sys.exit(f"train_tokenizer: {error}")
-    print(f"  {arguments.out}: {arguments.dictionary_size} symbols in the dictionary")
+    print(f"  {arguments.out}: {-(-size // 64) * 64} symbols in the dictionary, {arguments.out.parent / 'dict.txt'}")
 
 
 if __name__ == "__main__":

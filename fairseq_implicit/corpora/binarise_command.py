@@ -17,11 +17,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="binarise_corpus.py",
-        description="Binarises the shards of prepare_corpus.py (or any text files) for fairseq-train: folders shard0 to "
-        "shardN, the held-out splits in shard0. The same command again goes on after an interruption.",
+        description="Binarises the shards of prepare_corpus.py (or any text files) for fairseq-train: folders shard0 "
+        "to shardN, the held-out splits in shard0. The same command again goes on after an interruption.",
     )
     parser.add_argument("corpus", nargs="?", type=Path, help="folder that prepare_corpus.py has finished")
-    parser.add_argument("--train", nargs="+", type=Path, default=[], help="text files instead of a folder, one per shard")
+    parser.add_argument(
+        "--train", nargs="+", type=Path, default=[], help="text files instead of a folder, one per shard"
+    )
     parser.add_argument("--valid", type=Path, help="text file of the valid split")
     parser.add_argument("--test", type=Path, help="text file of the test split")
     parser.add_argument("--tokenizer", required=True, type=Path, help="sentencepiece model")

@@ -1,8 +1,8 @@
 """fairseq's token ids of a sentencepiece model, without fairseq.
 
-The rows are those of ``fairseq-preprocess --srcdict spm.model`` with this package's task: ``<s> <pad> </s> <unk>``, every
-piece that is neither a control nor the unknown piece in the model's order, then ``madeupword`` rows up to a multiple
-of 64 counting the ``<mask>`` that the task appends.
+The rows are those of ``fairseq-preprocess --srcdict spm.model`` with this package's task: ``<s> <pad> </s> <unk>``,
+every piece that is neither a control nor the unknown piece in the model's order, then ``madeupword`` rows up to a
+multiple of 64 counting the ``<mask>`` that the task appends.
 """
 
 from __future__ import annotations
