@@ -1,9 +1,10 @@
 """One field for the whole depth: a transformer whose weights depend on the time t in [0, T].
 
 Two ways. :class:`DepthEmbeddedField` has one set of weights and lets t move the scale and shift of its norms (adaptive
-layer norm, as in arXiv 2212.09748). :class:`InterpolatedField` has K sets, the knots, and weights that are piecewise linear
-or constant between them (the "stacked" weights of arXiv 2002.08071): with as many knots as units of time, Euler with unit
-steps is the ordinary K-layer transformer, so that such a model can start from one and be solved more finely later.
+layer norm, as in arXiv 2212.09748). :class:`InterpolatedField` has K sets, the knots, and weights that are piecewise
+linear or constant between them (the "stacked" weights of arXiv 2002.08071): with as many knots as units of time, Euler
+with unit steps is the ordinary K-layer transformer, so that such a model can start from one and be solved more finely
+later.
 """
 
 import math
@@ -51,7 +52,8 @@ class DepthEmbedding(nn.Module):
         """``(1, outputs)`` for one time, a float or 0-dim tensor; ``(batch, outputs)`` for a ``(batch,)`` tensor."""
         weight = self.hidden.weight
         # Angles in float32: half precision has no room for many turns.
-        k = torch.arange(1, FREQUENCIES + 1, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        k = torch.arange(1, FREQUENCIES + 1, device=weight.device, dtype=wide)
         angles = t.to(k).reshape(-1, 1) * (self.base * k) if isinstance(t, Tensor) else (k * (self.base * t))[None]
         features = torch.cat([angles.sin(), angles.cos()], dim=-1).to(weight.dtype)
         return self.projection(functional.silu(self.hidden(features)))
@@ -119,8 +121,8 @@ class _Modulation:
 class InterpolatedField(Field):
     """Weights that are a function of depth: ``knots`` transformer fields, each over ``T / knots`` units of time.
 
-    At ``t = k T / knots`` the field is exactly knot ``k``; between two knots its weights are interpolated (``linear``) or
-    those of the earlier one (``constant``); after the last knot they stay. Noise is drawn once, as for one layer.
+    At ``t = k T / knots`` the field is exactly knot ``k``; between two knots its weights are interpolated (``linear``)
+    or those of the earlier one (``constant``); after the last knot they stay. Noise is drawn once, as for one layer.
     All samples share one time: an adaptive solver needs batch step control.
 
     Args:

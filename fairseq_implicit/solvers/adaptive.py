@@ -76,7 +76,7 @@ class AdaptiveResult(SolveResult):
         field_calls: evaluations of the field on the whole batch, the number that time is proportional to.
         reached: the time that each sample reached; the end of the interval unless the solve stopped early.
         states: the states after the accepted steps when they were asked for, the initial one first.
-        times: the mean time over the samples at each of ``states``.
+        times: the time of each of ``states``, a ``(batch,)`` tensor where the samples differ.
         energy: ``(batch,)``, with gradient, the integral of the mean squared rate of change over the depth.
         local_error: ``(batch,)``, with gradient, the sum over accepted steps of the rms error estimate.
         accepted_steps: ``(time, step)`` of each accepted step under batch control, the grid that a later
@@ -88,7 +88,7 @@ class AdaptiveResult(SolveResult):
     field_calls: int = 0
     reached: Tuple[float, ...] = ()
     states: Sequence[Tensor] = ()
-    times: Sequence[float] = ()
+    times: Sequence[Time] = ()
     energy: Optional[Tensor] = None
     local_error: Optional[Tensor] = None
     accepted_steps: Sequence[Tuple[float, float]] = ()
@@ -300,7 +300,8 @@ def solve_adaptive(
         if not (finite[row] if per_sample else all(finite)):
             one.status = Status.NON_FINITE
     energy = local_error = y.new_zeros(rows) if penalties else None
-    states, times = [y], [start]
+    states: List[Tensor] = [y]
+    times: List[Time] = [start]
     while True:
         for one in progress:
             if one.status is None and one.evaluations + stages - 1 > config.max_evaluations:
@@ -340,7 +341,8 @@ def solve_adaptive(
             local_error = torch.where(mask, local_error + new[4], local_error)
         if keep_states:
             states.append(y)
-            times.append(sum(one.t for one in progress) / len(progress))
+            reached = {one.t for one in progress}
+            times.append(reached.pop() if len(reached) == 1 else y.new_tensor([one.t for one in progress]))
 
     if not per_sample:
         progress = progress * rows

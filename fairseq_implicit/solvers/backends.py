@@ -115,9 +115,14 @@ def solve_with(
     )
 
 
-class _Stopped(Exception):
+class _Stopped(ArithmeticError):
+    """Ends a library's loop from within. A forward solve turns it into a status; a backward pass has nobody to tell."""
+
     def __init__(self, status: Status):
-        super().__init__(status.value)
+        super().__init__(
+            f"torchdyn's adjoint failed on its way back ({status.value}): use --ode-backend own with --ode-gradient "
+            "checkpoint-step."
+        )
         self.status = status
 
 
@@ -142,10 +147,10 @@ class _Probe:
         self.last_time, self.last_state = t, state
 
 
-def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Optional[Tensor]) -> Tensor:
+def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> nn.Module:
+    """A fresh solver of the library that reports its trial steps to ``probe``."""
     _module("torchdyn")
-    odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
-    solver = importlib.import_module("torchdyn.numerics.solvers.ode").str_to_solver(config.scheme, y.dtype)
+    solver = importlib.import_module("torchdyn.numerics.solvers.ode").str_to_solver(scheme, y.dtype)
     library_step = solver.step
     smallest = 16 * torch.finfo(y.dtype).eps * duration
 
@@ -161,6 +166,12 @@ def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig,
         return library_step(f, x, t, dt, k1=k1, args=args)
 
     solver.step = step
+    return solver
+
+
+def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Optional[Tensor]) -> Tensor:
+    solver = _torchdyn_solver(probe, y, duration, config.scheme)
+    odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
     span = torch.tensor([0.0, duration], dtype=y.dtype, device=y.device)
     times, states = odeint(probe, y, span, solver, atol=config.atol, rtol=config.rtol)
     if len(states) != len(span):
@@ -227,6 +238,7 @@ def solve_torchdyn_adjoint(
 
     Raises:
         ValueError: a half-precision state, which torchdyn's adjoint cannot carry.
+        ArithmeticError: the solve, forward or backward, did not reach its end, without which there is no adjoint.
     """
     check_backend("torchdyn", config.scheme)
     check_tolerance(config, torch.promote_types(y.dtype, torch.float32))
@@ -243,23 +255,34 @@ def solve_torchdyn_adjoint(
         used = [p for p, gradient in zip(wanted, gradients) if gradient is not None]
     vector_field = _ModuleField(probe, used)
     flat = torch.cat([p.contiguous().flatten() for p in used]) if used else y.new_zeros(0)
+    solver = _torchdyn_solver(probe, y, duration, config.scheme)
     solve = gather(
-        vector_field, flat, config.scheme, config.atol, config.rtol, None, config.scheme, config.atol, config.rtol,
+        vector_field, flat, solver, config.atol, config.rtol, None, config.scheme, config.atol, config.rtol,
         None, "standard",
     )  # fmt: skip
     try:
         _, states = solve.apply(flat, y, y.new_tensor([0.0, duration]))
     except _Stopped as stopped:
-        return AdaptiveResult(probe.last_state, probe.evaluations, None, stopped.status, field_calls=probe.evaluations)
+        raise ArithmeticError(
+            f"The forward solve stopped at depth {start + probe.last_time:.3g} of {start + duration:g} "
+            f"({stopped.status.value}), so torchdyn's adjoint has no end point to start from: raise "
+            "--ode-max-evaluations or --ode-tolerance, or use --ode-gradient autograd."
+        ) from None
     if len(states) != 2:
-        raise ArithmeticError("torchdyn lost the end of the interval: use --ode-gradient adjoint instead.")
-    forward = probe.evaluations
+        raise ArithmeticError("torchdyn lost the end of the interval: use --ode-gradient autograd instead.")
+    forward, accepted, trials = probe.evaluations, probe.accepted + 1, probe.trials
     # The backward solve has a budget of its own, and nobody left to receive a status: it ends in an error.
     probe.limit = forward + 10 * config.max_evaluations
     if on_backward is not None and flat.requires_grad:
         flat.register_hook(lambda gradient: on_backward(probe.evaluations - forward))
     return AdaptiveResult(
-        states[-1], forward, None, Status.CONVERGED, field_calls=forward, reached=(start + duration,) * len(y)
+        state=states[-1],
+        evaluations=forward,
+        status=Status.CONVERGED,
+        accepted=accepted,
+        rejected=trials - accepted,
+        field_calls=forward,
+        reached=(start + duration,) * y.shape[0],
     )
 
 

@@ -5,9 +5,10 @@ One step from the pair of states (y, w) at t to t' = t + h, one evaluation each:
     w' = 2 y - w + h f(t, w),      y' = y + h/2 (f(t, w) + f(t', w'))
 
 It is of order 2 and solvable backwards in closed form (Kidger et al., *Efficient and Accurate Gradients for Neural
-SDEs*, arXiv 2105.13493, Algorithm 1). In floating point the way back accumulates rounding errors that the scheme's parasitic
-mode does not damp. Here both states are fixed-point integers: sums of integers have an exact inverse, so the backward
-pass meets the very states of the forward pass (the device of Levesque and Verlet 1993 for reversible dynamics).
+SDEs*, arXiv 2105.13493, Algorithm 1). In floating point the way back accumulates rounding errors that the scheme's
+parasitic mode does not damp. Here both states are fixed-point integers: sums of integers have an exact inverse, so the
+backward pass meets the very states of the forward pass (the device of Levesque and Verlet 1993 for reversible
+dynamics).
 
 The scheme is stable on the imaginary axis only: with strongly contracting fields take small steps, or a scheme of
 ``runge_kutta.py`` with recomputation.

@@ -197,6 +197,14 @@ def test_torchdyn_adjoint_refuses_half_precision(block, state):
         )
 
 
+def test_torchdyn_adjoint_refuses_to_lose_the_gradient(block, state):
+    """A solve cut short has no adjoint; its state without a graph would train nothing and say nothing."""
+    needs("torchdyn")
+    config = AdaptiveConfig("dopri5", 1e-9, 1e-9, max_evaluations=20)
+    with pytest.raises(ArithmeticError, match="stopped at depth .* of 3.*raise --ode-max-evaluations"):
+        solve_torchdyn_adjoint(block.prepare(state), state, 3.0, config, tuple(block.parameters()))
+
+
 def test_pairs_that_a_library_lacks():
     with pytest.raises(ValueError, match="torchdiffeq has no sound adaptive 'tsit5'.*--ode-backend own"):
         check_backend("torchdiffeq", "tsit5")

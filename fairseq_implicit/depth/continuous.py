@@ -1,0 +1,398 @@
+"""Continuous depth: one time-conditioned field integrated over the whole depth (neural ODE, arXiv 1806.07366).
+
+Regularisers: kinetic energy and the Frobenius norm of the Jacobian (Finlay et al., arXiv 2002.02798) keep the flow easy
+to solve, the local error (Pal et al., arXiv 2105.03918) keeps it easy for the very solver that is used.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Dict, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.random_steps import RandomSteps
+from fairseq_implicit.depth.stack import state_rms
+from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.time_conditioned import InterpolatedField
+from fairseq_implicit.solvers.adaptive import (
+    STEP_CONTROLS,
+    AdaptiveConfig,
+    AdaptiveResult,
+    mean_square,
+    solve_adaptive,
+    valid_weight,
+)
+from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
+from fairseq_implicit.solvers.jacobian import frobenius_finite_difference
+from fairseq_implicit.solvers.reversible import solve_reversible
+from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
+from fairseq_implicit.solvers.sensitivity import solve_adjoint
+from fairseq_implicit.solvers.status import Status
+
+logger = logging.getLogger(__name__)
+
+REVERSIBLE_SCHEME = "reversible-heun"
+ADAPTIVE_GRADIENTS = ("autograd", "checkpoint-step", "adjoint", "torchdyn-adjoint")
+FIXED_GRADIENTS = ("autograd", "checkpoint-step", "checkpoint-stage")
+GRADIENTS = ("autograd", "checkpoint-step", "checkpoint-stage", "adjoint", "torchdyn-adjoint", "reversible")
+
+
+@dataclass(frozen=True)
+class ContinuousConfig:
+    """How the depth is solved.
+
+    Attributes:
+        dim: width of the state.
+        duration: the depth T, in units of one transformer layer.
+        scheme: an embedded pair for adaptive solves; any tableau or ``reversible-heun`` for fixed steps.
+        tolerance: of adaptive solves; 0 takes ``steps`` fixed steps instead.
+        absolute_tolerance: ``None``: the same as ``tolerance``.
+        steps: fixed steps over the whole depth.
+        max_evaluations: per sample and solve.
+        backend: see :mod:`fairseq_implicit.solvers.backends`.
+        step_control: ``sample``, ``batch``, or ``auto``: ``sample`` wherever the field can.
+        gradient: one of ``GRADIENTS``.
+        kinetic_energy, jacobian, local_error: weights of the regularisers, 0 for none.
+        random_steps: ``(low, high)`` of the number of fixed steps drawn at each update, or ``None``.
+        seed: of ``random_steps``.
+        noise: whether the field has dropout at all.
+        independent_noise: whether that is drawn anew at each evaluation.
+        final_norm: end with a layer norm.
+
+    Raises:
+        ValueError: an impossible combination, in one sentence that names the flag.
+        ModuleNotFoundError: the back end is not installed.
+    """
+
+    dim: int
+    duration: float
+    scheme: str = "dopri5"
+    tolerance: float = 1e-2
+    absolute_tolerance: Optional[float] = None
+    steps: int = 12
+    max_evaluations: int = 500
+    backend: str = "own"
+    step_control: str = "auto"
+    gradient: str = "autograd"
+    kinetic_energy: float = 0.0
+    jacobian: float = 0.0
+    local_error: float = 0.0
+    random_steps: Optional[Tuple[int, int]] = None
+    seed: int = 1
+    noise: bool = False
+    independent_noise: bool = False
+    final_norm: bool = True
+
+    def __post_init__(self):
+        if not 0 < self.duration < math.inf:
+            raise ValueError(f"--ode-time {self.duration}: the depth must be positive and finite")
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"--ode-tolerance {self.tolerance}: give a positive tolerance, or 0 for fixed steps")
+        for flag, value in (
+            ("--ode-kinetic-energy", self.kinetic_energy),
+            ("--ode-jacobian", self.jacobian),
+            ("--ode-local-error", self.local_error),
+        ):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{flag} {value}: the weight of a penalty must be finite and not negative")
+        if self.step_control not in STEP_CONTROLS + ("auto",):
+            raise ValueError(f"--ode-step-control {self.step_control!r} is unknown: auto, {', '.join(STEP_CONTROLS)}")
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"--ode-gradient {self.gradient!r} is unknown: choose one of {', '.join(GRADIENTS)}")
+        if self.adaptive:
+            self._check_adaptive()
+        else:
+            self._check_fixed()
+        if self.noise and self.independent_noise and (self.adaptive or self.reversible):
+            raise ValueError(
+                "--stage-dropout independent makes the field a different function at each evaluation: neither an "
+                "adaptive nor a reversible solve has a meaning then; use --stage-dropout shared"
+            )
+        if self.penalised and self.gradient not in FIXED_GRADIENTS:
+            raise ValueError(
+                f"--ode-gradient {self.gradient} carries the gradient of the final state only, not that of the "
+                "penalties: use autograd or checkpoint-step with --ode-kinetic-energy, --ode-jacobian and "
+                "--ode-local-error"
+            )
+        if self.penalised and self.backend != "own":
+            raise ValueError(f"penalties along the depth need --ode-backend own, not {self.backend}")
+
+    def _check_adaptive(self) -> None:
+        if self.scheme == REVERSIBLE_SCHEME or self.gradient in ("reversible", "checkpoint-stage"):
+            raise ValueError(
+                f"--ode-scheme {self.scheme} with --ode-gradient {self.gradient} takes fixed steps: set "
+                "--ode-tolerance 0"
+            )
+        check_backend(self.backend, self.solve("batch").scheme)
+        if self.gradient == "torchdyn-adjoint" and self.backend != "torchdyn":
+            raise ValueError("--ode-gradient torchdyn-adjoint needs --ode-backend torchdyn")
+        if self.backend != "own" and self.gradient not in ("autograd", "torchdyn-adjoint"):
+            raise ValueError(
+                f"--ode-gradient {self.gradient} needs --ode-backend own: {self.backend} has autograd"
+                + (" and torchdyn-adjoint" if self.backend == "torchdyn" else "")
+            )
+        if self.backend != "own" and self.step_control == "sample":
+            raise ValueError(f"--ode-step-control sample needs --ode-backend own: {self.backend} has one step for all")
+        if self.random_steps is not None:
+            raise ValueError("--ode-random-steps draws a number of fixed steps: set --ode-tolerance 0")
+
+    def _check_fixed(self) -> None:
+        if self.backend != "own":
+            raise ValueError(
+                f"--ode-backend {self.backend} is for adaptive solves: set --ode-tolerance, or --ode-backend own"
+            )
+        if (self.scheme == REVERSIBLE_SCHEME) != (self.gradient == "reversible"):
+            raise ValueError(
+                f"--ode-scheme {REVERSIBLE_SCHEME} and --ode-gradient reversible belong together, got "
+                f"--ode-scheme {self.scheme} --ode-gradient {self.gradient}"
+            )
+        if self.gradient not in FIXED_GRADIENTS + ("reversible",):
+            raise ValueError(f"--ode-gradient {self.gradient} is for adaptive solves: set --ode-tolerance")
+        if self.local_error > 0:
+            raise ValueError("--ode-local-error needs the error estimate of adaptive steps: set --ode-tolerance")
+        if self.steps < 1:
+            raise ValueError(f"--ode-steps {self.steps}: at least one step is needed")
+        if not self.reversible:
+            self.explicit(self.steps)
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tolerance > 0
+
+    @property
+    def reversible(self) -> bool:
+        return self.scheme == REVERSIBLE_SCHEME
+
+    @property
+    def penalised(self) -> bool:
+        return self.kinetic_energy > 0 or self.jacobian > 0 or self.local_error > 0
+
+    def solve(self, step_control: str) -> AdaptiveConfig:
+        """The adaptive solve."""
+        absolute = self.tolerance if self.absolute_tolerance is None else self.absolute_tolerance
+        return AdaptiveConfig(self.scheme, self.tolerance, absolute, self.max_evaluations, step_control)
+
+    def explicit(self, steps: int) -> ExplicitConfig:
+        """One of ``steps`` fixed steps, with a float32 state around half-precision fields as in adaptive solves."""
+        return ExplicitConfig(
+            self.scheme, 1, self.duration / steps, self.gradient, True, replay_random=self.independent_noise
+        )
+
+
+@dataclass
+class _Trajectory:
+    """A solve, as the statistics and penalties need it."""
+
+    state: Tensor
+    evaluations: Union[int, Tensor]
+    accepted: Union[int, Tensor]
+    rejected: Union[int, Tensor] = 0
+    backward: float = 0.0
+    stopped: float = 0.0
+    states: Sequence[Tensor] = ()
+    times: Sequence[Union[float, Tensor]] = ()
+    energy: Optional[Tensor] = None
+    local_error: Optional[Tensor] = None
+
+
+class ContinuousDepth(nn.Module):
+    """The solve of one field over the whole depth.
+
+    Statistics: ``evaluations`` and ``evaluations_max`` per sample, ``steps`` accepted and ``rejected`` (means over the
+    batch), ``evaluations_backward`` (of the last backward pass that evaluated anew), ``stopped`` (share of solves that
+    hit the limit of evaluations), ``state_rms``.
+
+    Args:
+        config: see :class:`ContinuousConfig`.
+        field: the time-conditioned field.
+
+    Raises:
+        ValueError: the field cannot do what the configuration asks, in one sentence.
+    """
+
+    def __init__(self, config: ContinuousConfig, field: Field):
+        super().__init__()
+        self.config = config
+        self.field = field
+        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
+        one_time = isinstance(field, InterpolatedField)
+        if one_time and config.step_control == "sample":
+            raise ValueError(
+                "--ode-step-control sample gives every sample its own time, but weights interpolated along the depth "
+                "need one for the batch: use batch or auto"
+            )
+        if one_time and config.gradient == "torchdyn-adjoint":
+            raise ValueError(
+                "--ode-gradient torchdyn-adjoint fails on weights that act at some depths only: use --ode-gradient "
+                "adjoint with --ode-backend own, or --ode-depth-weights embedding"
+            )
+        self.step_control = config.step_control
+        if config.step_control == "auto":
+            self.step_control = "batch" if one_time else "sample"
+        self._backward_evaluations = 0.0
+        self._warned = False
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
+    ) -> DepthOutput:
+        """Solve from the embedding at t = 0 to t = T.
+
+        Args:
+            x: embedding ``(batch, time, dim)``.
+            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            return_hidden_states: collect the embedding and the state after each accepted step (before the final norm);
+                of libraries and memory-free gradients only the first and last.
+
+        Raises:
+            ArithmeticError: the field returned non-finite values, or steps shrank to nothing.
+        """
+        valid = None if padding_mask is None else ~padding_mask
+        f = self.field.prepare(x, padding_mask)
+        # Penalties need the trajectory only where they are trained.
+        penalised = self.config.penalised and torch.is_grad_enabled()
+        keep = return_hidden_states or penalised
+        if self.config.adaptive:
+            trajectory = self._solve_adaptive(f, x, valid, keep, penalised)
+        else:
+            trajectory = self._solve_fixed(f, x, valid, keep, penalised)
+        penalties = self._penalties(f, trajectory, valid, x.dtype) if penalised else {}
+        state = trajectory.state.to(x.dtype)
+        statistics = self._statistics(trajectory, None if valid is None else valid.unsqueeze(-1).float())
+        if self.final_norm is not None:
+            state = self.final_norm(state)
+        hidden_states = [one.to(x.dtype) for one in trajectory.states] if return_hidden_states else None
+        return DepthOutput(state, hidden_states, statistics, penalties)
+
+    def _trained(self) -> Tuple[Tensor, ...]:
+        return tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
+
+    def _note_backward(self, evaluations: int) -> None:
+        self._backward_evaluations = float(evaluations)
+
+    def _solve_adaptive(
+        self, f: Increment, x: Tensor, valid: Optional[Tensor], keep: bool, penalised: bool
+    ) -> _Trajectory:
+        config = self.config
+        solve = config.solve(self.step_control)
+        training = torch.is_grad_enabled()
+        if config.gradient == "adjoint" and training:
+            result = solve_adjoint(
+                f, x, config.duration, solve, self._trained(), valid, on_backward=self._note_backward
+            )
+        elif config.gradient == "torchdyn-adjoint" and training:
+            result = solve_torchdyn_adjoint(
+                f, x, config.duration, solve, self._trained(), on_backward=self._note_backward
+            )
+        elif config.backend != "own":
+            result = solve_with(config.backend, f, x, config.duration, solve, valid)
+        else:
+            recompute = config.gradient == "checkpoint-step"
+            result = solve_adaptive(
+                f, x, config.duration, solve, valid, keep_states=keep, penalties=penalised, recompute=recompute
+            )
+            if recompute and training:
+                self._note_backward(result.field_calls)
+        self._check(result)
+        return _Trajectory(
+            state=result.state,
+            evaluations=result.evaluations,
+            accepted=result.accepted,
+            rejected=result.rejected,
+            backward=self._backward_evaluations,
+            stopped=float(result.status is Status.BUDGET_SPENT),
+            states=result.states or ((x, result.state) if keep else ()),
+            times=result.times or ((0.0, config.duration) if keep else ()),
+            energy=result.energy,
+            local_error=result.local_error,
+        )
+
+    def _check(self, result: AdaptiveResult) -> None:
+        if result.status is Status.NON_FINITE:
+            raise ArithmeticError(
+                f"the field returned non-finite values at depth {min(result.reached or (0.0,)):.3g} of "
+                f"{self.config.duration:g}: the model has diverged; lower --lr, or continue from an earlier checkpoint"
+            )
+        if result.status is Status.STAGNATED:
+            raise ArithmeticError(
+                f"the steps shrank to nothing at depth {min(result.reached or (0.0,)):.3g} of "
+                f"{self.config.duration:g}: the field is not smooth at this tolerance; raise --ode-tolerance"
+            )
+        if result.status is Status.BUDGET_SPENT and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a solve spent its %d evaluations before the end of the depth and goes on with the state it reached: "
+                "raise --ode-max-evaluations or --ode-tolerance, or train with --ode-kinetic-energy (reported once; "
+                "the statistic 'stopped' counts them)",
+                self.config.max_evaluations,
+            )
+
+    def _solve_fixed(
+        self, f: Increment, x: Tensor, valid: Optional[Tensor], keep: bool, penalised: bool
+    ) -> _Trajectory:
+        config = self.config
+        draws = self.random_steps is not None and self.training
+        steps = self.random_steps.draw() if draws else config.steps
+        if config.reversible:
+            result = solve_reversible(f, x, config.duration, steps, self._trained())
+            ends = ((x, result.state), (0.0, config.duration)) if keep else ((), ())
+            backward = float(steps + 1) if torch.is_grad_enabled() else 0.0
+            return _Trajectory(result.state, result.evaluations, steps, 0, backward, 0.0, *ends)
+        one_step = config.explicit(steps)
+        h, state, evaluations = one_step.total_time, x, 0
+        states, times = [x], [0.0]
+        energy = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) if penalised else None
+        for step in range(steps):
+            result = solve_explicit(f, state, one_step, t0=step * h, field_dtype=x.dtype)
+            evaluations += result.evaluations
+            if penalised:
+                # The mean velocity of the step: a lower bound of the energy that needs no further evaluation.
+                velocity = (result.state - state) / h
+                energy = energy + h * mean_square(velocity, valid_weight(valid, velocity))
+            state = result.state
+            if keep:
+                states.append(state)
+                times.append((step + 1) * h)
+        recomputed = torch.is_grad_enabled() and config.gradient != "autograd"
+        return _Trajectory(
+            state, evaluations, steps, 0, float(evaluations) if recomputed else 0.0, 0.0, states, times, energy
+        )
+
+    def _penalties(
+        self, f: Increment, trajectory: _Trajectory, valid: Optional[Tensor], precision: torch.dtype
+    ) -> Dict[str, Tensor]:
+        config, penalties = self.config, {}
+        if config.kinetic_energy > 0:
+            penalties["kinetic_energy"] = config.kinetic_energy * trajectory.energy.mean()
+        if config.local_error > 0:
+            penalties["local_error"] = config.local_error * trajectory.local_error.mean()
+        if config.jacobian > 0:
+            # One place of the trajectory per pass stands for the integral over the depth.
+            place = int(torch.randint(len(trajectory.states), (), device="cpu"))
+            t, z = trajectory.times[place], trajectory.states[place].detach()
+
+            def at_place(y: Tensor) -> Tensor:
+                return f(t, y.to(precision)).to(y.dtype)
+
+            norm = frobenius_finite_difference(at_place, z, at_place(z), precision, valid=valid)
+            penalties["jacobian"] = config.jacobian * config.duration * norm
+        return penalties
+
+    def _statistics(self, trajectory: _Trajectory, valid: Optional[Tensor]) -> Dict[str, Union[float, Tensor]]:
+        evaluations = trajectory.evaluations
+        return {
+            "evaluations": _mean(evaluations),
+            "evaluations_max": evaluations.max() if isinstance(evaluations, Tensor) else evaluations,
+            "steps": _mean(trajectory.accepted),
+            "rejected": _mean(trajectory.rejected),
+            "evaluations_backward": trajectory.backward,
+            "stopped": trajectory.stopped,
+            "state_rms": state_rms(trajectory.state, valid),
+        }
+
+
+def _mean(counts: Union[int, Tensor]) -> Union[int, Tensor]:
+    return counts.float().mean() if isinstance(counts, Tensor) else counts

@@ -1,0 +1,188 @@
+"""Neural-ODE BERT: one time-conditioned field, integrated over the whole depth (arXiv 1806.07366)."""
+
+import logging
+import re
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+from fairseq.models import register_model
+from omegaconf import II
+from torch import Tensor, nn
+
+from fairseq_implicit.depth.continuous import GRADIENTS, REVERSIBLE_SCHEME, ContinuousConfig, ContinuousDepth
+from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbeddedField, InterpolatedField
+from fairseq_implicit.fields.transformer import KINDS, TransformerFieldConfig
+from fairseq_implicit.models.bert import ImplicitBertModel
+from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.presets import register_presets
+from fairseq_implicit.solvers.adaptive import PAIRS, STEP_CONTROLS
+from fairseq_implicit.solvers.backends import BACKENDS
+
+logger = logging.getLogger(__name__)
+
+DEPTH_WEIGHTS = ("embedding",) + INTERPOLATIONS
+
+
+@dataclass
+class NeuralOdeBertConfig(ImplicitBertConfig):
+    """The field, the depth and how it is solved. ``encoder_layers`` is the depth in units of one layer."""
+
+    ode_field: str = field(default="pre-norm", metadata={"help": f"the vector field: {', '.join(KINDS)}"})
+    ode_depth_weights: str = field(
+        default="embedding",
+        metadata={
+            "help": "embedding: one set of weights, the depth moves the scale and shift of its norms; linear or "
+            "constant: --ode-knots sets, interpolated along the depth"
+        },
+    )
+    ode_knots: Optional[int] = field(
+        default=None, metadata={"help": "sets of weights along the depth (default: one per layer of --encoder-layers)"}
+    )
+    ode_time: Optional[float] = field(
+        default=None, metadata={"help": "total time, in units of one layer (default: --encoder-layers)"}
+    )
+    ode_scheme: str = field(
+        default="dopri5",
+        metadata={"help": f"adaptive: {', '.join(PAIRS)}; fixed steps: any Runge-Kutta scheme or {REVERSIBLE_SCHEME}"},
+    )
+    ode_tolerance: float = field(
+        default=1e-2, metadata={"help": "relative tolerance of the adaptive solve; 0: --ode-steps fixed steps"}
+    )
+    ode_absolute_tolerance: Optional[float] = field(
+        default=None, metadata={"help": "absolute tolerance (default: the relative one)"}
+    )
+    ode_steps: Optional[int] = field(
+        default=None, metadata={"help": "fixed steps over the whole depth (default: --encoder-layers)"}
+    )
+    ode_random_steps: Optional[List[int]] = field(
+        default=None,
+        metadata={"help": "LOW,HIGH: draw the number of fixed steps at each update, so that any of them works later"},
+    )
+    ode_max_evaluations: int = field(
+        default=500, metadata={"help": "evaluations per sample after which a solve stops where it is"}
+    )
+    ode_backend: str = field(default="own", metadata={"help": f"adaptive solver: {', '.join(BACKENDS)}"})
+    ode_step_control: str = field(
+        default="auto",
+        metadata={
+            "help": f"adaptive steps per {' or per '.join(STEP_CONTROLS)}; auto: per sample where the field can"
+        },
+    )
+    ode_gradient: str = field(
+        default="autograd",
+        metadata={
+            "help": f"{', '.join(GRADIENTS)}: checkpoint-* are exact with less memory, adjoint exact to the tolerance, "
+            "reversible exact with the memory of one state"
+        },
+    )
+    ode_kinetic_energy: float = field(default=0.0, metadata={"help": "weight of the kinetic energy of the trajectory"})
+    ode_jacobian: float = field(
+        default=0.0, metadata={"help": "weight of the squared Frobenius norm of the field's Jacobian, an estimate"}
+    )
+    ode_local_error: float = field(default=0.0, metadata={"help": "weight of the solver's error estimate"})
+    ode_seed: int = II("common.seed")
+
+    def check(self) -> None:
+        super().check()
+        check_choice("--ode-field", self.ode_field, KINDS)
+        check_choice("--ode-depth-weights", self.ode_depth_weights, DEPTH_WEIGHTS)
+        if self.ode_knots is not None and self.ode_depth_weights == "embedding":
+            raise ValueError("--ode-knots belongs to --ode-depth-weights linear or constant")
+        if self.drop_path > 0:
+            raise ValueError(
+                f"--drop-path {self.drop_path} would skip the whole depth of a sample, because the depth is one solve: "
+                "set it to 0"
+            )
+        self.continuous()
+
+    @property
+    def duration(self) -> float:
+        return float(self.encoder_layers if self.ode_time is None else self.ode_time)
+
+    def continuous(self) -> ContinuousConfig:
+        """The solve.
+
+        Raises:
+            ValueError: an impossible combination, in one sentence.
+        """
+        return ContinuousConfig(
+            dim=self.encoder_embed_dim,
+            duration=self.duration,
+            scheme=self.ode_scheme,
+            tolerance=self.ode_tolerance,
+            absolute_tolerance=self.ode_absolute_tolerance,
+            steps=self.encoder_layers if self.ode_steps is None else self.ode_steps,
+            max_evaluations=self.ode_max_evaluations,
+            backend=self.ode_backend,
+            step_control=self.ode_step_control,
+            gradient=self.ode_gradient,
+            kinetic_energy=self.ode_kinetic_energy,
+            jacobian=self.ode_jacobian,
+            local_error=self.ode_local_error,
+            random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
+            seed=self.ode_seed,
+            noise=max(self.dropout, self.attention_dropout, self.activation_dropout) > 0,
+            independent_noise=self.stage_dropout == "independent",
+            # Post-norm fields pull the state to a normed one, as BERT's layers do.
+            final_norm=self.ode_field != "post-norm",
+        )
+
+    def transformer_field(self) -> TransformerFieldConfig:
+        """The field's shape and noise."""
+        return TransformerFieldConfig(
+            dim=self.encoder_embed_dim,
+            ffn_dim=self.encoder_ffn_embed_dim,
+            heads=self.encoder_attention_heads,
+            kind=self.ode_field,
+            activation=self.activation_fn,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            activation_dropout=self.activation_dropout,
+            dropout_policy=self.stage_dropout,
+        )
+
+
+@register_model("neural_ode_bert", dataclass=NeuralOdeBertConfig)
+class NeuralOdeBertModel(ImplicitBertModel):
+    """A neural ODE between RoBERTa's embeddings and heads."""
+
+    @classmethod
+    def build_depth(cls, cfg: NeuralOdeBertConfig) -> nn.Module:
+        config = cfg.transformer_field()
+        if cfg.ode_depth_weights == "embedding":
+            return ContinuousDepth(cfg.continuous(), DepthEmbeddedField(config, cfg.duration))
+        knots = cfg.encoder_layers if cfg.ode_knots is None else cfg.ode_knots
+        return ContinuousDepth(cfg.continuous(), InterpolatedField(config, cfg.duration, knots, cfg.ode_depth_weights))
+
+    def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
+        """Let an ode_bert checkpoint be opened: its blocks become the knots, a tied block the field of all depths."""
+        super().upgrade_state_dict_named(state_dict, name)
+        depth = f"{name}.encoder.depth." if name else "encoder.depth."
+        blocks = re.compile(re.escape(f"{depth}fields.") + r"(\d+)\.(.+)")
+        matches = [match for match in map(blocks.fullmatch, list(state_dict)) if match]
+        embedded = isinstance(self.encoder.depth.field, DepthEmbeddedField)
+        if embedded and len({match.group(1) for match in matches}) > 1:
+            raise ValueError(
+                "the checkpoint holds a stack of different blocks, which one field cannot be: open it with "
+                "--ode-depth-weights linear or constant"
+            )
+        for match in matches:
+            target = f"{depth}field." if embedded else f"{depth}field.knots.{match.group(1)}."
+            state_dict[target + match.group(2)] = state_dict.pop(match.group(0))
+        if not matches:
+            return
+        for key in [key for key in state_dict if key.startswith(f"{depth}combinations.")]:
+            # Coefficients of the blocks' own schemes: here the solver has its own.
+            del state_dict[key]
+        if embedded:
+            for key, value in self.encoder.depth.field.depth_embedding.state_dict().items():
+                state_dict.setdefault(f"{depth}field.depth_embedding.{key}", value)
+
+
+VARIANTS: Dict[str, Dict[str, Any]] = {
+    "": {},
+    # As many weights as the layers of BERT: at unit Euler steps it is that BERT.
+    "knots": dict(ode_depth_weights="linear"),
+}
+
+register_presets("neural_ode_bert", NeuralOdeBertModel, NeuralOdeBertConfig, VARIANTS)
