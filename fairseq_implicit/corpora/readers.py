@@ -92,7 +92,7 @@ def _read_tar(
             for member in archive:
                 if member.isfile():
                     name = f"{path}!{member.name}"
-                    yield from _read_stream(archive.extractfile(member), name, None, boundary, None)
+                    yield from _read_stream(_Member(archive.extractfile(member)), name, None, boundary, None)
     except (tarfile.ReadError, StreamDamage) as error:
         yield ReadProblem(
             "truncated file", str(path), 0, f"The archive {path} ends early or is damaged ({error}); fetch it again."
@@ -132,6 +132,25 @@ def _read_stream(
             f"{name}: {error.sentence_end} after byte {error.compressed_offset} of the file; the documents before it "
             "are kept, fetch the file again for the rest.",
         )
+
+
+class _Member:
+    """An archive member; the end of a cut archive becomes the damage of its stream."""
+
+    # A read that meets the cut loses what it had already got, so reads are small.
+    _LARGEST_READ = 2**14
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._consumed = 0
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._file.read(min(size, self._LARGEST_READ))
+        except tarfile.ReadError as error:
+            raise StreamDamage(True, self._consumed, f"the archive ends inside this member ({error})") from error
+        self._consumed += len(data)
+        return data
 
 
 class _Peekable:

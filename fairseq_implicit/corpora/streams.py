@@ -177,7 +177,7 @@ def lines_of(blocks: Iterator[bytes], longest: int) -> Iterator[tuple[int, bytes
         yield offset, (b"".join([*parts, first]) if length <= longest else None), length, True
         offset += length + 1
         for line in complete:
-            yield offset, line, len(line), True
+            yield offset, (line if len(line) <= longest else None), len(line), True
             offset += len(line) + 1
         parts, length = ([rest] if rest else []), len(rest)
     if length:

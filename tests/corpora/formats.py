@@ -1,0 +1,132 @@
+"""Writes small corpora in the real on-disk formats, and reads prepared shards back."""
+
+import gzip
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tarfile
+
+import zstandard
+
+from fairseq_implicit.corpora.prepare_command import build_parser, main, run
+from fairseq_implicit.corpora.readers import read_source
+from fairseq_implicit.corpora.records import Document
+from fairseq_implicit.corpora.sources import Source
+
+# Strings that break careless readers; every one must come through a JSON file unchanged.
+NAUGHTY = [
+    "plain",
+    "next\u0085line and \u2028 separators \u2029 inside",
+    "<s> </s> <mask> <pad> madeupword0000",
+    'quotes " \\ and {"text": "json inside"}',
+    "emoji 👩‍👩‍👧 and 𝒜𝓈𝓉𝓇𝒶𝓁",
+    "日本語　全角スペース",
+    "e\u0301 not composed",
+    "nul \x00 bell \x07 escape \x1b",
+    "zero\u200bwidth\ufeffjoiner",
+    "Ω≈ç√∫˜µ≤≥÷ ١٢٣",
+    "' OR 1=1; -- DROP TABLE",
+    "tab\tand trailing space ",
+]
+
+
+def pile_lines(texts, component="Pile-CC"):
+    return [json.dumps({"text": text, "meta": {"pile_set_name": component}}) for text in texts]
+
+
+def write_zst(path, lines, frames=1):
+    """JSON lines in one or several concatenated zstd frames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = [(line + "\n").encode() for line in lines]
+    step = -(-len(data) // frames)
+    compressor = zstandard.ZstdCompressor(level=3)
+    path.write_bytes(b"".join(compressor.compress(b"".join(data[i : i + step])) for i in range(0, len(data), step)))
+    return path
+
+
+def write_gz(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode() if isinstance(text, str) else text, mtime=0))
+    return path
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def oscar_22(content, labels=None, language="en", probability=0.9):
+    return json.dumps(
+        {
+            "content": content,
+            "warc_headers": {"warc-target-uri": "http://example.org", "content-length": "1"},
+            "metadata": {
+                "identification": {"label": language, "prob": probability},
+                "annotation": labels,
+                "sentence_identifications": [None for _ in content.split("\n")],
+            },
+        }
+    )
+
+
+def oscar_23(content, labels=None, language="en", probability=0.9, perplexity=500.0, categories=None):
+    return json.dumps(
+        {
+            "content": content,
+            "warc_headers": {"warc-target-uri": "http://example.org"},
+            "metadata": {
+                "harmful_pp": perplexity,
+                "tlsh": "tlsh:T1B6",
+                "quality_warnings": labels,
+                "categories": categories,
+                "identification": {"label": language, "prob": probability},
+                "sentence_identifications": [None for _ in content.split("\n")],
+            },
+        }
+    )
+
+
+def read(path, boundary="auto"):
+    """(documents, problems) of one file."""
+    items = list(read_source(Source(str(path)), boundary))
+    return [i for i in items if isinstance(i, Document)], [i for i in items if not isinstance(i, Document)]
+
+
+def prepare(*arguments):
+    """Runs the command line in this process, errors included."""
+    return run(build_parser().parse_args([str(argument) for argument in arguments]))
+
+
+def documents_of(folder, split="train"):
+    """The documents of all shards of a split, in order."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{split}*.txt"))]
+    return [document for text in texts for document in text.removesuffix("\n").split("\n\n")]
+
+
+def start_in_own_group(arguments):
+    """Runs the command line in a forked process of its own group and returns that process."""
+    process = multiprocessing.get_context("fork").Process(target=_run_silently, args=(list(map(str, arguments)),))
+    process.start()
+    return process
+
+
+def _run_silently(arguments):
+    os.setpgid(0, 0)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os._exit(main(arguments))
+
+
+def kill_group(process):
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
