@@ -187,7 +187,15 @@ class EquilibriumDepth(nn.Module):
 
         Raises:
             NonConvergentCellError: at update 0 of training, when the cell does not converge.
+            ValueError: the tolerance or the memory cap does not suit the precision or the batch.
         """
+        try:
+            return self._forward(x, padding_mask, return_hidden_states)
+        except OptionError as error:
+            # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
+            raise ValueError(f"--deq-{error.option.replace('_', '-')}: {error.sentence}") from error
+
+    def _forward(self, x: Tensor, padding_mask: Optional[Tensor], return_hidden_states: bool) -> DepthOutput:
         hidden = [x] if return_hidden_states else None
         x = self._through(self.prelude, x, padding_mask, hidden)
         # Weights that are computed from others (weight norm) are computed once per pass.

@@ -113,9 +113,13 @@ class CellMap:
 
     @property
     def depends_on(self) -> Tuple[Tensor, ...]:
-        """Every tensor with a gradient that an evaluation uses."""
-        injected = tuple(tensor for tensor in (self._added, self._qkv) if tensor is not None)
-        return (*injected, *(parameter for parameter in self.cell.parameters() if parameter.requires_grad))
+        """The tensors with a gradient that an evaluation uses, none of them computed from another.
+
+        The injection's own parameters are not among them: they act through what was injected.
+        """
+        used = [self.cell.layers] if self.cell.final_norm is None else [self.cell.layers, self.cell.final_norm]
+        injected = [tensor for tensor in (self._added, self._qkv) if tensor is not None]
+        return (*injected, *(parameter for module in used for parameter in module.parameters()))
 
     def rows(self, index: Tensor) -> Optional["CellMap"]:
         """The same map for some samples; ``None`` where noise was drawn for the whole batch."""
