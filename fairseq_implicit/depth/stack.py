@@ -1,11 +1,12 @@
 """A stack of blocks: the ODE Transformer.
 
 Block ``l`` integrates its own field over ``t ∈ [l, l + T]`` with an explicit scheme; Euler with one step of size 1 is
-the ordinary transformer.
+the ordinary transformer. The weights know nothing of the solver: one checkpoint can be evaluated with another scheme,
+more steps, or adaptive steps to a tolerance.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -13,16 +14,20 @@ from torch import Tensor, nn
 
 from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.random_steps import RandomSteps
+from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
 from fairseq_implicit.solvers.multistep import solve_adams, solve_backward_euler_corrected
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
     Field,
+    entering_dtype,
     recomputed,
     solve_explicit,
     solver_field,
     solver_state,
 )
+from fairseq_implicit.solvers.status import Status
 
 CORRECTORS = ("none", "backward-euler", "adams", "pcformer")
 HISTORIES = ("none", "dlcl")
@@ -57,6 +62,10 @@ class StackConfig:
         consistency_penalty: weight of (Σw − 1)², averaged over blocks.
         second_order_penalty: weight of (Σwc − 1/2)², averaged over blocks.
         final_norm: end with a layer norm, as pre-norm stacks need.
+        tolerance: of adaptive steps in each block (schemes ``bosh3``, ``dopri5``, ``tsit5``); 0: ``steps`` fixed ones.
+        max_evaluations: of adaptive steps, per sample and block.
+        random_steps: ``(low, high)``: in training the number of fixed steps per block is drawn at each update.
+        seed: of ``random_steps``.
 
     Raises:
         ValueError: a value or a combination that has no meaning, in one sentence.
@@ -82,6 +91,10 @@ class StackConfig:
     consistency_penalty: float = 0.0
     second_order_penalty: float = 0.0
     final_norm: bool = False
+    tolerance: float = 0.0
+    max_evaluations: int = 500
+    random_steps: Optional[Tuple[int, int]] = None
+    seed: int = 1
 
     def __post_init__(self):
         solve = self.solve  # validates what concerns one block
@@ -111,6 +124,28 @@ class StackConfig:
             )
         if self.corrector == "adams":
             self._check_adams()
+        if not 0 <= self.tolerance < math.inf:
+            raise ValueError(f"a tolerance of {self.tolerance}: it must be positive, or 0 for fixed steps")
+        if self.tolerance > 0:
+            self._check_adaptive()
+
+    def _check_adaptive(self) -> None:
+        self.adaptive  # validates scheme and budget
+        if self.coefficients != "fixed" or self.stage_norm or self.residual_in_field or self.corrector != "none":
+            raise ValueError(
+                "adaptive steps (a tolerance above 0) measure the error of the tableau itself: set coefficients "
+                "'fixed', corrector 'none', and neither a stage norm nor the residual in the field"
+            )
+        if self.gradient == "checkpoint-stage" or self.random_steps is not None:
+            raise ValueError(
+                "gradient 'checkpoint-stage' and random steps are for fixed steps: set the tolerance to 0, or leave "
+                "them out"
+            )
+        if self.stage_dropout == "independent":
+            raise ValueError(
+                "stage dropout 'independent' makes the field a different function at each evaluation, which has no "
+                "error estimate: adaptive steps need 'shared'"
+            )
 
     def _check_adams(self) -> None:
         if self.scheme not in ("heun2", "rk2") or self.steps != 1:
@@ -135,6 +170,11 @@ class StackConfig:
         )
 
     @property
+    def adaptive(self) -> AdaptiveConfig:
+        """The adaptive solve of one block."""
+        return AdaptiveConfig(self.scheme, self.tolerance, self.tolerance, self.max_evaluations)
+
+    @property
     def is_plain_euler(self) -> bool:
         """Whether a block is one Euler step of size 1 with nothing around it: the field's own layer."""
         return (
@@ -152,7 +192,8 @@ class BlockStack(nn.Module):
 
     Statistics, each also as ``block<l>/<name>``: ``state_rms`` over valid tokens (of the last block),
     ``coefficient_sum`` Σw, ``coefficient_moment`` Σwc, and where the mode has them ``gate_mean``, ``gate_entropy``,
-    ``alpha`` (means over blocks); ``evaluations`` counts the fields' evaluations in the forward pass.
+    ``alpha`` (means over blocks); ``evaluations`` counts the fields' evaluations in the forward pass, per sample where
+    steps are adaptive; ``stopped`` is the share of adaptive solves that spent their budget.
 
     A block that layer drop skips is the identity: it reports the coefficients of a zero increment.
 
@@ -183,6 +224,9 @@ class BlockStack(nn.Module):
         self.history = LayerHistory(config.layers, config.dim, not pcformer) if keeps_history else None
         self.predictor_history = LayerHistory(config.layers, config.dim, False) if pcformer else None
         self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
+        if self.random_steps is not None and config.corrector == "adams":
+            raise ValueError("corrector 'adams' takes one step per block: it has no random number of steps")
 
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
@@ -203,13 +247,19 @@ class BlockStack(nn.Module):
             entries.append(self.history.entry(0, state))
             state = self.history.mix(entries)
         skipped = self._draw_skipped_blocks()
+        solve = self.solve_config
+        if self.random_steps is not None and self.training:
+            solve = replace(solve, steps=self.random_steps.draw())
         for block in range(self.config.layers):
             combination = self.combinations[block % len(self.combinations)]
             if block in skipped:
                 passed = _Passed(state, (combination.at_rest(),), 0)
             else:
                 f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), padding_mask)
-                passed = self._integrate(f, state, block, combination, entries, increment, x.dtype)
+                if self.config.tolerance > 0:
+                    passed = self._integrate_adaptively(f, state, block, combination, padding_mask, x.dtype)
+                else:
+                    passed = self._integrate(f, state, block, combination, entries, increment, x.dtype, solve)
             state, increment = passed.state, passed.increment
             if self.history is not None:
                 entries.append(self.history.entry(block + 1, state))
@@ -231,10 +281,11 @@ class BlockStack(nn.Module):
         entries: List[Tensor],
         increment: Optional[Tensor],
         dtype: torch.dtype,
+        solve: ExplicitConfig,
     ) -> "_Passed":
         """Pass one block: ``entries`` is the layer history, ``increment`` what the Adams pair carries along."""
-        config, solve, t0 = self.config, self.solve_config, float(block)
-        layer = getattr(f, "layer", None) if config.is_plain_euler else None
+        config, t0 = self.config, float(block)
+        layer = getattr(f, "layer", None) if config.is_plain_euler and solve.steps == 1 else None
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
             layer = layer if solve.gradient == "autograd" else recomputed(layer, solve)
@@ -256,6 +307,39 @@ class BlockStack(nn.Module):
             return _Passed(corrected, result.weights, result.evaluations + 1)
         return _Passed(result.state, result.weights, result.evaluations)
 
+    def _integrate_adaptively(
+        self,
+        f: Field,
+        state: Tensor,
+        block: int,
+        combination: Combination,
+        padding_mask: Optional[Tensor],
+        dtype: torch.dtype,
+    ) -> "_Passed":
+        """Pass one block with adaptive steps, each sample with its own.
+
+        Raises:
+            ArithmeticError: non-finite values, or steps that shrink to nothing.
+        """
+        result = solve_adaptive(
+            entering_dtype(f, dtype),
+            state,
+            self.config.total_time,
+            self.config.adaptive,
+            valid=None if padding_mask is None else ~padding_mask,
+            start=float(block),
+            recompute=self.config.gradient == "checkpoint-step",
+        )
+        if result.status in (Status.NON_FINITE, Status.STAGNATED):
+            raise ArithmeticError(
+                f"the adaptive solve of block {block} failed ({result.status.value}): the model has diverged, or its "
+                "tolerance is too small"
+            )
+        evaluations = result.evaluations
+        evaluations = evaluations.float().mean() if isinstance(evaluations, Tensor) else evaluations
+        stopped = float(result.status is Status.BUDGET_SPENT)
+        return _Passed(result.state, (combination.at_rest(),), evaluations, stopped=stopped)
+
     def _draw_skipped_blocks(self) -> Set[int]:
         """Blocks that layer drop skips in this pass. Drawn on the host: nothing is read back from the device."""
         if not self.training or self.config.layerdrop == 0:
@@ -269,8 +353,9 @@ class _Passed(NamedTuple):
 
     state: Tensor
     weights: Tuple[Tuple[Weight, ...], ...]
-    evaluations: int
+    evaluations: Scalar
     increment: Optional[Tensor] = None
+    stopped: float = 0.0
 
 
 class _Report:
@@ -288,6 +373,8 @@ class _Report:
         self.evaluations += passed.evaluations
         found = _means([combination.statistics(weights, self.valid) for weights in passed.weights])
         found["state_rms"] = state_rms(state, self.valid)
+        if self.config.tolerance > 0:
+            found["stopped"] = passed.stopped
         self.blocks.append(found)
         for weights in passed.weights:
             if self.config.consistency_penalty > 0:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 from fairseq.models import register_model
-from omegaconf import II
 from torch import Tensor, nn
 
 from fairseq_implicit.depth.continuous import GRADIENTS, REVERSIBLE_SCHEME, ContinuousConfig, ContinuousDepth
@@ -80,7 +79,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         default=0.0, metadata={"help": "weight of the squared Frobenius norm of the field's Jacobian, an estimate"}
     )
     ode_local_error: float = field(default=0.0, metadata={"help": "weight of the solver's error estimate"})
-    ode_seed: int = II("common.seed")
+    ode_seed: int = field(default=1, metadata={"help": "seed of --ode-random-steps"})
 
     def check(self) -> None:
         super().check()

@@ -1,8 +1,9 @@
 """ODE-BERT: each encoder block integrated by a Runge–Kutta scheme (arXiv 2203.09176); Euler is the ordinary BERT."""
 
 import logging
+import re
 from dataclasses import dataclass, field
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 from fairseq.models import register_model
 from torch import Tensor, nn
@@ -44,6 +45,27 @@ class OdeBertConfig(ImplicitBertConfig):
     )
     ode_steps: int = field(default=1, metadata={"help": "sub-steps per block, with the same weights"})
     ode_time: float = field(default=1.0, metadata={"help": "time integrated by each block; the step is time / steps"})
+    ode_random_steps: Optional[List[int]] = field(
+        default=None,
+        metadata={
+            "help": "LOW,HIGH: draw the sub-steps per block at each update, so that the trained model works with any "
+            "of them; evaluation takes --ode-steps"
+        },
+    )
+    ode_seed: int = field(default=1, metadata={"help": "seed of --ode-random-steps"})
+    ode_tolerance: float = field(
+        default=0.0, metadata={"help": "above 0: adaptive steps in each block (bosh3, dopri5, tsit5) to this tolerance"}
+    )
+    ode_max_evaluations: int = field(
+        default=500, metadata={"help": "evaluations per sample and block after which an adaptive solve stops"}
+    )
+    ode_split: int = field(
+        default=1,
+        metadata={
+            "help": "progressive depth: N blocks of 1/N of the time in place of each layer; a checkpoint opened with a "
+            "larger N keeps its function up to the scheme's error"
+        },
+    )
     ode_coefficients: Optional[str] = field(
         default=None, metadata={"help": f"combination of the stages: {', '.join(MODES)} (default fixed)"}
     )
@@ -144,6 +166,14 @@ class OdeBertConfig(ImplicitBertConfig):
         ):
             if getattr(self, name) is not None:
                 check_choice(_flag(name), getattr(self, name), choices)
+        if self.ode_split < 1:
+            raise ValueError(f"--ode-split {self.ode_split}: each layer becomes at least one block")
+        if self.ode_split > 1 and (self.ode_history != "none" or self.ode_corrector in ("adams", "pcformer")):
+            raise ValueError(
+                f"--ode-split {self.ode_split} cuts layers in time, but --ode-history {self.ode_history} and "
+                f"--ode-corrector {self.ode_corrector} count them: use it with --ode-history none and --ode-corrector "
+                "none or backward-euler"
+            )
         self.stack()
 
     def stack(self) -> StackConfig:
@@ -154,11 +184,11 @@ class OdeBertConfig(ImplicitBertConfig):
         """
         coefficients = self.coefficients()
         return StackConfig(
-            layers=self.encoder_layers,
+            layers=self.encoder_layers * self.ode_split,
             dim=self.encoder_embed_dim,
             scheme=coefficients.scheme,
             steps=self.ode_steps,
-            total_time=self.ode_time,
+            total_time=self.ode_time / self.ode_split,
             coefficients=coefficients.mode,
             start=coefficients.start,
             scope=coefficients.scope,
@@ -175,6 +205,10 @@ class OdeBertConfig(ImplicitBertConfig):
             second_order_penalty=self.ode_second_order_weight,
             # Post-norm layers end in a norm of their own, as BERT's do.
             final_norm=self.ode_field != "post-norm",
+            tolerance=self.ode_tolerance,
+            max_evaluations=self.ode_max_evaluations,
+            random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
+            seed=self.ode_seed,
         )
 
     def transformer_field(self) -> TransformerFieldConfig:
@@ -213,6 +247,7 @@ class OdeBertModel(ImplicitBertModel):
         """
         super().upgrade_state_dict_named(state_dict, name)
         prefix = f"{name}." if name else ""
+        self._split_blocks(state_dict, f"{prefix}encoder.depth.")
         part = f"{prefix}encoder.depth.combinations."
         own = {f"{prefix}{key}": value for key, value in self.state_dict().items() if f"{prefix}{key}".startswith(part)}
         stored = {key for key in state_dict if key.startswith(part)}
@@ -229,6 +264,32 @@ class OdeBertModel(ImplicitBertModel):
                 len(foreign),
                 len(fresh),
             )
+
+
+    def _split_blocks(self, state_dict: Dict[str, Tensor], depth: str) -> None:
+        """Give each block of a coarser checkpoint's to all blocks that take its place in time.
+
+        Raises:
+            ValueError: the checkpoint's blocks do not divide the model's.
+        """
+        for part in ("fields", "combinations"):
+            pattern = re.compile(re.escape(f"{depth}{part}.") + r"(\d+)\.(.+)")
+            stored = [match for match in map(pattern.fullmatch, list(state_dict)) if match]
+            blocks = len({match.group(1) for match in stored})
+            own = len(getattr(self.encoder.depth, part))
+            if not blocks or blocks >= own or self.args.ode_split == 1:
+                continue
+            if own % blocks:
+                raise ValueError(
+                    f"--ode-split {self.args.ode_split} makes {own} blocks, which the checkpoint's {blocks} do not "
+                    "divide: choose a multiple of the split that it was trained with"
+                )
+            copies = own // blocks
+            weights = {match.groups(): state_dict.pop(match.group(0)) for match in stored}
+            for (block, rest), weight in weights.items():
+                for copy in range(copies):
+                    # Copies of their own: trained further, the halves may part.
+                    state_dict[f"{depth}{part}.{int(block) * copies + copy}.{rest}"] = weight.clone()
 
 
 VARIANTS: Dict[str, Dict[str, Any]] = {
