@@ -1,11 +1,13 @@
 """Multi-head self-attention with one fused projection, batch first."""
 
+import math
 from typing import Callable, Optional
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_implicit.fields.shared_dropout import ReplayedGenerator, check_policy, check_rate
+from fairseq_implicit.fields.shared_dropout import ReplayedGenerator, SharedDropout
 
 #: ``attend(z, injection=None) -> (batch, time, dim)``
 Attend = Callable[..., Tensor]
@@ -29,8 +31,7 @@ class MultiHeadAttention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"the number of attention heads must divide the width: {heads} heads, width {dim}")
         self.heads = heads
-        self.dropout = check_rate("attention dropout", dropout)
-        self.dropout_policy = check_policy(dropout_policy)
+        self.dropout = SharedDropout(dropout, dropout_policy)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
@@ -45,8 +46,7 @@ class MultiHeadAttention(nn.Module):
             ``attend(z, injection=None)``; ``injection``, ``(batch, time, 3 dim)``, is added to the projected q, k, v.
         """
         visible = None if padding_mask is None else padding_mask.logical_not()[:, None, None, :]
-        rate = self.dropout if self.training else 0.0
-        replay = ReplayedGenerator(x.device) if rate > 0.0 and self.dropout_policy == "shared" else None
+        mix = self._mixing(x, visible)
 
         def attend(z: Tensor, injection: Optional[Tensor] = None) -> Tensor:
             batch, time, dim = z.shape
@@ -54,11 +54,32 @@ class MultiHeadAttention(nn.Module):
             if injection is not None:
                 projected = projected + injection
             q, k, v = projected.view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            if replay is None:
-                mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
-            else:
-                with replay:
-                    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=rate)
-            return self.out(mixed.transpose(1, 2).reshape(batch, time, dim))
+            return self.out(mix(q, k, v).transpose(1, 2).reshape(batch, time, dim))
 
         return attend
+
+    def _mixing(self, x: Tensor, visible: Optional[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """``(q, k, v) -> values``, all ``(batch, heads, time, dim / heads)``, with one solve's noise."""
+        rate = self.dropout.rate if self.training else 0.0
+        if rate == 0.0 or self.dropout.policy == "independent":
+            return lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, visible, rate)
+        if x.device.type == "cpu":
+            # No fused kernel drops on a CPU, so the probabilities exist anyway: drop them with a mask drawn once.
+            batch, time, _ = x.shape
+            drop = self.dropout.prepare(x.new_empty(0).expand(batch, self.heads, time, 0), width=time)
+            return lambda q, k, v: drop(_probabilities(q, k, visible)) @ v
+        replay = ReplayedGenerator(x.device)
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with replay:
+                return functional.scaled_dot_product_attention(q, k, v, visible, rate)
+
+        return mix
+
+
+def _probabilities(q: Tensor, k: Tensor, visible: Optional[Tensor]) -> Tensor:
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
+    if visible is not None:
+        # Not minus infinity: a sequence of nothing but padding would turn into NaN, and into NaN gradients.
+        scores = scores.masked_fill(visible.logical_not(), torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1)

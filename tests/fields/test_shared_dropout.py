@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fairseq_implicit.fields.shared_dropout import DropPath, SharedDropout, keep_mask
+from fairseq_implicit.fields.shared_dropout import DropPath, ReplayedGenerator, SharedDropout, keep_mask
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.93])
@@ -52,3 +52,15 @@ def test_evaluation_mode_and_rate_zero_are_the_identity():
     x = torch.randn(2, 3, 4)
     assert SharedDropout(0.5).eval().prepare(x)(x) is x
     assert SharedDropout(0.0).train().prepare(x)(x) is x
+
+
+def test_replayed_generator_repeats_noise_and_leaves_no_trace():
+    torch.manual_seed(0)
+    replay, other = ReplayedGenerator(torch.device("cpu")), ReplayedGenerator(torch.device("cpu"))
+    before = torch.get_rng_state()
+    draws = []
+    for generator in (replay, replay, other):
+        with generator:
+            draws.append(torch.rand(5))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    assert torch.equal(before, torch.get_rng_state())

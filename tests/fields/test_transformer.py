@@ -109,6 +109,18 @@ def test_shared_attention_noise_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_dropped_attention_without_drops_is_torchs_attention():
+    """At a rate below the masks' resolution the noisy path must give what the fused kernel gives."""
+    noisy, plain, x, padding = (
+        build("pre-norm", attention_dropout=1e-9).train(),
+        build("pre-norm"),
+        states(),
+        tail_padding(),
+    )
+    got, expected = noisy.prepare(x, padding)(0.0, x), plain.prepare(x, padding)(0.0, x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def test_independent_noise_differs_between_evaluations():
     field, x = build("pre-norm", dropout=0.3, dropout_policy="independent").train(), states()
     f = field.prepare(x)

@@ -1,0 +1,206 @@
+"""Tokens per second and activation memory of ode_bert against fairseq's RoBERTa and transformers' BERT.
+
+Every model has the same shape, sees the same batch and the same masked positions, and runs forward and backward in
+training mode, dropout on. The models take turns, one step each per round, so that whatever else the machine does hits
+all alike; the ratios of the medians are what counts. Activation memory is what autograd saves between forward and
+backward (distinct storages, parameters left out).
+
+    python scripts/benchmark_throughput.py --size base --batch 4 --length 128 --rounds 10
+"""
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+import types
+import warnings
+from typing import Callable, Dict
+
+warnings.filterwarnings("ignore")
+import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+logging.disable(logging.INFO)
+from fairseq.data import Dictionary  # noqa: E402
+
+from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
+from fairseq_implicit.models.presets import SIZES  # noqa: E402
+
+Step = Callable[[], torch.Tensor]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="base")
+    parser.add_argument("--layers", type=int, help="number of blocks, where it is not the size's")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="autocast where bfloat16")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+class Bench:
+    """The batch that all models share, and the models."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.device = torch.device(options.device)
+        self.dictionary = Dictionary()
+        for index in range(options.vocabulary):
+            self.dictionary.add_symbol(f"piece{index}")
+        self.dictionary.add_symbol("<mask>")
+        self.task = types.SimpleNamespace(source_dictionary=self.dictionary, max_positions=lambda: options.length)
+        generator = torch.Generator().manual_seed(options.seed)
+        shape = (options.batch, options.length)
+        self.tokens = torch.randint(4, options.vocabulary, shape, generator=generator).to(self.device)
+        self.masked = (torch.rand(shape, generator=generator) < 0.15).to(self.device)
+        self.target = torch.randint(4, options.vocabulary, (int(self.masked.sum()),), generator=generator).to(self.device)
+        self.shape = dict(SIZES[options.size])
+        if options.layers:
+            self.shape["encoder_layers"] = options.layers
+
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(logits.float(), self.target)
+
+    def _step(self, model: torch.nn.Module, logits: Callable[[], torch.Tensor]) -> Step:
+        model.to(self.device).train()
+
+        def step() -> torch.Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
+                return self.loss(logits())
+
+        step.model = model
+        return step
+
+    def ode_bert(self, **settings) -> Step:
+        rates = dict(dropout=self.options.dropout, attention_dropout=self.options.dropout)
+        config = OdeBertConfig(**{**self.shape, **rates, "ode_field": "post-norm", **settings})
+        model = OdeBertModel.build_model(config, self.task)
+        return self._step(model, lambda: model(self.tokens, masked_tokens=self.masked, has_padding=False)[0])
+
+    def roberta(self) -> Step:
+        from fairseq.models.roberta import RobertaModel
+
+        options = argparse.Namespace(
+            **self.shape,
+            max_positions=self.options.length,
+            dropout=self.options.dropout,
+            attention_dropout=self.options.dropout,
+        )
+        model = RobertaModel.build_model(options, self.task)
+        return self._step(model, lambda: model(self.tokens, masked_tokens=self.masked)[0])
+
+    def bert(self) -> Step:
+        from transformers import BertConfig, BertForMaskedLM
+
+        config = BertConfig(
+            vocab_size=len(self.dictionary),
+            hidden_size=self.shape["encoder_embed_dim"],
+            num_hidden_layers=self.shape["encoder_layers"],
+            num_attention_heads=self.shape["encoder_attention_heads"],
+            intermediate_size=self.shape["encoder_ffn_embed_dim"],
+            hidden_dropout_prob=self.options.dropout,
+            attention_probs_dropout_prob=self.options.dropout,
+            max_position_embeddings=self.options.length,
+        )
+        model = BertForMaskedLM(config)
+        # It has no way to restrict the head to masked positions: that is part of what is measured.
+        return self._step(model, lambda: model(input_ids=self.tokens).logits[self.masked])
+
+
+def activation_bytes(step: Step) -> int:
+    """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
+    saved: Dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = step()
+    # The graph lives until here, so that no storage was freed and its address used again.
+    del loss
+    return sum(saved.values())
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(steps: Dict[str, Step], rounds: int, device: torch.device) -> Dict[str, float]:
+    """Median seconds of one forward and backward pass of each, the steps taking turns."""
+    times: Dict[str, list] = {name: [] for name in steps}
+    for turn in range(rounds + 2):
+        for name, step in steps.items():
+            step.model.zero_grad(set_to_none=True)
+            synchronise(device)
+            start = time.perf_counter()
+            step().backward()
+            synchronise(device)
+            if turn >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    bench = Bench(options)
+    steps = {
+        "fairseq roberta": bench.roberta(),
+        "transformers bert": bench.bert(),
+        "ode_bert euler": bench.ode_bert(ode_scheme="euler"),
+    }
+    pre_norm = {
+        f"ode_bert {scheme} (pre-norm)": bench.ode_bert(ode_scheme=scheme, ode_field="pre-norm")
+        for scheme in ("euler", "rk2", "rk3", "rk4")
+    }
+    for gradient in ("checkpoint-step", "checkpoint-stage"):
+        pre_norm[f"ode_bert rk4 (pre-norm, {gradient})"] = bench.ode_bert(
+            ode_scheme="rk4", ode_field="pre-norm", ode_gradient=gradient
+        )
+    report = sys.stdout.write
+    shape = ", ".join(f"{name.replace('encoder_', '')} {value}" for name, value in bench.shape.items())
+    report(
+        f"{options.size}: {shape}; batch {options.batch} x {options.length}, vocabulary {len(bench.dictionary)}, "
+        f"dropout {options.dropout}, {options.dtype}, seed {options.seed}, {options.rounds} rounds\n"
+        f"torch {torch.__version__}, {bench.device}, {options.threads} threads, {platform.machine()}\n"
+    )
+    seconds = alternate(steps, options.rounds, bench.device)
+    ours = seconds["ode_bert euler"]
+    report("\nmodel                               parameters   tokens/s of ode_bert euler over it\n")
+    for name, step in steps.items():
+        count = sum(parameter.numel() for parameter in step.model.parameters())
+        report(f"{name:<35} {count:>10,}   {seconds[name] / ours:.3f}\n")
+    del steps
+    seconds = alternate(pre_norm, options.rounds, bench.device)
+    euler = "ode_bert euler (pre-norm)"
+    memory = {name: activation_bytes(step) for name, step in pre_norm.items()}
+    report("\nscheme                                          time / (evaluations x Euler)   activations / Euler\n")
+    # Recomputation evaluates the field a second time, a forward pass without its backward: a third of a step.
+    for name, step in pre_norm.items():
+        stages = step.model.encoder.depth.solve_config.tableau.stages
+        report(
+            f"{name:<47} {seconds[name] / (stages * seconds[euler]):>10.3f}                     "
+            f"{memory[name] / memory[euler]:>6.3f}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
