@@ -41,15 +41,13 @@ def clean(text: str) -> tuple[str, list[str]]:
     Returns:
         the cleaned text, ``""`` when nothing is left, and the names of the changes that were made.
     """
+    if not text:
+        return "", []
     changes: list[str] = []
     ascii_only = text.isascii()
-    if not ascii_only:
-        if text[0] == "\ufeff":
-            text = text.lstrip("\ufeff")
-            changes.append("byte order mark removed")
-        if _SURROGATES.search(text):
-            text = _SURROGATES.sub("\ufffd", text)
-            changes.append("unpaired surrogates replaced")
+    if not ascii_only and _SURROGATES.search(text):
+        text = _SURROGATES.sub("\ufffd", text)
+        changes.append("unpaired surrogates replaced")
     if "\r" in text:
         without_pairs = text.replace("\r\n", "\n")
         if without_pairs != text:
@@ -71,6 +69,9 @@ def clean(text: str) -> tuple[str, list[str]]:
     if _BLANK_LINE.search(f"\n{text}\n"):
         text = "\n".join(line for line in text.split("\n") if line.strip(_BLANK))
         changes.append("blank lines folded")
+    if text.startswith("\ufeff"):
+        text = text.lstrip("\ufeff")
+        changes.append("byte order mark removed")
     return text, changes
 
 

@@ -167,6 +167,8 @@ class CorpusJob:
             self.output / MANIFEST,
             {"job": self.description(), "sources": [identity_of(source) for source in self.sources], "files": outputs},
         )
+        for left_over in self.output.glob("*.part-*"):  # of killed runs
+            left_over.unlink(missing_ok=True)
         shutil.rmtree(self.work)
 
     def verify(self) -> None:

@@ -10,7 +10,7 @@ import tarfile
 
 import zstandard
 
-from fairseq_implicit.corpora.prepare_command import build_parser, main, run
+from fairseq_implicit.corpora.prepare_command import build_parser, run
 from fairseq_implicit.corpora.readers import read_source
 from fairseq_implicit.corpora.records import Document
 from fairseq_implicit.corpora.sources import Source
@@ -110,23 +110,30 @@ def documents_of(folder, split="train"):
 
 
 def start_in_own_group(arguments):
-    """Runs the command line in a forked process of its own group and returns that process."""
-    process = multiprocessing.get_context("fork").Process(target=_run_silently, args=(list(map(str, arguments)),))
+    """Runs the command line of the preparation as `start_function_in_own_group` does."""
+    return start_function_in_own_group(prepare, arguments)
+
+
+def start_function_in_own_group(function, arguments):
+    """Calls a function in a forked process that leads a group of its own; returns that process."""
+    process = multiprocessing.get_context("fork").Process(target=_call_silently, args=(function, arguments))
     process.start()
     return process
 
 
-def _run_silently(arguments):
+def _call_silently(function, arguments):
     os.setpgid(0, 0)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    os._exit(main(arguments))
+    function(*arguments)
+    os._exit(0)
 
 
 def kill_group(process):
+    """Kills a process of `start_function_in_own_group` with all its workers."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+    except ProcessLookupError:  # it has not become a group leader yet, or has ended
         process.kill()
     process.join()

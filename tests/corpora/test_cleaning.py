@@ -1,0 +1,90 @@
+"""What holds of every cleaned text, and that nothing else changes."""
+
+import io
+import random
+import unicodedata
+
+import pytest
+import sentencepiece
+
+from fairseq_implicit.corpora.cleaning import clean, split_text, wrap_line
+from tests.corpora.formats import NAUGHTY
+
+
+@pytest.mark.parametrize(
+    "raw, expected, change",
+    [
+        ("a\r\nb", "a\nb", "CRLF line ends"),
+        ("a\rb", "a\nb", "lone carriage returns"),
+        ("a\n\n \t\n\u200b\nb\n", "a\nb", "blank lines folded"),
+        ("a\u0085b\x1cc", "a b c", "control characters removed"),
+        ("a\x00b\x9fc\x7f", "abc", "control characters removed"),
+        ("a\u2028b\fc", "a\nb\nc", "control characters removed"),
+        ("cafe\u0301", "caf\u00e9", "Unicode NFC"),
+        ("\ufeffa", "a", "byte order mark removed"),
+        ("a\ud800b", "a\ufffdb", "unpaired surrogates replaced"),
+    ],
+)
+def test_each_change_is_made_and_named(raw, expected, change):
+    text, changes = clean(raw)
+    assert text == expected and change in changes
+
+
+@pytest.mark.parametrize("text", ["plain", "a\tb  c ", "  indented\n    code", "日本語　全角", "Ω≈ç", "x\u00a0y"])
+def test_clean_text_is_left_alone(text):
+    assert clean(text) == (text, [])
+
+
+def random_text(rng):
+    alphabet = "ab \t\n\r\x00\x0b\x0c\x1d\x85\u00a0\u200b\u200d\u2028\u2029\u3000\ufeff\ufffd\u2581e\u0301\ud83d語"
+    return "".join(rng.choice(alphabet) for _ in range(rng.randrange(40)))
+
+
+def test_properties_of_cleaned_text():
+    rng = random.Random(0)
+    for _ in range(3000):
+        text, _ = clean(random_text(rng))
+        assert clean(text) == (text, [])
+        assert unicodedata.is_normalized("NFC", text)
+        text.encode("utf-8")
+        assert not any(unicodedata.category(c) == "Cc" and c not in "\t\n" for c in text)
+        assert not {"\u2028", "\u2029"} & set(text)
+        assert text == "" or all(line.strip() for line in text.split("\n"))
+
+
+def test_no_line_of_a_clean_text_encodes_to_nothing():
+    """A line without pieces would be a lone end mark, fairseq's document separator."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e"] * 50),
+        model_writer=model,
+        vocab_size=9,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
+    lines = [line for character in characters for line in clean(f"a\n{character}\nb")[0].split("\n")]
+    assert [line for line, ids in zip(lines, processor.encode(lines)) if not ids] == []
+
+
+def test_splitting_loses_only_line_feeds_and_spaces_at_cuts():
+    rng = random.Random(1)
+    for _ in range(500):
+        lines = [rng.choice([*NAUGHTY, "x" * 50, "word " * 12, "語" * 30]) for _ in range(rng.randrange(1, 8))]
+        text, _ = clean("\n".join(lines))
+        pieces = split_text(text, 40)
+        assert all(0 < len(piece.encode()) <= 40 for piece in pieces)
+        assert "".join(pieces).replace("\n", "").replace(" ", "") == text.replace("\n", "").replace(" ", "")
+        assert all(line.strip() for piece in pieces for line in piece.split("\n"))
+    assert split_text("aa\nbb\ncc", 5) == ["aa\nbb", "cc"]
+
+
+def test_wrapping_prefers_spaces_and_keeps_characters_whole():
+    assert wrap_line("one two three", 8) == ["one two", "three"]
+    assert wrap_line("語" * 7, 10) == ["語語語", "語語語", "語"]
+    assert wrap_line("short", 100) == ["short"]
+    long = "lorem ipsum " * 1000
+    pieces = wrap_line(long, 64)
+    assert " ".join(pieces).rstrip() == long.rstrip() and max(map(len, pieces)) <= 64
