@@ -67,7 +67,7 @@ def questions(path: str, is_one_piece) -> Iterator[Question]:
 def report(question: Question, filled) -> List[str]:
     """Lines for the terminal: the sentence, then the candidates with their probabilities."""
     lines = [f"  {question.sentence}" + (f"   (hidden: {question.answer})" if question.answer else "")]
-    candidates = ", ".join(f"{one.token.strip()} {one.probability:.3f}" for one in filled)
+    candidates = ", ".join(f"{one.token.strip() or repr(one.token)} {one.probability:.3f}" for one in filled)
     return lines + [f"      {candidates}"]
 
 

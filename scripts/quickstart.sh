@@ -63,7 +63,7 @@ cd "$(dirname "$0")/.."
 
 SECONDS=0
 timings=''
-note_time() { timings+=$(printf '\n  %-12s %5d s' "$1" "$2"); }
+note_time() { timings+=$(printf '\n  %-20s %5d s' "$1" "$2"); }
 key() { cat "$@" | cksum | tr ' ' -; } # of files, or of standard input
 
 # stage NAME RESULT KEY COMMAND...: runs COMMAND, which makes RESULT, unless an earlier run made it with the same KEY.
@@ -110,7 +110,7 @@ corpus=$out/$name/corpus tokenizer=$out/$name/sentencepiece.bpe.model data=$out/
 stage "$name-corpus" "$corpus" "$corpus_key" "${make_corpus[@]}" --out "$corpus"
 
 # --- tokenizer
-tokenizer_key=$(key scripts/train_tokenizer.py <(echo "$corpus_key $dictionary"))
+tokenizer_key=$(key scripts/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary"))
 stage "$name-tokenizer" "$tokenizer" "$tokenizer_key" \
     python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary"
 
@@ -212,7 +212,7 @@ shown "loss curves" python scripts/plot_losses.py "$model/tensorboard" --out "$m
 cat <<SUMMARY
 
 time per stage:$timings
-  all          $(printf '%5d' $SECONDS) s
+  all                  $(printf '%5d' $SECONDS) s
 
 model    $model/checkpoint_best.pt
 curves   $model/losses.png
