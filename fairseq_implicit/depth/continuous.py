@@ -344,9 +344,11 @@ class ContinuousDepth(nn.Module):
         one_step = config.explicit(steps)
         h, state, evaluations = one_step.total_time, x, 0
         states, times = [x], [0.0]
+        jumps = isinstance(self.field, InterpolatedField) and self.field.interpolation == "constant"
         energy = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) if penalised else None
         for step in range(steps):
-            result = solve_explicit(f, state, one_step, t0=step * h, field_dtype=x.dtype)
+            step_field = _from_the_left(f, (step + 1) * h, h) if jumps else f
+            result = solve_explicit(step_field, state, one_step, t0=step * h, field_dtype=x.dtype)
             evaluations += result.evaluations
             if penalised:
                 # The mean velocity of the step: a lower bound of the energy that needs no further evaluation.
@@ -392,6 +394,12 @@ class ContinuousDepth(nn.Module):
             "stopped": trajectory.stopped,
             "state_rms": state_rms(trajectory.state, valid),
         }
+
+
+def _from_the_left(f: Increment, end: float, h: float) -> Increment:
+    """``f`` for one step: weights that jump at its end are those before the jump for all its stages."""
+    last = end - 1e-6 * h
+    return lambda t, z: f(min(t, last), z)
 
 
 def _mean(counts: Union[int, Tensor]) -> Union[int, Tensor]:
