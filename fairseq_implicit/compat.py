@@ -2,7 +2,7 @@
 
 ``register()`` runs once, when the package is imported, which fairseq does before it loads a checkpoint or parses the
 plugin's flags: in ``fairseq-train``, in every rank, in ``fairseq-validate``, ``fairseq-preprocess``,
-``fairseq-hydra-train`` and the hub. It puts wrappers around six functions of fairseq, each of which calls the original
+``fairseq-hydra-train`` and the hub. It puts wrappers around seven functions of fairseq, each of which calls the original
 and changes nothing for models and tasks that never meet the gap.
 """
 
@@ -18,6 +18,7 @@ import queue
 import re
 import threading
 import time
+import types
 import typing
 import zipfile
 
@@ -43,6 +44,7 @@ def register() -> None:
     _wrap(options, "parse_args_and_arch", _parse_args_and_arch)
     _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_checkpoint_to_cpu)
     _wrap(checkpoint_utils, "load_checkpoint", _load_checkpoint)
+    _wrap(PathManager, "copy", _copy)
     _wrap(binarizer.FileBinarizer, "multiprocess_dataset", _multiprocess_dataset)
     _wrap(nan_detector.NanDetector, "add_hooks", _add_hooks)
     _wrap(progress_bar.BaseProgressBar, "_format_stats", _format_stats)
@@ -57,7 +59,8 @@ def _wrap(owner, name: str, wrapper) -> None:
         return wrapper(original, *args, **kwargs)
 
     wrapped.closes_gaps = True
-    setattr(owner, name, staticmethod(wrapped) if name == "multiprocess_dataset" else wrapped)
+    bound = isinstance(owner, type) and not isinstance(owner.__dict__[name], types.FunctionType)
+    setattr(owner, name, staticmethod(wrapped) if bound else wrapped)
 
 
 # --- checkpoints: torch.load with weights_only ------------------------------------------------------------------------
@@ -110,10 +113,25 @@ def _load_checkpoint_to_cpu(original, path, *args, **kwargs):
     except (EOFError, zipfile.BadZipFile, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("archive|zip|corrupt|Invalid magic", str(error)):
             raise
+        reason = (str(error) or "it ends too early").splitlines()[0]
         raise ValueError(
-            f"checkpoint {path} is truncated or is no checkpoint ({str(error).splitlines()[0]}): continue from another "
-            "one of the folder with --restore-file."
+            f"checkpoint {path} is truncated or is no checkpoint ({reason}): continue from another one of the folder "
+            "with --restore-file."
         ) from None
+
+
+def _copy(original, src_path, dst_path, overwrite=False):
+    """Copies a checkpoint so that the destination is whole at every moment.
+
+    fairseq writes one checkpoint and copies it to ``checkpoint_last.pt``. A process that is killed during that copy
+    would leave a truncated file under the one name that a restart looks for.
+    """
+    if "://" in dst_path or not overwrite:
+        return original(src_path, dst_path, overwrite)
+    partial = dst_path + ".tmp"
+    copied = original(src_path, partial, True)
+    os.replace(partial, dst_path)
+    return copied
 
 
 def _load_checkpoint(original, cfg, trainer, **kwargs):

@@ -5,9 +5,11 @@ Everything is made once per session in a temporary folder; fairseq is imported o
 
 import json
 import logging
+import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ def _document(rng: np.random.Generator) -> str:
 
 @pytest.fixture(scope="session")
 def toy_text(tmp_path_factory):
-    """Files ``train``, ``valid``, ``test`` of made-up English: one paragraph per line, blank lines between documents."""
+    """Files ``train``, ``valid``, ``test`` of made-up English: a paragraph per line, blank lines between documents."""
     folder = tmp_path_factory.mktemp("text")
     rng = np.random.default_rng(0)
     files = {}
@@ -145,17 +147,17 @@ def _reset_fairseq():
 
 
 def _recorded(command):
+    """Runs ``command`` and returns what it logged as a ``Run``."""
     records = _Records()
-    logger = logging.getLogger("fairseq")
-    level = logger.level
-    logger.setLevel(logging.INFO)
     root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.INFO)
     root.addHandler(records)
     try:
         command()
     finally:
         root.removeHandler(records)
-        logger.setLevel(level)
+        root.setLevel(level)
     return Run(records)
 
 
@@ -163,21 +165,29 @@ def _recorded(command):
 def fairseq_train():
     """``fairseq-train`` in this process: takes the command's arguments, returns a ``Run``.
 
-    Runs on the CPU with JSON logs; numbers in a log line are fairseq's printed ones.
+    Runs on the CPU with one thread (as the processes of ``command_line`` do: sums then agree to the last bit) and
+    JSON logs. Later flags win, so a caller may repeat those of ``toy_flags``.
     """
 
     def train(*argv):
         import fairseq_cli.train as command
+        import torch
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq.distributed.utils import call_main
 
         import fairseq_implicit  # noqa: F401  (get_parser reads sys.argv, not argv, to find --user-dir)
 
         _reset_fairseq()
+        threads = torch.get_num_threads()
         common = "--cpu --num-workers 0 --data-buffer-size 0 --log-format json --log-interval 1 --no-epoch-checkpoints"
-        arguments = [str(arg) for arg in argv] + common.split()
+        arguments = common.split() + [str(arg) for arg in argv]
         parsed = options.parse_args_and_arch(options.get_training_parser(), arguments)
-        return _recorded(lambda: command.main(convert_namespace_to_omegaconf(parsed)))
+        torch.set_num_threads(1)
+        try:
+            return _recorded(lambda: call_main(convert_namespace_to_omegaconf(parsed), command.main))
+        finally:
+            torch.set_num_threads(threads)
 
     return train
 
@@ -197,7 +207,9 @@ def fairseq_validate():
         arguments = [str(arg) for arg in argv] + ["--cpu", "--num-workers", "0", "--log-format", "json"]
         parsed = options.parse_args_and_arch(options.get_validation_parser(), arguments)
         given = options.parse_args_and_arch(options.get_validation_parser(), arguments, suppress_defaults=True)
-        run = _recorded(lambda: command.main(convert_namespace_to_omegaconf(parsed), override_args=given))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(command, "reset_logging", lambda: None)  # it would remove the handler that records
+            run = _recorded(lambda: command.main(convert_namespace_to_omegaconf(parsed), override_args=given))
         return run.metrics("valid")[-1]
 
     return validate
@@ -219,13 +231,57 @@ def checkout():
     return ROOT
 
 
+class Fork:
+    """A function at work in a forked process, which spares the seconds that importing fairseq takes.
+
+    Attributes:
+        process: the process, to wait for or to kill.
+    """
+
+    def __init__(self, function, *args, **environment):
+        self._receiver, sender = multiprocessing.Pipe(duplex=False)
+        self.process = multiprocessing.get_context("fork").Process(
+            target=self._work, args=(sender, function, args, environment)
+        )
+        self.process.start()
+        sender.close()
+
+    @staticmethod
+    def _work(sender, function, args, environment):
+        import torch
+
+        os.environ.update(environment)
+        torch.set_num_threads(1)  # the parent's pool of OpenMP threads does not exist in a fork
+        try:
+            sender.send((True, function(*args)))
+        except BaseException:
+            sender.send((False, traceback.format_exc()))
+
+    def result(self, timeout: float = 240.0):
+        """What the function returned; fails the test with its traceback if it raised."""
+        if not self._receiver.poll(timeout):
+            self.process.kill()
+            pytest.fail(f"no result after {timeout} seconds")
+        well, value = self._receiver.recv()
+        self.process.join()
+        if not well:
+            pytest.fail(value)
+        return value
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """Starts ``function(*args)`` in a forked process: ``fork(function, *args, **environment)`` returns a ``Fork``."""
+    return Fork
+
+
 @pytest.fixture(scope="session")
 def command_line():
-    """Starts one of fairseq's commands as a process of its own: ``command_line("fairseq-train", *argv, **environment)``."""
+    """Starts a command of fairseq as a process of its own: ``command_line("fairseq-train", *argv, **environment)``."""
 
     def start(name, *argv, **environment):
-        modules = {"fairseq-train": "fairseq_cli.train", "fairseq-hydra-train": "fairseq_cli.hydra_train"}
-        script = f"import sys; from {modules[name]} import cli_main; sys.argv[0] = {name!r}; cli_main()"
+        module = name.replace("fairseq-", "fairseq_cli.", 1).replace("-", "_")
+        script = f"import sys; from {module} import cli_main; sys.argv[0] = {name!r}; cli_main()"
         return subprocess.Popen(
             [sys.executable, "-c", script, *map(str, argv)],
             stdout=subprocess.PIPE,

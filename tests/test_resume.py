@@ -1,0 +1,78 @@
+"""Train, kill -9 in mid-training, resume: the same run, digit for digit."""
+
+import signal
+import time
+
+import torch
+
+
+def updates(path) -> int:
+    return torch.load(path)["optimizer_history"][-1]["num_updates"]
+
+
+def test_killed_and_resumed_equals_uninterrupted(toy_flags, fairseq_train, fork, tmp_path):
+    # dropout on, two batches per update, learned coefficients, blocks of unequal length, more than one epoch
+    flags = (
+        toy_flags
+        + (
+            "--arch ode_bert_gated_tiny --sample-break-mode complete --update-freq 2 --batch-size 64 --dropout 0.1 "
+            "--save-interval-updates 7 --disable-validation"
+        ).split()
+    )
+    killed = tmp_path / "killed"
+    last = killed / "checkpoint_last.pt"
+    run = fork(fairseq_train, *flags, "--save-dir", killed, "--max-update", 10**6)
+    deadline = time.monotonic() + 120
+    while not last.exists():
+        assert run.process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.process.kill()
+    run.process.join()
+    assert run.process.exitcode == -signal.SIGKILL
+    stopped_at = updates(last)
+    end = stopped_at + 9
+
+    resumed = fairseq_train(*flags, "--save-dir", killed, "--max-update", end)
+    whole = fairseq_train(*flags, "--save-dir", tmp_path / "whole", "--max-update", end)
+    assert min(resumed.losses()) == stopped_at + 1
+    expected = {number: loss for number, loss in whole.losses().items() if number > stopped_at}
+    assert resumed.losses() == expected
+    assert len(resumed.metrics("train")) > 1, "the resumed run must cross the end of an epoch"
+    one, other = (torch.load(folder / "checkpoint_last.pt") for folder in (killed, tmp_path / "whole"))
+    assert all(torch.equal(one["model"][name], weight) for name, weight in other["model"].items())
+    moments = one["last_optimizer_state"]["state"], other["last_optimizer_state"]["state"]
+    assert all(torch.equal(moments[0][i]["exp_avg_sq"], moments[1][i]["exp_avg_sq"]) for i in moments[1])
+
+
+def test_restore_with_a_new_optimizer_starts_counting_again(toy_flags, fairseq_train, tmp_path):
+    fairseq_train(*toy_flags, "--max-update", 4, "--save-dir", tmp_path / "first", "--disable-validation")
+    run = fairseq_train(
+        *toy_flags, "--max-update", 2, "--save-dir", tmp_path / "second", "--disable-validation",
+        "--restore-file", tmp_path / "first" / "checkpoint_last.pt", "--reset-optimizer", "--reset-lr-scheduler",
+        "--reset-dataloader", "--reset-meters",
+    )  # fmt: skip
+    assert sorted(run.losses()) == [1, 2]
+    assert "Loaded checkpoint" in run.text
+
+
+def test_a_checkpoint_of_a_legacy_optimizer_resumes(toy_flags, fairseq_train, tmp_path):
+    flags = toy_flags + ["--optimizer", "sgd", "--save-dir", tmp_path, "--disable-validation"]
+    fairseq_train(*flags, "--max-update", 2)
+    assert sorted(fairseq_train(*flags, "--max-update", 3).losses()) == [3]
+
+
+def test_a_checkpoint_of_another_dictionary_is_refused(toy_flags, toy_data, fairseq_train, tmp_path):
+    import os
+    import shutil
+
+    import pytest
+
+    other = tmp_path / "bin"
+    shutil.copytree(toy_data, other)
+    os.remove(other / "sentencepiece.bpe.model")
+    lines = (other / "dict.txt").read_text(encoding="utf-8").splitlines()
+    (other / "dict.txt").write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
+    flags = toy_flags[1:] + ["--save-dir", tmp_path / "ck", "--disable-validation"]
+    fairseq_train(toy_data, *flags, "--max-update", 2)
+    with pytest.raises(ValueError, match="trained with another dictionary"):
+        fairseq_train(other, *flags, "--max-update", 3)
