@@ -2,8 +2,8 @@
 
 ``register()`` runs once, when the package is imported, which fairseq does before it loads a checkpoint or parses the
 plugin's flags: in ``fairseq-train``, in every rank, in ``fairseq-validate``, ``fairseq-preprocess``,
-``fairseq-hydra-train`` and the hub. It puts wrappers around seven functions of fairseq, each of which calls the original
-and changes nothing for models and tasks that never meet the gap.
+``fairseq-hydra-train`` and the hub. It puts wrappers around seven functions of fairseq, each of which calls the
+original and changes nothing for models and tasks that never meet the gap.
 """
 
 import argparse

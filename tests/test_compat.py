@@ -208,7 +208,4 @@ def test_a_copy_is_whole_at_every_moment(tmp_path, monkeypatch):
     assert last.read_bytes() == b"old"
     assert PathManager.copy(str(source), str(last), overwrite=True)
     assert last.read_bytes() == b"new" * 100
-    assert (
-        sorted(path.name for path in tmp_path.iterdir())
-        == ["checkpoint_1_7.pt", "checkpoint_last.pt", "checkpoint_last.pt.tmp"][:2]
-    )
+    assert not (tmp_path / "checkpoint_last.pt.tmp").exists()
