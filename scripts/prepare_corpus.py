@@ -5,11 +5,11 @@
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from fairseq_implicit.corpora.prepare_command import main  # noqa: E402
 
 if __name__ == "__main__":
+    import corpora_alone
+
+    corpora_alone.load()
+    from fairseq_implicit.corpora.prepare_command import main
+
     sys.exit(main())

@@ -11,7 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    import corpora_alone
+
+    corpora_alone.load()
 
 from fairseq_implicit.corpora import tokenizer_training  # noqa: E402
 from fairseq_implicit.corpora.prepare_command import byte_size  # noqa: E402

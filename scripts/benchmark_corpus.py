@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""Measures the way from text to data-bin, side by side in one run, and the reader of The Pile.
+
+    python scripts/benchmark_corpus.py wiki.train.tokens --pile pile/train/00.jsonl.zst
+
+Routes: the two steps that fairseq's examples describe (sentencepiece writes pieces as text, fairseq-preprocess reads
+them), fairseq-preprocess on raw text with this package's dictionary, and `binarise_corpus.py --fast`; each with one and
+with two processes. Every route runs as its own process on the whole text and on its first lines; the difference is the
+speed without the start-up, and both are shown. The files of all routes are compared byte by byte.
+"""
+
+import argparse
+import filecmp
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import corpora_alone
+
+corpora_alone.load()
+
+import sentencepiece  # noqa: E402
+
+from fairseq_implicit.corpora.readers import read_source  # noqa: E402
+from fairseq_implicit.corpora.records import Document  # noqa: E402
+from fairseq_implicit.corpora.sources import Source  # noqa: E402
+from fairseq_implicit.corpora.tokenizer_training import PRESETS, train_tokenizer  # noqa: E402
+
+SCRIPTS = Path(__file__).resolve().parent
+PACKAGE = SCRIPTS.parent / "fairseq_implicit"
+ENCODE_TO_TEXT = """
+import sentencepiece, sys
+processor = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
+with open(sys.argv[2], encoding="utf-8") as text, open(sys.argv[3], "w", encoding="utf-8") as pieces:
+    for line in text:
+        pieces.write(" ".join(processor.encode(line.rstrip("\\n"), out_type=str)) + "\\n")
+"""
+
+
+def seconds(*commands: list) -> float:
+    """Wall time of commands that run one after the other."""
+    begun = time.perf_counter()
+    for command in commands:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        result = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+        if result.returncode:
+            sys.exit(f"{' '.join(map(str, command))}: {result.stderr.strip().splitlines()[-1]}")
+    return time.perf_counter() - begun
+
+
+def preprocess(text: Path, dictionary: Path, output: Path, workers: int, *flags) -> list:
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", "--srcdict", dictionary]
+    return [*command, "--trainpref", text, "--destdir", output, "--workers", workers, *flags]
+
+
+def routes(model: Path, text: Path, output: Path, workers: int) -> dict[str, list[list]]:
+    """The commands of each route from ``text`` to ``output``."""
+    pieces, raw = output / "pieces.txt", ["--user-dir", PACKAGE, "--task", "implicit_masked_lm"]
+    fast = [sys.executable, SCRIPTS / "binarise_corpus.py", "--fast", "--train", text, "--tokenizer", model]
+    return {
+        "two steps": [
+            [sys.executable, "-c", ENCODE_TO_TEXT, model, text, pieces],
+            preprocess(pieces, model.with_name("dict.txt"), output / "two-steps", workers),
+        ],
+        "fairseq-preprocess on raw text": [preprocess(text, model, output / "raw", workers, *raw)],
+        "fast": [[*fast, "--output", output / "fast", "--workers", workers]],
+    }
+
+
+def encoding_speed(model: Path, text: Path) -> float:
+    """MB/s of sentencepiece alone: lines in memory to lists of ids, one thread."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    lines = text.read_text(encoding="utf-8").split("\n")
+    begun = time.perf_counter()
+    for line in lines:
+        processor.encode(line)
+    return text.stat().st_size / 1e6 / (time.perf_counter() - begun)
+
+
+def reader_speed(path: Path, least_seconds: float = 2.0) -> tuple[float, float]:
+    """MB/s of uncompressed text and of compressed file through the reader, one process."""
+    size, passes, begun = 0, 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < least_seconds:
+        for item in read_source(Source(str(path))):
+            if isinstance(item, Document):
+                size += len(item.text.encode("utf-8", "surrogatepass"))
+        passes += 1
+    return size / 1e6 / spent, passes * path.stat().st_size / 1e6 / spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="UTF-8 text, for example WikiText-2's wiki.train.tokens")
+    parser.add_argument("--pile", type=Path, help="a .jsonl.zst file for the reader")
+    parser.add_argument("--dictionary-size", type=int, default=4096)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        work = Path(name)
+        model = work / "tokenizer" / "spm.model"
+        train_tokenizer([arguments.text], model, arguments.dictionary_size, PRESETS["bert-32k"].options, 10**6)
+        start = work / "start.txt"
+        start.write_text("one line\n" * 2)
+        size = arguments.text.stat().st_size / 1e6
+        print(f"text {size:.1f} MB, unigram dictionary of {arguments.dictionary_size}; {platform.processor()}, "
+              f"{os.cpu_count()} cores, sentencepiece {sentencepiece.__version__}")
+        alone = encoding_speed(model, arguments.text)
+        print(f"sentencepiece alone, one thread: {alone:.1f} MB/s\n")
+        print(
+            f"{'route':<34}{'processes':>10}{'wall s':>9}{'MB/s':>8}{'ratio':>8}{'MB/s net':>10}{'ratio':>8}"
+            f"{'of spm':>8}"
+        )
+        base = {}
+        for workers in arguments.workers:
+            measured = {}
+            for text, label in ((start, "start"), (arguments.text, "whole")):
+                for route, commands in routes(model, text, work / f"{label}{workers}", workers).items():
+                    (work / f"{label}{workers}").mkdir(exist_ok=True)
+                    measured[route, label] = seconds(*commands)
+            for route in ("two steps", "fairseq-preprocess on raw text", "fast"):
+                wall = measured[route, "whole"]
+                gross, net = size / wall, size / max(wall - measured[route, "start"], 1e-9)
+                base.setdefault(workers, (gross, net))
+                print(
+                    f"{route:<34}{workers:>10}{wall:>9.1f}{gross:>8.2f}{gross / base[workers][0]:>7.1f}x"
+                    f"{net:>10.2f}{net / base[workers][1]:>7.1f}x{net / alone / workers:>8.0%}"
+                )
+            whole = work / f"whole{workers}"
+            for other in (whole / "raw", whole / "fast" / "shard0"):
+                for file in ("train.bin", "train.idx"):
+                    if not filecmp.cmp(whole / "two-steps" / file, other / file, shallow=False):
+                        sys.exit(f"{other / file} differs from the two-step route's")
+        print("\nnet: without start-up; of spm: share of sentencepiece's own speed per process; all files are equal")
+        if arguments.pile:
+            text, file = reader_speed(arguments.pile)
+            print(f"reader on {arguments.pile.name}: {text:.0f} MB/s of text ({file:.0f} MB/s of file), one process")
+
+
+if __name__ == "__main__":
+    main()
