@@ -104,6 +104,8 @@ def _load_checkpoint_to_cpu(original, path, *args, **kwargs):
         return original(path, *args, **kwargs)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if not found and not zipfile.is_zipfile(path):
+            raise _no_checkpoint(path, "it has another format") from None
         what = f"the type {found.group(1)}" if found else "objects"
         raise ValueError(
             f"checkpoint {path} holds {what} outside the safe list of fairseq_implicit.compat.safe_globals(), which "
@@ -113,11 +115,14 @@ def _load_checkpoint_to_cpu(original, path, *args, **kwargs):
     except (EOFError, zipfile.BadZipFile, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("archive|zip|corrupt|Invalid magic", str(error)):
             raise
-        reason = (str(error) or "it ends too early").splitlines()[0]
-        raise ValueError(
-            f"checkpoint {path} is truncated or is no checkpoint ({reason}): continue from another one of the folder "
-            "with --restore-file."
-        ) from None
+        raise _no_checkpoint(path, (str(error) or "it ends too early").splitlines()[0]) from None
+
+
+def _no_checkpoint(path: str, reason: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {path} is truncated or is no checkpoint ({reason}): continue from another one of the folder with "
+        "--restore-file."
+    )
 
 
 def _copy(original, src_path, dst_path, overwrite=False):

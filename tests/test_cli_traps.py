@@ -1,6 +1,6 @@
 """fairseq-train, -validate and -hydra-train with the flags that used to be traps."""
 
-import sys
+import runpy
 
 import pytest
 import torch
@@ -138,11 +138,9 @@ def test_non_finite_gradients_are_named(toy_flags, fairseq_train, tmp_path):
         fairseq_train(*toy_flags, "--lr", 1e30, "--max-update", 5, "--no-save", "--save-dir", tmp_path)
 
 
-def test_prints_the_path_for_user_dir(checkout):
-    import subprocess
-
-    done = subprocess.run([sys.executable, "-m", "fairseq_implicit"], capture_output=True, text=True, cwd=checkout)
-    assert done.stdout == f"{checkout / 'fairseq_implicit'}\n"
+def test_prints_the_path_for_user_dir(checkout, capsys):
+    runpy.run_module("fairseq_implicit", run_name="__main__")
+    assert capsys.readouterr().out == f"{checkout / 'fairseq_implicit'}\n"
 
 
 def test_hydra_with_the_recipe_of_the_examples(toy_data, command_line, checkout, tmp_path):

@@ -77,6 +77,13 @@ def test_refuses_a_truncated_checkpoint(tmp_path, keep):
     assert "\n" not in str(caught.value)
 
 
+def test_refuses_a_file_that_is_no_checkpoint(tmp_path):
+    path = tmp_path / "notes.pt"
+    path.write_text("not a checkpoint, only notes\n" * 20, encoding="utf-8")
+    with pytest.raises(ValueError, match="notes.pt is truncated or is no checkpoint"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(path))
+
+
 def test_registering_twice_wraps_once():
     before = options.parse_args_and_arch, checkpoint_utils.load_checkpoint
     compat.register()

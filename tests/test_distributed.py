@@ -21,7 +21,8 @@ def train_on_two_ranks(fairseq_train, fork, *flags):
 
 
 def test_two_ranks_equal_one_process_with_twice_the_batch_and_resume(toy_flags, fairseq_train, fork, tmp_path):
-    # Without dropout: each rank draws its own noise. A linear optimiser: Adam turns rounding into signs.
+    # Without dropout: one process draws the noise of the second batch after that of the first, two ranks draw both
+    # from the same seed. With a linear optimiser: Adam makes large steps of rounding errors.
     flags = (
         toy_flags
         + (

@@ -137,6 +137,9 @@ def _details(statistics: List[str]) -> List[str]:
 
 def _to_numbers(values: List[Any]) -> List[float]:
     """Numbers and 0-dim tensors as floats, with one transfer for all tensors of a device."""
-    tensors = [value.detach().double() for value in values if torch.is_tensor(value)]
-    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [next(numbers) if torch.is_tensor(value) else float(value) for value in values]
+    numbers = [None if torch.is_tensor(value) else float(value) for value in values]
+    for device in {value.device for value in values if torch.is_tensor(value)}:
+        places = [i for i, value in enumerate(values) if torch.is_tensor(value) and value.device == device]
+        for place, number in zip(places, torch.stack([values[i].detach().double() for i in places]).tolist()):
+            numbers[place] = number
+    return numbers

@@ -28,7 +28,9 @@ def data_folders(data: str) -> List[str]:
         if not folder:
             raise ValueError(f"the data argument {data!r} names an empty folder: remove the '{os.pathsep}' too many.")
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"the data folder {folder} does not exist: make it with {_PREPROCESS} {folder}")
+            raise FileNotFoundError(
+                f"the data folder {os.path.abspath(folder)} does not exist: make it with {_PREPROCESS} {folder}"
+            )
     return folders
 
 

@@ -120,6 +120,8 @@ class ImplicitMaskedLMTask(FairseqTask):
             index = cut_blocks(file.line_lengths, self.cfg.tokens_per_sample - 1, str(self.cfg.sample_break_mode))
             index.check_conservation(file.prefix)
             indices.append(index)
+        if sum(len(index) for index in indices) == 0:
+            raise ValueError(f"{files[0].prefix}.bin holds blank lines only: the text that it was made from is empty.")
         self.datasets[split] = MaskedBlockDataset(
             files,
             indices,

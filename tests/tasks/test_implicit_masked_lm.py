@@ -133,6 +133,17 @@ def test_refuses_a_split_without_tokens(toy_model, toy_data, folder, fairseq_pre
         setup(folder).load_dataset("train")
 
 
+def test_refuses_blank_lines_only(toy_model, fairseq_preprocess, tmp_path):
+    blank = tmp_path / "blank.txt"
+    blank.write_text("\n\n\n", encoding="utf-8")
+    fairseq_preprocess(
+        *("--task", "implicit_masked_lm", "--only-source", "--srcdict", toy_model),
+        *("--trainpref", blank, "--destdir", tmp_path / "out"),
+    )
+    with pytest.raises(ValueError, match="holds blank lines only"):
+        setup(tmp_path / "out", sample_break_mode="complete_doc").load_dataset("train")
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_refuses_invalid_utf8(toy_model, fairseq_preprocess, tmp_path, workers):
     text = tmp_path / "latin1.txt"
