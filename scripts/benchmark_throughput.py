@@ -2,8 +2,8 @@
 
 Every model has the same shape, sees the same batch and the same masked positions, and runs forward and backward in
 training mode, dropout on. The models take turns, one step each per round, so that whatever else the machine does hits
-all alike; the ratios of the medians are what counts. Activation memory is what autograd saves between forward and
-backward (distinct storages, parameters left out).
+all alike; the ratios of the medians are what counts. Memory is the most that the allocator holds during forward and
+backward beyond weights and gradients, recomputation included.
 
     python scripts/benchmark_throughput.py --size base --batch 4 --length 128 --rounds 10
 """
@@ -22,6 +22,7 @@ from typing import Callable, Dict
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -65,7 +66,9 @@ class Bench:
         shape = (options.batch, options.length)
         self.tokens = torch.randint(4, options.vocabulary, shape, generator=generator).to(self.device)
         self.masked = (torch.rand(shape, generator=generator) < 0.15).to(self.device)
-        self.target = torch.randint(4, options.vocabulary, (int(self.masked.sum()),), generator=generator).to(self.device)
+        self.target = torch.randint(4, options.vocabulary, (int(self.masked.sum()),), generator=generator).to(
+            self.device
+        )
         self.shape = dict(SIZES[options.size])
         if options.layers:
             self.shape["encoder_layers"] = options.layers
@@ -119,22 +122,17 @@ class Bench:
         return self._step(model, lambda: model(input_ids=self.tokens).logits[self.masked])
 
 
-def activation_bytes(step: Step) -> int:
-    """Bytes of the distinct storages that autograd saves in one forward pass, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in step.model.parameters()}
-    saved: Dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step()
-    # The graph lives until here, so that no storage was freed and its address used again.
-    del loss
-    return sum(saved.values())
+def peak_bytes(step: Step) -> int:
+    """Most bytes that one forward and backward pass holds beyond the weights and their gradients."""
+    step.model.zero_grad(set_to_none=False)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step().backward()
+    live = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 def synchronise(device: torch.device) -> None:
@@ -191,8 +189,8 @@ def main() -> None:
     del steps
     seconds = alternate(pre_norm, options.rounds, bench.device)
     euler = "ode_bert euler (pre-norm)"
-    memory = {name: activation_bytes(step) for name, step in pre_norm.items()}
-    report("\nscheme                                          time / (evaluations x Euler)   activations / Euler\n")
+    memory = {name: peak_bytes(step) for name, step in pre_norm.items()}
+    report("\nscheme                                          time / (evaluations x Euler)   peak memory / Euler\n")
     # Recomputation evaluates the field a second time, a forward pass without its backward: a third of a step.
     for name, step in pre_norm.items():
         stages = step.model.encoder.depth.solve_config.tableau.stages
