@@ -129,7 +129,7 @@ def test_missing_files_are_named(tmp_path):
     recorded = {
         "cfg": {"task": {"data": str(tmp_path / "gone")}},
         "model": {},
-        "optimizer_history": [{"num_updates": 0}],
+        "optimizer_history": [{"num_updates": 0, "lr_scheduler_state": {}}],
         "extra_state": {"train_iterator": {"epoch": 1}},
         "last_optimizer_state": None,
     }
