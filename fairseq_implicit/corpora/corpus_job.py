@@ -121,8 +121,9 @@ class CorpusJob:
         files = [SourceFiles.of(source, self.work) for source in self.sources]
         folder = self.work / "merge"
         folder.mkdir(exist_ok=True)
-        total = sum(file.segments.stat().st_size for file in files)
-        tasks = [(file,) for file in files]
+        mine = [file for number, file in enumerate(files) if number % parts == part]
+        total = sum(file.segments.stat().st_size for file in mine)
+        tasks = [(file,) for file in mine]
         for fault in run_tasks(verify_source, tasks, self.workers, total, "verifying"):
             if fault is not None:
                 raise CorpusError(fault)

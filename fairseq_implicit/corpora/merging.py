@@ -56,16 +56,25 @@ def plan_shards(files: list[SourceFiles], settings: PrepareSettings) -> list[Sha
 
 
 def verify_source(files: SourceFiles) -> str | None:
-    """Compares the intermediate files of one source with their checksums; returns a sentence when they differ."""
+    """Compares the intermediate files of one source with their checksums; returns a sentence when they differ.
+
+    A marker spares the parts of a merge from reading again what another one has verified.
+    """
     record = read_json(files.record)
     advance(consumed=files.segments.stat().st_size)
     pairs = [(files.segments, record["segments_sha256"]), (files.signatures, record["signatures_sha256"])]
+    pairs = [(path, expected) for path, expected in pairs if expected is not None]
+    marker = files.record.with_suffix(".verified")
+    state = [[path.stat().st_size, path.stat().st_mtime_ns, sha256] for path, sha256 in pairs if path.is_file()]
+    if read_json(marker) == {"state": state} and len(state) == len(pairs):
+        return None
     for path, expected in pairs:
-        if expected is not None and (not path.is_file() or sha256_of(path) != expected):
+        if not path.is_file() or sha256_of(path) != expected:
             return (
                 f"The intermediate file {path} of {record['source']['name']} does not match its checksum; remove "
                 f"{files.record} and prepare its part again."
             )
+    write_json(marker, {"state": state})
     return None
 
 

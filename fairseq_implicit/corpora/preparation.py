@@ -168,7 +168,8 @@ class _Step:
             counts.drop(reason, size)
             return
         key = document_key(data, settings.seed)
-        if settings.sample < 1 and share_of(key, _SAMPLE) >= settings.sample:
+        sample = settings.held_out_sample if self._source.split else settings.sample
+        if sample < 1 and share_of(key, _SAMPLE) >= sample:
             counts.drop("not sampled", size)
             return
         split = self._split_of(key)

@@ -145,6 +145,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--quality-filter", action="append", default=[], choices=sorted(QUALITY_FILTERS), help="needs datatrove"
     )
     text.add_argument("--sample", type=float, default=defaults.sample, help="share of the documents to keep")
+    text.add_argument(
+        "--held-out-sample",
+        type=float,
+        default=defaults.held_out_sample,
+        help="share of the documents of --valid-input and --test-input to keep",
+    )
     text.add_argument("--documents-per-file", type=int, default=0, help="read only the first ones of each file")
 
     pile = parser.add_argument_group("The Pile")
@@ -210,6 +216,7 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
         max_line_size=arguments.max_line_size,
         quality_filters=tuple(arguments.quality_filter),
         sample=arguments.sample,
+        held_out_sample=arguments.held_out_sample,
         documents_per_file=arguments.documents_per_file,
         strict=arguments.strict,
     )

@@ -70,6 +70,7 @@ class PrepareSettings:
         max_line_size: longer lines are wrapped; 0 never wraps.
         quality_filters: datatrove filters by name.
         sample: share of the documents to keep, chosen by hash.
+        held_out_sample: the same for files that go to the valid or test split as a whole.
         documents_per_file: read at most this many documents of each file; 0 reads all.
         strict: stop at the first problem of an input file.
     """
@@ -96,6 +97,7 @@ class PrepareSettings:
     max_line_size: int = 65536
     quality_filters: tuple[str, ...] = ()
     sample: float = 1.0
+    held_out_sample: float = 1.0
     documents_per_file: int = 0
     strict: bool = False
 
@@ -110,8 +112,9 @@ class PrepareSettings:
                 f"--valid-fraction {self.valid_fraction} and --test-fraction {self.test_fraction} leave no training "
                 "documents; their sum must stay below 1."
             )
-        if not 0 < self.sample <= 1:
-            raise CorpusError(f"--sample {self.sample} must lie in (0, 1].")
+        for name in ("sample", "held_out_sample"):
+            if not 0 < getattr(self, name) <= 1:
+                raise CorpusError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in (0, 1].")
         if self.shard_size < 1:
             raise CorpusError(f"--shard-size {self.shard_size} must be at least one byte.")
         if not 1 <= self.buckets <= 65536:

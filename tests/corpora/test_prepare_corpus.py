@@ -217,6 +217,10 @@ def test_held_out_files_keep_their_documents_from_training(tmp_path):
     assert set(documents_of(output)) == set(texts) - {texts[0], texts[1], texts[2], texts[9]}
     dropped = json.loads((output / "report.json").read_text())["counts"]["dropped"]
     assert dropped == {"exact duplicate of a held-out document": 5}
+    flags = ["--valid-input", pile / "val.jsonl.zst", "--held-out-sample", 0.5]
+    prepare(pile / "train", *flags, "--output", tmp_path / "s")
+    assert len(documents_of(tmp_path / "s", "valid")) < 4
+    assert set(texts) <= {text for split in ("train", "valid") for text in documents_of(tmp_path / "s", split)}
 
 
 def run_one(tmp_path, lines, *flags):
@@ -351,6 +355,7 @@ def test_books_that_do_not_balance_are_an_error():
         (["--valid-fraction", "1.5"], "--valid-fraction 1.5 must lie in"),
         (["--valid-fraction", "0.6", "--test-fraction", "0.5"], "leave no training documents"),
         (["--sample", "0"], "--sample 0.0"),
+        (["--held-out-sample", "2"], "--held-out-sample 2.0"),
         (["--buckets", "0"], "--buckets 0"),
         (["--shard-size", "0"], "--shard-size 0"),
         (["--max-line-size", "3"], "--max-line-size 3 is too small"),
