@@ -1,0 +1,176 @@
+"""Time of the own fixed-step RK4 against torchdyn, torchdiffeq and a loop written by hand, and what compiling gains.
+
+All solve the same prepared transformer field over the same steps. They take turns, one solve each per round in an order
+that rotates, so that whatever else the machine does hits all alike; the ratios of the medians are what counts. With
+--memory the peak memory of the gradients is printed as well: reversible Heun, recomputation, plain autograd.
+
+    python scripts/benchmark_ode.py --rounds 30
+"""
+
+import argparse
+import logging
+import platform
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Callable, Dict, List
+
+warnings.filterwarnings("ignore")
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+logging.disable(logging.WARNING)  # fairseq announces optional packages, the compiler its locks
+
+from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
+from fairseq_implicit.solvers.reversible import solve_reversible  # noqa: E402
+from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit  # noqa: E402
+
+Solve = Callable[[Tensor], Tensor]
+
+# batch, time, dim, heads
+SHAPES = {"small": (8, 64, 128, 2), "base": (4, 128, 768, 12)}
+
+
+def by_hand(f, y: Tensor, steps: int) -> Tensor:
+    """The shortest RK4 there is, with the same fused multiply-and-add."""
+    h = 1.0 / steps
+    for n in range(steps):
+        t = n * h
+        k1 = f(t, y)
+        k2 = f(t + h / 2, torch.add(y, k1, alpha=h / 2))
+        k3 = f(t + h / 2, torch.add(y, k2, alpha=h / 2))
+        k4 = f(t + h, torch.add(y, k3, alpha=h))
+        y = torch.add(y, k1, alpha=h / 6)
+        y = torch.add(y, k2, alpha=h / 3)
+        y = torch.add(y, k3, alpha=h / 3)
+        y = torch.add(y, k4, alpha=h / 6)
+    return y
+
+
+def solvers(field: TransformerField, steps: int, like: Tensor) -> Dict[str, Solve]:
+    """Solvers of the same problem by name; the libraries where they are installed."""
+    config = ExplicitConfig("rk4", steps)
+    found: Dict[str, Solve] = {
+        "hand loop": lambda y: by_hand(field.prepare(y), y, steps),
+        "own rk4": lambda y: solve_explicit(field.prepare(y), y, config).state,
+    }
+    span = torch.linspace(0, 1, steps + 1, device=like.device)
+    try:
+        from torchdyn.numerics import odeint as torchdyn_odeint
+
+        def torchdyn(y: Tensor) -> Tensor:
+            f = field.prepare(y)
+            return torchdyn_odeint(lambda t, z: f(t, z), y, span, solver="rk4")[1][-1]
+
+        found["torchdyn rk4"] = torchdyn
+    except ImportError:
+        sys.stdout.write("torchdyn is not installed and is left out\n")
+    try:
+        from torchdiffeq import odeint as torchdiffeq_odeint
+
+        # Its "rk4" is the 3/8 rule: as many stages of the same cost.
+        found["torchdiffeq rk4"] = lambda y: torchdiffeq_odeint(field.prepare(y), y, span, method="rk4")[-1]
+    except ImportError:
+        sys.stdout.write("torchdiffeq is not installed and is left out\n")
+    return found
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(solves: Dict[str, Solve], y: Tensor, rounds: int, backward: bool) -> Dict[str, List[float]]:
+    """Seconds of each solve in every round."""
+    times: Dict[str, List[float]] = {name: [] for name in solves}
+    names = list(solves)
+    for turn in range(rounds + 3):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            y.grad = None
+            synchronise(y.device)
+            start = time.perf_counter()
+            with torch.set_grad_enabled(backward):
+                state = solves[name](y)
+                if backward:
+                    state.square().sum().backward()
+            synchronise(y.device)
+            if turn >= 3:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
+    """Median over the rounds of the ratio within a round: slow moments of the machine cancel."""
+    return statistics.median(one / other for one, other in zip(times[name], times[reference]))
+
+
+def peak_bytes(function: Callable[[], None]) -> int:
+    """Most bytes that the CPU's allocator holds at once in ``function``."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    live = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
+
+
+def report_memory(field: TransformerField, y: Tensor) -> None:
+    parameters = list(field.parameters())
+    f = field.prepare(y)
+    ways: Dict[str, Callable[[int], Tensor]] = {
+        "reversible heun": lambda n: solve_reversible(f, y, 1.0, n, parameters).state,
+        "heun2, checkpoint-step": lambda n: solve_explicit(
+            f, y, ExplicitConfig("heun2", n, gradient="checkpoint-step")
+        ).state,
+        "heun2, autograd": lambda n: solve_explicit(f, y, ExplicitConfig("heun2", n)).state,
+    }
+    sys.stdout.write("\npeak memory of forward and backward, MiB    4 steps   16 steps   64 steps\n")
+    for name, solve in ways.items():
+        sizes = [peak_bytes(lambda: solve(n).square().sum().backward()) / 2**20 for n in (4, 16, 64)]
+        sys.stdout.write(f"  {name:<40} " + "".join(f"{size:>9.1f}  " for size in sizes) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=sorted(SHAPES), default=["small", "base"])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled solve (it needs a compiler)")
+    parser.add_argument("--memory", action="store_true", help="also print the peak memory of the gradients (CPU)")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sys.stdout.write(
+        f"torch {torch.__version__}, {options.device}, {options.threads} threads, {platform.machine()}, float32, "
+        f"seed {options.seed}, {options.rounds} rounds; time over that of the hand loop\n"
+    )
+    for size in options.sizes:
+        batch, length, dim, heads = SHAPES[size]
+        torch.manual_seed(options.seed)
+        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, heads)).to(options.device)
+        y = torch.randn(batch, length, dim, device=options.device, requires_grad=True)
+        for steps in options.steps:
+            found = solvers(field, steps, y)
+            if not options.no_compile:
+                found["own rk4, compiled"] = torch.compile(found["own rk4"], fullgraph=True)
+            title = f"{size} ({batch} x {length} x {dim}), {steps} steps"
+            sys.stdout.write(f"\n{title:<34}forward  both passes\n")
+            results = [alternate(found, y, options.rounds, backward) for backward in (False, True)]
+            for name in found:
+                ratios = [ratio(times, name, "hand loop") for times in results]
+                sys.stdout.write(f"  {name:<28} {ratios[0]:>12.3f} {ratios[1]:>12.3f}\n")
+        if options.memory:
+            report_memory(field, y)
+
+
+if __name__ == "__main__":
+    main()
