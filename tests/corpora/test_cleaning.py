@@ -2,12 +2,16 @@
 
 import io
 import random
+import sys
+import types
 import unicodedata
 
 import pytest
 import sentencepiece
 
 from fairseq_implicit.corpora.cleaning import clean, split_text, wrap_line
+from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.quality import quality_check
 from tests.corpora.formats import NAUGHTY
 
 
@@ -88,3 +92,26 @@ def test_wrapping_prefers_spaces_and_keeps_characters_whole():
     long = "lorem ipsum " * 1000
     pieces = wrap_line(long, 64)
     assert " ".join(pieces).rstrip() == long.rstrip() and max(map(len, pieces)) <= 64
+
+
+def test_quality_filters_are_datatroves_and_name_themselves(monkeypatch):
+    """The wiring, with a stand-in for datatrove: a verdict is a truth value or a pair of it and a reason."""
+
+    class Short:
+        def filter(self, document):
+            return (False, "too_long") if len(document.text) > 20 else True
+
+    class NoBraces:
+        def filter(self, document):
+            return "{" not in document.text
+
+    filters = types.ModuleType("datatrove.pipeline.filters")
+    filters.GopherQualityFilter, filters.C4QualityFilter = Short, NoBraces
+    data = types.ModuleType("datatrove.data")
+    data.Document = lambda text, id: types.SimpleNamespace(text=text, id=id)
+    for module in (types.ModuleType("datatrove"), types.ModuleType("datatrove.pipeline"), filters, data):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    check = quality_check(("gopher-quality", "c4"))
+    assert [check(text) for text in ("fine", "x" * 30, "a { b")] == [None, "quality gopher-quality", "quality c4"]
+    with pytest.raises(CorpusError, match="--quality-filter best is unknown; choose from gopher-quality"):
+        quality_check(("best",))
