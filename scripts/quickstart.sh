@@ -12,7 +12,7 @@ usage: bash scripts/quickstart.sh [options]
                     (default: the documentation strings of Python's standard library and of torch)
   --model FAMILY    ode, neural-ode or deq (default: ode)
   --arch NAME       a preset of that family (default: its tiny one, ode_bert_rk2_tiny)
-  --updates N       training updates (default: 1500); with --continue, that many more
+  --updates N       training updates (default: 2500); with --continue, that many more
   --dictionary N    symbols in the dictionary (default: 2048)
   --continue        go on training a finished model
   --redo            throw the trained model of this --arch away and train again
@@ -26,7 +26,7 @@ refuse() { # one sentence, exit status 2
     exit 2
 }
 
-text='' family=ode arch='' updates=1500 dictionary=2048 further='' redo='' out=quickstart
+text='' family=ode arch='' updates=2500 dictionary=2048 further='' redo='' out=quickstart
 while [ $# -gt 0 ]; do
     case $1 in
         --text | --model | --arch | --updates | --dictionary | --out)
@@ -132,15 +132,15 @@ model=$out/$name/$arch
 training=(
     --arch "$arch" --criterion implicit_masked_lm
     --dropout 0 --attention-dropout 0
-    --tokens-per-sample 128 --batch-size 32 --mask-prob 0.15
+    --tokens-per-sample 64 --batch-size 16 --mask-prob 0.15
     --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0
-    --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 100
+    --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 200
     --seed 1 --distributed-world-size 1
 )
 bookkeeping=(
     --save-dir "$model" --tensorboard-logdir "$model/tensorboard"
     --save-interval-updates 250 --keep-interval-updates 1 --no-epoch-checkpoints --validate-interval-updates 250
-    --log-interval 50 --num-workers 1
+    --log-interval 100 --num-workers 1
 )
 training_key=$(echo "$data_key ${training[*]}" | key)
 if [ -n "$redo" ]; then rm -rf "$model"; fi
@@ -169,7 +169,8 @@ pretrain() {
         --max-update "$target" --total-num-update "$target" --log-format "$format" |
         tee -a "$model/train.log" |
         { grep --line-buffered -E 'loss=|valid on|blocks|num\. (shared )?model params|Loaded checkpoint' || true; } |
-        sed -u -E 's/^[^|]*\| INFO \| [a-z_.]+ \| /   /'
+        sed -u -E 's/^[^|]*\| INFO \| [a-z_.]+ \| /   /' ||
+        fail "quickstart: fairseq-train stopped; its log is $model/train.log, and the same command resumes it"
 }
 
 show_validation() {
@@ -188,7 +189,7 @@ if [ "$trained" -ge "$target" ]; then
 elif [ "$trained" -gt 0 ] && [ -z "$further" ]; then
     fail "quickstart: $model has $trained finished updates: go on with --continue --updates $((updates - trained)), or train again with --redo"
 else
-    echo "== pretraining $arch: $target updates of 4,096 tokens on $cores cores"
+    echo "== pretraining $arch: $target updates of 1,024 tokens on $cores cores"
     start=$SECONDS
     pretrain
     echo "$target" >"$model/trained"
