@@ -1,5 +1,5 @@
 """`pip install .`: the package without fairseq, which has to be installed first and without its declared dependencies
-(README, "Installing the package"): those name torchaudio, whose build may not fit the installed torch, and on
+(README, "Installation"): those name torchaudio, whose build may not fit the installed torch, and on
 Python 3.11 pip would compile fairseq against another torch than the one that will run it."""
 
 from setuptools import find_packages, setup

@@ -148,7 +148,8 @@ if [ "$(cat "$model/inputs" 2>/dev/null || echo "$training_key")" != "$training_
     fail "quickstart: $model was trained on other data or with other settings: train again with --redo, or choose another --out"
 fi
 trained=$(cat "$model/trained" 2>/dev/null || echo 0)
-target=$((further ? trained + updates : updates))
+target=$updates
+if [ -n "$further" ]; then target=$((trained + updates)); fi
 
 if [ "$arch" != ode_bert_rk2_tiny ]; then
     python - "$arch" 2>/dev/null <<'PYTHON' || refuse "--arch $arch is not registered by this version of fairseq_implicit"
