@@ -21,7 +21,8 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-logging.disable(logging.INFO)  # fairseq announces optional packages on import
+if __name__ == "__main__":
+    logging.disable(logging.INFO)  # fairseq announces optional packages on import
 from fairseq import checkpoint_utils, utils  # noqa: E402
 
 import fairseq_implicit  # noqa: E402, F401  (registers models, task and criterion)
