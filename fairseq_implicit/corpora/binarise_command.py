@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
 
 from fairseq_implicit.corpora.binarisation import Binarisation, shards_of_files, shards_of_folder
 from fairseq_implicit.corpora.prepare_command import part_from_environment, part_of
-from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.problems import CorpusError, run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,10 +67,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``scripts/binarise_corpus.py``."""
-    # Importing the package has configured fairseq's own logging, which a command-line tool replaces by its own.
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
-    try:
-        return run(build_parser().parse_args(argv))
-    except CorpusError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    return run_command(run, build_parser(), argv)

@@ -13,6 +13,7 @@ from fairseq_implicit.corpora.merging import (
     SPLIT_NAMES,
     add_up,
     find_near_duplicates,
+    inputs_digest,
     join_split,
     plan_shards,
     shard_name,
@@ -23,7 +24,7 @@ from fairseq_implicit.corpora.preparation import SourceFiles, identity_of, is_pr
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.report import report_table
 from fairseq_implicit.corpora.settings import PrepareSettings
-from fairseq_implicit.corpora.sources import Source
+from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
 from fairseq_implicit.corpora.workers import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class CorpusJob:
     def prepare(self, part: int, parts: int) -> None:
         """Reads this part's share of the sources: those whose number is ``part`` modulo ``parts``."""
         mine = [source for number, source in enumerate(self.sources) if number % parts == part]
-        todo = [source for source in mine if not is_prepared(source, self.settings, self.work)]
+        # Another run's standard input may have been another text.
+        todo = [s for s in mine if s.name == STANDARD_INPUT or not is_prepared(s, self.settings, self.work)]
         logger.info("part %d/%d: %d files, %d of them already read", part, parts, len(mine), len(mine) - len(todo))
         # The largest first: a long last file would leave the other workers idle.
         tasks = [(source, self.settings, self.work) for source in sorted(todo, key=lambda s: -_size(s))]
@@ -119,7 +121,8 @@ class CorpusJob:
                 f"the first is {missing[0].name}; run the missing --part again."
             )
         files = [SourceFiles.of(source, self.work) for source in self.sources]
-        folder = self.work / "merge"
+        # Shards of an interrupted merge are only reused for the very same intermediate files.
+        folder = self.work / f"merge-{inputs_digest(files)}"
         folder.mkdir(exist_ok=True)
         mine = [file for number, file in enumerate(files) if number % parts == part]
         total = sum(file.segments.stat().st_size for file in mine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,5 +79,6 @@ class HashedFile:
 
     def discard(self) -> None:
         """Removes the temporary file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk is reported once
+            self._file.close()
         self._temporary.unlink(missing_ok=True)

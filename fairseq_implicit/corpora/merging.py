@@ -6,6 +6,7 @@ nor on interruptions. Documents come out in the order of their hash, which mixes
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ def plan_shards(files: list[SourceFiles], settings: PrepareSettings) -> list[Sha
     inner = (int(np.searchsorted(ends, total * k / count)) + 1 for k in range(1, count))
     bounds = sorted({0, settings.buckets, *inner})
     return [ShardRange(number, *pair) for number, pair in enumerate(zip(bounds, bounds[1:]))]
+
+
+def inputs_digest(files: list[SourceFiles]) -> str:
+    """A short hash of all intermediate files' checksums."""
+    checksums = [read_json(file.record)["segments_sha256"] for file in files]
+    return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
 
 
 def verify_source(files: SourceFiles) -> str | None:

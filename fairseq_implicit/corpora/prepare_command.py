@@ -13,7 +13,7 @@ from pathlib import Path
 from fairseq_implicit.corpora import hub
 from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
-from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
 from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
 from fairseq_implicit.corpora.sources import BOUNDARIES, STANDARD_INPUT, Source, find_sources
@@ -227,7 +227,12 @@ def _local(inputs: list[str], arguments: argparse.Namespace) -> list[str]:
     local = []
     for name in inputs:
         if name.startswith(hub.PREFIX) or (_REPOSITORY.fullmatch(name) and not os.path.exists(name)):
-            folder = hub.download(name, arguments.hub_folder, tuple(arguments.hub_files), arguments.hub_revision)
+            try:
+                folder = hub.download(name, arguments.hub_folder, tuple(arguments.hub_files), arguments.hub_revision)
+            except CorpusError as error:
+                if name.startswith(hub.PREFIX):
+                    raise
+                raise CorpusError(f"There is no local file or folder {name}, and on the hub: {error}") from error
             local.append(str(folder))
         else:
             local.append(name)
@@ -273,6 +278,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.verify:
             job.verify()
         logger.info("%s is complete, nothing to do", arguments.output)
+        if any(source.name == STANDARD_INPUT for source in sources):
+            logger.warning("the standard input was not read; give another --output for another text")
         return 0
     if arguments.verify:
         raise CorpusError(f"--verify: {arguments.output} is not finished; run the same command without it first.")
@@ -291,10 +298,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``scripts/prepare_corpus.py`` and ``python -m fairseq_implicit.corpora``."""
-    # Importing the package has configured fairseq's own logging, which a command-line tool replaces by its own.
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
-    try:
-        return run(build_parser().parse_args(argv))
-    except CorpusError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
+    return run_command(run, build_parser(), argv)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 
@@ -31,3 +35,23 @@ class ReadProblem:
 
     def as_dict(self) -> dict:
         return asdict(self)
+
+
+def run_command(
+    run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
+) -> int:
+    """Runs a command line and turns what may go wrong into one sentence on stderr and an exit status."""
+    # Importing the package has configured fairseq's own logging, which a command-line tool replaces by its own.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+    try:
+        return run(parser.parse_args(argv))
+    except CorpusError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(f"{place}{error.strerror or error}; mend it and run the same command again to go on.\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; run the same command again to go on from there.\n")
+        return 130

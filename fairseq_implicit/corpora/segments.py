@@ -11,6 +11,7 @@ merge of a bucket reads only its own bytes of every source. Layout::
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -116,7 +117,8 @@ class SegmentWriter:
 
     def abandon(self) -> None:
         """Removes the unfinished file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk is reported once
+            self._file.close()
         self._path.unlink(missing_ok=True)
 
     def close(self) -> str:

@@ -115,6 +115,8 @@ class PrepareSettings:
         for name in ("sample", "held_out_sample"):
             if not 0 < getattr(self, name) <= 1:
                 raise CorpusError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in (0, 1].")
+        if not -(2**63) <= self.seed < 2**63:
+            raise CorpusError(f"--seed {self.seed} does not fit 64 bits.")
         if self.shard_size < 1:
             raise CorpusError(f"--shard-size {self.shard_size} must be at least one byte.")
         if not 1 <= self.buckets <= 65536:

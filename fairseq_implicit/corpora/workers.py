@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ def advance(consumed: int = 0, text: int = 0) -> None:
 def _start_worker(consumed, text, parent: int) -> None:
     global _consumed, _text
     _consumed, _text = consumed, text
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -75,6 +77,7 @@ def run_tasks(
             for task in tasks:
                 yield function(*task)
             return
+        others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(
             min(workers, len(tasks)), context, _start_worker, (_consumed, _text, os.getpid())
         ) as pool:
@@ -90,9 +93,11 @@ def run_tasks(
                     f"A worker process ended abruptly while {label}; when memory ran out use fewer --workers. Run the "
                     "same command again to go on from there."
                 ) from error
-            finally:
-                for future in waiting:
-                    future.cancel()
+            except BaseException:
+                # Leaving the pool would otherwise wait for files that take half an hour each.
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                raise
     finally:
         bar.close()
         _consumed = _text = None

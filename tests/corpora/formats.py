@@ -2,10 +2,12 @@
 
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import os
 import signal
+import sys
 import tarfile
 
 import zstandard
@@ -109,23 +111,29 @@ def documents_of(folder, split="train"):
     return [document for text in texts for document in text.removesuffix("\n").split("\n\n")]
 
 
-def start_in_own_group(arguments):
+def start_in_own_group(arguments, calls=None):
     """Runs the command line of the preparation as `start_function_in_own_group` does."""
-    return start_function_in_own_group(prepare, arguments)
+    return start_function_in_own_group(prepare, arguments, calls)
 
 
-def start_function_in_own_group(function, arguments):
-    """Calls a function in a forked process that leads a group of its own; returns that process."""
-    process = multiprocessing.get_context("fork").Process(target=_call_silently, args=(function, arguments))
+def start_function_in_own_group(function, arguments, calls=None):
+    """Calls a function in a forked process that leads a group of its own; returns that process.
+
+    With ``calls`` the process kills itself (``SIGKILL``) when it has made that many calls and returns of functions.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_call_silently, args=(function, arguments, calls))
     process.start()
     return process
 
 
-def _call_silently(function, arguments):
+def _call_silently(function, arguments, calls):
     os.setpgid(0, 0)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    if calls is not None:
+        left = itertools.count(calls, -1)
+        sys.setprofile(lambda *event: None if next(left) else os.kill(os.getpid(), signal.SIGKILL))
     function(*arguments)
     os._exit(0)
 

@@ -1,16 +1,18 @@
 """The preparation: books that balance, splits by hash, one result for every way of running it."""
 
 import hashlib
+import io
 import json
 import os
 import random
 import signal
 import time
+import types
 from collections import Counter
 
 import pytest
 
-from fairseq_implicit.corpora import merging, near_duplicates, segments
+from fairseq_implicit.corpora import merging, near_duplicates, segments, workers
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.prepare_command import build_parser, byte_size, main, part_from_environment
 from fairseq_implicit.corpora.problems import CorpusError
@@ -124,19 +126,30 @@ def test_one_result_for_every_way(corpus, reference, tmp_path, how):
 
 
 def test_ten_kills_and_a_rerun_give_the_same_bytes(corpus, reference, tmp_path):
+    """Each run goes on from the one that was killed; the moments are drawn among all calls that the program makes."""
     rng = random.Random(3)
     output = tmp_path / "out"
-    arguments = [corpus, "--output", output, *FLAGS, "--workers", 2]
+    arguments = [corpus, "--output", output, *FLAGS]
     killed = 0
     for _ in range(10):
-        process = start_in_own_group(arguments)
-        time.sleep(rng.uniform(0.02, 0.35))
-        killed += process.is_alive()
-        kill_group(process)
-    assert killed >= 5
+        process = start_in_own_group(arguments, calls=rng.randrange(30_000))
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed == 10
     assert prepare(*arguments) == 0
     assert checksums(output) == checksums(reference)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in reference.iterdir())
+
+
+def test_kills_of_a_group_of_workers(corpus, reference, tmp_path):
+    rng = random.Random(4)
+    arguments = [corpus, "--output", tmp_path / "out", *FLAGS, "--workers", 2]
+    for _ in range(4):
+        process = start_in_own_group(arguments)
+        time.sleep(rng.uniform(0.02, 0.35))
+        kill_group(process)
+    assert prepare(*arguments) == 0
+    assert checksums(tmp_path / "out") == checksums(reference)
 
 
 def test_workers_end_with_a_killed_parent(corpus, tmp_path):
@@ -384,6 +397,63 @@ def test_exit_status_and_sentence_of_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("logging.basicConfig", lambda **keywords: None)
     assert main([str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 1
     assert "none.jsonl does not exist" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("text")
+    for error, status, sentence in (
+        (OSError(28, "No space left on device", "/data/x"), 1, "/data/x: No space left on device; mend it and run"),
+        (KeyboardInterrupt(), 130, "Interrupted; run the same command again"),
+    ):
+
+        def failing(writer, key, split, text, error=error):
+            raise error
+
+        monkeypatch.setattr(segments.SegmentWriter, "add", failing)
+        assert main([str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]) == status
+        assert sentence in capsys.readouterr().err
+
+
+def test_worker_that_dies_or_fails_ends_the_others():
+    with pytest.raises(CorpusError, match="worker process ended abruptly while testing; when memory ran out"):
+        list(workers.run_tasks(_act, [("die",), ("sleep",)], 2, 0, "testing"))
+    # the sleeper is ended, not waited for: waiting would take ten minutes
+    with pytest.raises(CorpusError, match="a sentence"):
+        list(workers.run_tasks(_act, [("fail",), ("sleep",)], 2, 0, "testing"))
+
+
+def _act(what):
+    if what == "die":
+        os._exit(9)
+    if what == "fail":
+        raise CorpusError("a sentence")
+    time.sleep(600)
+
+
+def test_empty_corpus_gives_an_empty_result(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert prepare(tmp_path / "a.jsonl", "--output", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["files"] == {} and report["counts"]["documents_read"] == 0
+
+
+def test_standard_input_of_every_run_is_read(tmp_path, monkeypatch, caplog):
+    def stdin(text):
+        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BytesIO(text)))
+
+    flags = ["-", "--output", tmp_path / "out", "--valid-fraction", "0"]
+    stdin(b"first\n\ntext\n")
+    with pytest.raises(CorpusError, match="not read yet"):
+        prepare(*flags, "--merge")
+    prepare(*flags)
+    assert sorted(documents_of(tmp_path / "out")) == ["first", "text"]
+    stdin(b"second\n")
+    prepare(*flags)
+    assert "the standard input was not read; give another --output" in caplog.text
+
+
+def test_name_that_is_neither_a_path_nor_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(CorpusError, match="There is no local file or folder data/pile, and on the hub: http://127.0"):
+        prepare("data/pile", "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -418,6 +488,17 @@ def test_parts_come_from_the_environment(corpus, reference, tmp_path, monkeypatc
         prepare(corpus, "--output", tmp_path / "out", *FLAGS)
     prepare(corpus, "--output", tmp_path / "out", *FLAGS, "--merge")
     assert checksums(tmp_path / "out") == checksums(reference)
+
+
+def test_shards_of_an_interrupted_merge_are_not_reused_for_other_text(tmp_path):
+    path, output = tmp_path / "a.jsonl", tmp_path / "out"
+    path.write_text("\n".join(pile_lines(["old"])))
+    prepare(path, "--output", output, "--part", "0/2", "--valid-fraction", "0")
+    prepare(path, "--output", output, "--merge", "--part", "0/2", "--valid-fraction", "0")
+    assert documents_of(output) == ["old"]
+    path.write_text("\n".join(pile_lines(["new"])))
+    prepare(path, "--output", output, "--part", "0/1", "--valid-fraction", "0")
+    assert documents_of(output) == ["new"]
 
 
 def test_changed_input_is_read_again(tmp_path):
