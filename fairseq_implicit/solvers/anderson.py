@@ -5,12 +5,12 @@ solving (GGᵀ/s + λI) y = 1 and α = y / Σy (Walker and Ni 2011). An absolute
 residuals shrink and turn the mixing into a plain average.
 """
 
-from typing import Optional
+from typing import Callable, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from fairseq_implicit.solvers.norms import token_sum
+from fairseq_implicit.solvers.norms import History
 
 
 class Anderson:
@@ -23,31 +23,39 @@ class Anderson:
     """
 
     def __init__(self, z: Tensor, window: int, ridge: float):
-        batch, time, dim = z.shape
-        # The window lies next to dim, so that both the inner products and the mixing are small matrix products.
-        self.values = z.new_zeros(batch, time, window, dim)
-        self.residuals = torch.zeros_like(self.values)
+        batch = z.shape[0]
+        self.values, self.residuals = History(z, window), History(z, window)
         self.gram = torch.zeros(batch, window, window, dtype=torch.float64, device=z.device)
         self.present = torch.zeros(batch, window, dtype=torch.bool, device=z.device)
         self.ridge = ridge
+        self.weights = torch.zeros(batch, window, dtype=torch.float64, device=z.device)
         self.slot = 0
 
     def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Optional[Tensor]) -> Tensor:
         """Take in ``f(z)`` and ``f(z) − z``, give the next state; ``damping`` is β, ``(batch, 1, 1)`` or ``None``."""
         slot, window = self.slot, self.gram.shape[1]
-        self.values[:, :, slot] = f_z
-        self.residuals[:, :, slot] = residual
-        products = token_sum((self.residuals @ residual.unsqueeze(-1)).squeeze(-1))
+        self.values.put(slot, f_z)
+        self.residuals.put(slot, residual)
+        products = self.residuals.products(residual, window)
         self.gram[:, slot, :] = products
         self.gram[:, :, slot] = products
         self.present[:, slot] = True
         self.slot = (slot + 1) % window
 
-        weights = self._weights(slot).to(z.dtype)[:, None, None, :]
-        mixed = (weights @ self.values).squeeze(2)
-        if damping is None:
-            return mixed
-        return mixed - (1 - damping) * (weights @ self.residuals).squeeze(2)
+        self.weights = self._weights(slot)
+        mixed = self.values.combine(self.weights)
+        return mixed if damping is None else mixed - (1 - damping) * self.residuals.combine(self.weights)
+
+    def mixture(self) -> Tuple[Tensor, Callable[[], Tensor]]:
+        """The norm of the mixed residual Σ αᵢ gᵢ of the last step, ``(batch,)``, and a call that makes the residual.
+
+        Where the map is affine it is the residual of the mixed state Σ αᵢ zᵢ.
+        """
+        weights = torch.where(self.present, self.weights, 0.0)
+        gram = torch.where(self.present[:, :, None] & self.present[:, None, :], self.gram, 0.0)
+        square = (weights[:, None, :] @ gram @ weights[:, :, None]).flatten()
+
+        return square.clamp(min=0.0).sqrt(), lambda: self.residuals.combine(weights)
 
     def _weights(self, newest: int) -> Tensor:
         present = self.present
@@ -69,6 +77,7 @@ class Anderson:
 
     def rows(self, index: Tensor) -> "Anderson":
         """The same window for some samples only."""
-        for name in ("values", "residuals", "gram", "present"):
-            setattr(self, name, getattr(self, name)[index])
+        self.values.rows(index)
+        self.residuals.rows(index)
+        self.gram, self.present, self.weights = self.gram[index], self.present[index], self.weights[index]
         return self

@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fairseq_implicit.solvers.norms import token_sum
+from fairseq_implicit.solvers.norms import History, token_sum
 
 SKIP_BELOW = 1e-8  # an update whose denominator is this small beside ‖v‖‖Δg‖ carries rounding, not curvature
 
@@ -29,17 +29,11 @@ class Broyden:
     """
 
     def __init__(self, z: Tensor, columns: int):
-        batch, time, dim = z.shape
-        self.left = z.new_zeros(batch, time, columns, dim)
-        self.right = torch.zeros_like(self.left)
+        self.left, self.right = History(z, columns), History(z, columns)
         self.columns = columns
         self.used = 0
         self.previous: Optional[tuple] = None  # z, g(z), B g(z) of the last step
-        self.fresh = torch.ones(batch, dtype=torch.bool, device=z.device)  # samples without a last step
-
-    def _products(self, basis: Tensor, x: Tensor) -> Tensor:
-        """Inner products of ``x`` with each used column, ``(batch, 1, 1, used)`` in the state's dtype."""
-        return token_sum((basis @ x.unsqueeze(-1)).squeeze(-1)).to(x.dtype)[:, None, None, :]
+        self.fresh = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)  # samples without a last step
 
     def _dot(self, x: Tensor, y: Tensor) -> Tensor:
         return token_sum(torch.linalg.vecdot(x, y))[:, None, None]
@@ -48,24 +42,24 @@ class Broyden:
         """Take in ``f(z)`` and ``g = f(z) − z``, give ``z − τ B g``; ``damping`` is τ, ``(batch, 1, 1)``, or None."""
         if self.used == self.columns:
             self._restart()
-        left, right = self.left[:, :, : self.used], self.right[:, :, : self.used]
+        used = self.used
         applied = -residual
-        if self.used:
-            applied = applied + (self._products(right, residual) @ left).squeeze(2)
+        if used:
+            applied = applied + self.left.combine(self.right.products(residual, used))
         if self.previous is not None:
             old_z, old_residual, old_applied = self.previous
             delta_z, delta_g = z - old_z, residual - old_residual
             v = -delta_z
-            if self.used:
-                v = v + (self._products(left, delta_z) @ right).squeeze(2)
+            if used:
+                v = v + self.right.combine(self.left.products(delta_z, used))
             denominator = self._dot(v, delta_g)
             size = (self._dot(v, v) * self._dot(delta_g, delta_g)).sqrt()
             usable = (denominator.abs() > SKIP_BELOW * size) & ~self.fresh[:, None, None]
             quotient = torch.where(usable, 1.0 / denominator, 0.0).to(z.dtype)
             u = torch.where(usable, (delta_z - applied + old_applied) * quotient, 0.0)
             v = torch.where(usable, v, 0.0)
-            self.left[:, :, self.used] = u
-            self.right[:, :, self.used] = v
+            self.left.put(used, u)
+            self.right.put(used, v)
             self.used += 1
             applied = applied + u * self._dot(v, residual).to(z.dtype)
         self.previous = (z, residual, applied)
@@ -78,13 +72,15 @@ class Broyden:
 
     def forget(self, samples: Tensor) -> None:
         """Return the ``samples``, ``(batch,)`` bool, to B = −I."""
-        self.left[samples] = 0.0
-        self.right[samples] = 0.0
+        self.left.clear(samples)
+        self.right.clear(samples)
         self.fresh = self.fresh | samples
 
     def rows(self, index: Tensor) -> "Broyden":
         """The same approximation for some samples only."""
-        self.left, self.right, self.fresh = self.left[index], self.right[index], self.fresh[index]
+        self.left.rows(index)
+        self.right.rows(index)
+        self.fresh = self.fresh[index]
         if self.previous is not None:
             self.previous = tuple(part[index] for part in self.previous)
         return self

@@ -8,6 +8,7 @@ Sources: Walker and Ni 2011 (Anderson, constrained form); Broyden 1965 and Bai e
 memory inverse updates for equilibrium models).
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional, Sequence, Tuple
@@ -19,6 +20,8 @@ from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
 from fairseq_implicit.solvers.norms import sample_norm
 from fairseq_implicit.solvers.status import SolveResult, Status
+
+_TINY = torch.finfo(torch.float32).tiny
 
 METHODS = ("picard", "anderson", "broyden")
 CRITERIA = ("relative", "rms", "absolute")
@@ -32,6 +35,7 @@ DEFAULT_RIDGE = {torch.float64: 1e-8, torch.float32: 1e-6, torch.float16: 1e-4, 
 DIVERGENCE_FACTOR = 10.0  # a residual this many times its first value is a divergence, not a bad step
 STAGNATION_SPREAD = 1.3  # max / min of the last residuals below which nothing moves any more ...
 STAGNATION_MARGIN = 3.0  # ... which ends the solve only this close to the tolerance: rounding, not slowness
+TRACKING_MARGIN = 2.0  # the next evaluation is tracked when it is predicted to end within this many tolerances
 COMPACTION_SHARE = 0.5  # rows are compacted when fewer than this share of them is still active
 
 
@@ -131,11 +135,14 @@ class FixedPointResult(SolveResult):
         converged: ``(batch,)`` bool.
         tolerance: the tolerance that was applied.
         iterates: evaluation number -> the state it was given, for the numbers asked for.
+        tracked: ``(anchor, f(anchor))`` with a graph, where the last evaluation was made with one and its state is
+            the answer of every sample.
     """
 
     converged: Optional[Tensor] = None
     tolerance: float = 0.0
     iterates: Optional[Dict[int, Tensor]] = None
+    tracked: Optional[Tuple[Tensor, Tensor]] = None
 
     def sentence(self) -> str:
         """One sentence with the numbers: how many samples, how many evaluations, the worst residual."""
@@ -218,6 +225,13 @@ class _Rows:
         self.recent = self.recent[:, chosen]
         self.index = chosen if self.index is None else self.index[chosen]
 
+    def split_off(self, whole: "_Rows") -> "_Rows":
+        """Rows of the whole batch that hold the answers so far, before some rows leave."""
+        if self is not whole:
+            self.write_into(whole)
+            return whole
+        return copy.copy(self)
+
     def write_into(self, whole: "_Rows") -> None:
         """Put these rows' answers into the full-size ``whole``."""
         for name in ("best", "best_residual", "converged", "stalled", "broken", "evaluations"):
@@ -235,6 +249,8 @@ def solve(
     scale: Optional[Tensor] = None,
     capture: Sequence[int] = (),
     precision: Optional[torch.dtype] = None,
+    linear: bool = False,
+    track: bool = False,
 ) -> FixedPointResult:
     """Find ``z = f(z)`` for every sample of a batch, without a graph.
 
@@ -253,6 +269,10 @@ def solve(
             ``iterates``. A solve that ends earlier gives its answer instead.
 
         precision: what ``f`` computes in, where ``z0`` and autocast do not show it.
+        linear: ``f`` is affine and ``scale`` is given (an adjoint equation): the residual of Anderson's mixture is then
+            known without evaluating it, which saves the evaluation that would only confirm it.
+        track: evaluate with a graph when the solve is about to end, for ``tracked``: whoever needs ``f(z*)`` with a
+            graph is spared evaluating it again. A wrong prediction costs a graph that is dropped at once.
 
     Returns:
         The iterate of smallest residual for each sample, in ``z0``'s dtype, and how it was reached. The residual is
@@ -269,13 +289,13 @@ def solve(
 
     def evaluate(function, state: Tensor) -> Tensor:
         if not autocast:
-            return function(state.to(z0.dtype)).to(state.dtype)
+            return function(state.to(z0.dtype))
         with torch.autocast(device, dtype=autocast_dtype):
-            return function(state.to(z0.dtype)).to(state.dtype)
+            return function(state.to(z0.dtype))
 
     with torch.autocast(device, enabled=False):
-        result = _iterate(f, z0.to(algebra_dtype(z0.dtype)), config, tol, dtype, valid, scale, capture, evaluate)
-    rows, iterates = result
+        iteration = _Iteration(config, tol, dtype, valid, scale, evaluate, linear, track)
+        rows, iterates, tracked = iteration.run(f, z0.to(algebra_dtype(z0.dtype)), capture)
     return FixedPointResult(
         state=rows.best.to(z0.dtype),
         evaluations=rows.evaluations,
@@ -284,6 +304,7 @@ def solve(
         converged=rows.converged,
         tolerance=tol,
         iterates={count: iterate.to(z0.dtype) for count, iterate in iterates.items()},
+        tracked=tracked,
     )
 
 
@@ -298,40 +319,115 @@ def _status(rows: _Rows) -> Status:
     return Status.STAGNATED if settled else Status.BUDGET_SPENT
 
 
-def _iterate(
-    f, z: Tensor, config: FixedPointConfig, tol: float, dtype, valid, scale, capture, evaluate
-) -> Tuple[_Rows, Dict[int, Tensor]]:
-    real = None if valid is None else valid.unsqueeze(-1)
-    if real is not None:
-        z = torch.where(real, z, 0.0)
-    width = z.shape[-1]
-    tokens = torch.full((z.shape[0],), z.shape[1], device=z.device) if valid is None else valid.sum(1)
-    root_size = (tokens * width).clamp(min=1).double().sqrt()
-    floor = torch.finfo(z.dtype).tiny
+@dataclass
+class _Iteration:
+    """One solve: what stays the same from one evaluation to the next."""
 
-    whole = rows = _Rows(z, config.stagnation_window)
-    acceleration = _acceleration(config, z, dtype)
-    damping = None if config.damping == 1.0 else rows.damping * config.damping
-    wanted, iterates = set(capture), {}
-    compact = config.compact and not wanted and hasattr(f, "rows")
+    config: FixedPointConfig
+    tol: float
+    dtype: torch.dtype
+    valid: Optional[Tensor]
+    scale: Optional[Tensor]
+    evaluate: Callable[[Callable, Tensor], Tensor]
+    linear: bool
+    track: bool
 
-    for count in range(1, config.max_iter + 1):
-        if count in wanted:
-            iterates[count] = z
-        f_z = evaluate(f, z)
-        if real is not None:
-            f_z = torch.where(real, f_z, 0.0)
-        residual = f_z - z
-        metric = sample_norm(residual)
-        if config.criterion == "relative":
-            metric = metric / ((sample_norm(f_z) if scale is None else scale.double()) + floor)
-        elif config.criterion == "rms":
-            metric = metric / root_size
+    def run(self, f, z: Tensor, capture: Sequence[int]) -> Tuple[_Rows, Dict[int, Tensor], Optional[tuple]]:
+        config = self.config
+        self.real = None if self.valid is None else self.valid.unsqueeze(-1)
+        if self.real is not None:
+            z = torch.where(self.real, z, 0.0)
+        tokens = torch.full((z.shape[0],), z.shape[1], device=z.device) if self.valid is None else self.valid.sum(1)
+        self.root_size = (tokens * z.shape[-1]).clamp(min=1).double().sqrt()
 
+        whole = rows = _Rows(z, config.stagnation_window)
+        acceleration = _acceleration(config, z, self.dtype)
+        damping = None if config.damping == 1.0 else rows.damping * config.damping
+        wanted, iterates = set(capture), {}
+        compact = config.compact and not wanted and hasattr(f, "rows")
+        tracked, ending = None, config.max_iter == 1
+
+        for count in range(1, config.max_iter + 1):
+            if count in wanted:
+                iterates[count] = z
+            tracked = None  # dropped before the next graph is made
+            if self.track and ending:
+                tracked = self._tracked(f, z)
+                f_z = tracked[1].detach().to(z.dtype)
+            else:
+                f_z = self.evaluate(f, z).to(z.dtype)
+            if self.real is not None:
+                f_z = torch.where(self.real, f_z, 0.0)
+            residual = f_z - z
+            remaining, any_diverged, ending, diverged = self._judge(rows, z, f_z, residual)
+            if remaining == 0 or count == config.max_iter:
+                break
+
+            if any_diverged:
+                broken = diverged[:, None, None]
+                rows.damping = torch.where(broken, rows.damping / 2, rows.damping)
+                damping = rows.damping * config.damping
+                acceleration.forget(diverged)
+                f_z = torch.where(broken, rows.best, f_z)
+                residual = torch.where(broken, 0.0, residual)
+                following = acceleration.step(torch.where(broken, rows.best, z), f_z, residual, damping)
+                acceleration.forget(diverged)
+                following = torch.where(broken, rows.best, following)
+            else:
+                following = acceleration.step(z, f_z, residual, damping)
+                if self.linear and damping is None and isinstance(acceleration, Anderson):
+                    remaining = self._foresee(rows, acceleration, following)
+                    if remaining == 0:
+                        break
+            moving = rows.active
+            z = following if remaining == z.shape[0] else torch.where(moving[:, None, None], following, z)
+            ending = ending or count + 1 == config.max_iter
+
+            if compact and remaining < COMPACTION_SHARE * z.shape[0]:
+                chosen = moving.nonzero().squeeze(1)
+                subset = f.rows(chosen)
+                if subset is None:
+                    compact = False
+                    continue
+                f, z, acceleration = subset, z[chosen], acceleration.rows(chosen)
+                whole = rows.split_off(whole)
+                self._keep(chosen)
+                rows.keep(chosen)
+                damping = None if damping is None else damping[chosen]
+
+        if rows is not whole:
+            rows.write_into(whole)
+            tracked = None
+        for count in wanted - iterates.keys():
+            iterates[count] = whole.best
+        if tracked is not None and not torch.equal(whole.best, z):
+            tracked = None
+        return whole, iterates, tracked
+
+    def _tracked(self, f, z: Tensor) -> Tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            anchor = z.detach().clone().requires_grad_()
+            return anchor, self.evaluate(f, anchor)
+
+    def _metric(self, f_z: Tensor, residual: Tensor) -> Tensor:
+        norm = sample_norm(residual)
+        if self.config.criterion == "relative":
+            return norm / ((sample_norm(f_z) if self.scale is None else self.scale.double()) + _TINY)
+        return norm / self.root_size if self.config.criterion == "rms" else norm
+
+    def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> Tuple[int, int, int, Tensor]:
+        """Settle each row's fate after an evaluation.
+
+        Returns:
+            rows that go on; whether any diverged; whether all that go on are about to end; which diverged.
+        """
+        config, tol = self.config, self.tol
+        metric = self._metric(f_z, residual)
         finite = metric.isfinite()
         rows.evaluations += rows.active
         improved = rows.active & finite & (metric < rows.best_residual)
         rows.first = torch.where(rows.first.isinf() & finite, metric, rows.first)
+        previous = rows.recent[-1]
         rows.recent = torch.cat([rows.recent[1:], torch.where(finite, metric, math.inf)[None]])
         reached = rows.active & (metric < tol)
         highest, lowest = rows.recent.amax(0), rows.recent.amin(0)
@@ -349,10 +445,12 @@ def _iterate(
             # Without freezing nobody rests until everybody may.
             settled = rows.converged | rows.stalled | hopeless
             moving = rows.active & ~settled.all()
+        next_metric = metric * torch.where(previous.isinf(), 1.0, (metric / previous).clamp(max=1.0))
+        ending = (~moving | (next_metric < TRACKING_MARGIN * tol)).all()
 
         # The one read from the device per evaluation.
-        remaining, any_diverged, all_improved = torch.stack(
-            [moving.sum(), diverged.sum(), (improved | ~rows.active).all().long()]
+        remaining, any_diverged, all_improved, all_ending = torch.stack(
+            [moving.sum(), diverged.sum(), (improved | ~rows.active).all().long(), ending.long()]
         ).tolist()
         if all_improved and remaining == z.shape[0]:
             rows.best = z
@@ -360,44 +458,24 @@ def _iterate(
             rows.best = torch.where(improved[:, None, None], z, rows.best)
         rows.best_residual = torch.where(improved, metric, rows.best_residual)
         rows.active = moving
-        if remaining == 0 or count == config.max_iter:
-            break
+        return remaining, any_diverged, all_ending, diverged
 
-        if any_diverged:
-            broken = diverged[:, None, None]
-            rows.damping = torch.where(broken, rows.damping / 2, rows.damping)
-            damping = rows.damping * config.damping
-            acceleration.forget(diverged)
-            f_z = torch.where(broken, rows.best, f_z)
-            residual = torch.where(broken, 0.0, residual)
-            following = acceleration.step(torch.where(broken, rows.best, z), f_z, residual, damping)
-            acceleration.forget(diverged)
-            following = torch.where(broken, rows.best, following)
-        else:
-            following = acceleration.step(z, f_z, residual, damping)
-        z = following if remaining == z.shape[0] else torch.where(moving[:, None, None], following, z)
+    def _foresee(self, rows: _Rows, acceleration: Anderson, following: Tensor) -> int:
+        """End the rows of an affine map whose mixture is known to meet the tolerance; how many go on."""
+        norm, mixed_residual = acceleration.mixture()
+        if self.scale is not None:
+            norm = norm / (self.scale.double() + _TINY)
+        reached = rows.active & (norm < self.tol)
+        remaining, any_reached = torch.stack([(rows.active & ~reached).sum(), reached.sum()]).tolist()
+        if any_reached:
+            state = following - mixed_residual()
+            rows.best = torch.where(reached[:, None, None], state, rows.best)
+            rows.best_residual = torch.where(reached, norm, rows.best_residual)
+            rows.converged = rows.converged | reached
+            rows.active = rows.active & ~reached
+        return remaining
 
-        if compact and remaining < COMPACTION_SHARE * z.shape[0]:
-            chosen = moving.nonzero().squeeze(1)
-            subset = f.rows(chosen)
-            if subset is None:
-                compact = False
-                continue
-            f, z, acceleration = subset, z[chosen], acceleration.rows(chosen)
-            if rows is whole:
-                whole = _Rows(rows.best, config.stagnation_window)
-                for name in ("best_residual", "converged", "stalled", "broken", "evaluations"):
-                    setattr(whole, name, getattr(rows, name))
-            else:
-                rows.write_into(whole)
-            rows.keep(chosen)
-            real = None if real is None else real[chosen]
-            scale = None if scale is None else scale[chosen]
-            root_size = root_size[chosen]
-            damping = None if damping is None else damping[chosen]
-
-    if rows is not whole:
-        rows.write_into(whole)
-    for count in wanted - iterates.keys():
-        iterates[count] = whole.best
-    return whole, iterates
+    def _keep(self, chosen: Tensor) -> None:
+        self.real = None if self.real is None else self.real[chosen]
+        self.scale = None if self.scale is None else self.scale[chosen]
+        self.root_size = self.root_size[chosen]

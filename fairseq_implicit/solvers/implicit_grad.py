@@ -15,7 +15,7 @@ and cells shared between places all give the sums they should.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, Optional, Sequence
 
 import torch
@@ -174,23 +174,26 @@ def equilibrium(
             gradient.adjoint.tolerance_for(field_dtype(z0))
         except OptionError as error:
             raise OptionError("adjoint_tol", error.sentence) from error
-    result = solve(f, z0, solver, valid, capture=capture)
+    training = torch.is_grad_enabled()
+    result = solve(f, z0, solver, valid, capture=capture, track=training)
+    tracked, result = result.tracked, replace(result, tracked=None)
     iterates = {count: f(state) for count, state in result.iterates.items()}
     point = result.state
-    if not torch.is_grad_enabled() or gradient.kind == "jfb":
+    if not training:
         return Equilibrium(f(point), result, point, iterates)
+    if tracked is None:
+        anchor = point.detach().requires_grad_()
+        tracked = anchor, f(anchor)
+    anchor, state = tracked
+    if gradient.kind == "jfb":
+        return Equilibrium(state, result, point, iterates)
     if gradient.kind == "phantom":
-        state = point
-        for _ in range(gradient.steps):
+        state = _damped(anchor, state, gradient.damping)
+        for _ in range(gradient.steps - 1):
             state = _damped(state, f(state), gradient.damping)
         return Equilibrium(state, result, point, iterates)
-
-    anchor = point.detach().requires_grad_()
-    tracked = f(anchor)
-    if not tracked.requires_grad:
-        return Equilibrium(tracked, result, point, iterates)
-    adjoint = _AdjointEquation(tracked, anchor, gradient, valid, field_dtype(z0), record)
-    return Equilibrium(_Adjoint.apply(tracked, adjoint), result, point, iterates)
+    adjoint = _AdjointEquation(state, anchor, gradient, valid, field_dtype(z0), record)
+    return Equilibrium(_Adjoint.apply(state, adjoint), result, point, iterates)
 
 
 def _damped(z: Tensor, f_z: Tensor, damping: float) -> Tensor:
@@ -232,7 +235,13 @@ class _AdjointEquation:
             return neumann_sum(self.vjp, g, self.gradient.steps, self.gradient.damping)
         size = sample_norm(g)
         result = solve(
-            lambda w: self.vjp(w) + g, g, self.gradient.adjoint, self.valid, scale=size, precision=self.precision
+            lambda w: self.vjp(w) + g,
+            g,
+            self.gradient.adjoint,
+            self.valid,
+            scale=size,
+            precision=self.precision,
+            linear=True,
         )
         # A gradient that arrives non-finite leaves non-finite: the trainer must see the overflow.
         stalled = ~result.converged & size.isfinite() & ~(result.residual <= self.gradient.fallback_residual)

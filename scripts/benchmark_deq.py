@@ -1,0 +1,234 @@
+"""What an equilibrium costs and how good its gradients are. Four tables, each also alone:
+
+overhead    time per solver iteration over the bare cell
+step        a whole training step against torchdeq: same cell, input, solver and tolerances
+gradients   cosine of every approximate gradient to the exact one, on cells from easy to hard
+initial     evaluations to a relative residual of 1e-3 at initialisation
+
+What is compared takes turns, one call each per round, so that whatever else the machine does hits all alike; the
+ratio of the medians is what counts.
+
+    python scripts/benchmark_deq.py --part overhead step
+"""
+
+import argparse
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from typing import Callable, Dict, List
+
+warnings.filterwarnings("ignore")
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+logging.disable(logging.INFO)
+
+from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell  # noqa: E402
+from fairseq_implicit.fields.injection import InjectionConfig  # noqa: E402
+from fairseq_implicit.fields.transformer import TransformerFieldConfig  # noqa: E402
+from fairseq_implicit.models.deq_bert import MATCHED_SIZES  # noqa: E402
+from fairseq_implicit.models.presets import SIZES  # noqa: E402
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
+from fairseq_implicit.solvers.implicit_grad import GradientConfig, equilibrium, parse_gradient  # noqa: E402
+from fairseq_implicit.solvers.jacobian import spectral_radius  # noqa: E402
+
+PARTS = ("overhead", "step", "gradients", "initial")
+SMALL = dict(batch=8, length=128, dim=256, ffn_dim=1024, heads=4)
+GOALS = {"picard": 1.3, "anderson": 1.6, "broyden": 2.5}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--base-batch", type=int, default=2, help="sequences of 128 tokens at base size")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+class Bench:
+    """Seeds, device and the clock."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.device = torch.device(options.device)
+
+    def cell(self, dim: int, ffn_dim: int, heads: int, kind: str = "post-norm", gain: float = 1.0, std: float = 0.02):
+        torch.manual_seed(self.options.seed)
+        layer = TransformerFieldConfig(dim, ffn_dim, heads, kind)
+        return EquilibriumCell(CellConfig(layer, injection=InjectionConfig(gain=gain), initial_std=std)).to(self.device)
+
+    def input(self, batch: int, length: int, dim: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.options.seed)
+        return torch.randn(batch, length, dim, generator=generator).to(self.device)
+
+    def medians(self, calls: Dict[str, Callable[[], None]]) -> Dict[str, float]:
+        """Median seconds of each call; the calls take turns."""
+        times: Dict[str, List[float]] = {name: [] for name in calls}
+        for call in calls.values():
+            call()
+        for _ in range(self.options.rounds):
+            for name, call in calls.items():
+                self._wait()
+                start = time.perf_counter()
+                call()
+                self._wait()
+                times[name].append(time.perf_counter() - start)
+        return {name: statistics.median(found) for name, found in times.items()}
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def overhead(bench: Bench) -> None:
+    """Twenty evaluations inside each solver against twenty evaluations of the bare cell."""
+    budget = 20
+    base = SIZES["base"]
+    shapes = {
+        "(8, 128, 256)": SMALL,
+        f"base ({bench.options.base_batch}, 128, 768)": dict(
+            batch=bench.options.base_batch,
+            length=128,
+            dim=base["encoder_embed_dim"],
+            ffn_dim=base["encoder_ffn_embed_dim"],
+            heads=base["encoder_attention_heads"],
+        ),
+    }
+    print(f"\n{'time per iteration / bare cell':<32}" + "".join(f"{method:>12}" for method in METHODS))
+    for name, shape in shapes.items():
+        cell = bench.cell(shape["dim"], shape["ffn_dim"], shape["heads"])
+        x = bench.input(shape["batch"], shape["length"], shape["dim"])
+        with torch.no_grad():
+            f = cell.prepare(x)
+
+            def bare() -> None:
+                z = torch.zeros_like(x)
+                for _ in range(budget):
+                    z = f(z)
+
+            def solved(method: str) -> Callable[[], None]:
+                # An absolute tolerance that nothing meets: every solver spends the whole budget.
+                config = FixedPointConfig(method, budget, 1e-30, "absolute")
+                return lambda: solve(f, torch.zeros_like(x), config)
+
+            found = bench.medians({"bare": bare, **{method: solved(method) for method in METHODS}})
+        print(f"{name:<32}" + "".join(f"{found[method] / found['bare']:>11.2f}x" for method in METHODS))
+    print(f"{'goal at (8, 128, 256)':<32}" + "".join(f"{GOALS[method]:>11.2f}x" for method in METHODS))
+
+
+def step(bench: Bench) -> None:
+    """Forward and backward to the same tolerances, exact gradient, Anderson both ways."""
+    try:
+        from torchdeq import get_deq
+    except ImportError:
+        print("\ntraining step: torchdeq is not installed, nothing to compare with")
+        return
+    print(f"\n{'training step, weights':<32}{'torchdeq':>12}{'ours':>12}{'speed-up':>10}{'evaluations (theirs, ours)':>30}")
+    x = bench.input(SMALL["batch"], SMALL["length"], SMALL["dim"])
+    for std in (0.02, 0.05, 0.1):
+        cell = bench.cell(SMALL["dim"], SMALL["ffn_dim"], SMALL["heads"], std=std)
+        tol, budget = 1e-3, 40
+        target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.device)
+        deq = get_deq(
+            core="indexing", ift=True, f_solver="anderson", b_solver="anderson", f_max_iter=budget, b_max_iter=budget,
+            f_tol=tol, b_tol=tol, f_stop_mode="rel", b_stop_mode="rel",
+        )  # fmt: skip
+        config = FixedPointConfig("anderson", budget, tol)
+        gradient = GradientConfig(adjoint=FixedPointConfig("anderson", budget, tol))
+        spent = {}
+
+        def theirs() -> None:
+            cell.zero_grad()
+            states, info = deq(cell.prepare(x), torch.zeros_like(x))
+            spent["theirs"] = float(info["nstep"].float().mean())
+            (states[-1] * target).sum().backward()
+
+        def ours() -> None:
+            cell.zero_grad()
+            found = equilibrium(cell.prepare(x), torch.zeros_like(x), config, gradient)
+            spent["ours"] = float(found.solve.evaluations.float().mean())
+            (found.state * target).sum().backward()
+
+        found = bench.medians({"theirs": theirs, "ours": ours})
+        counts = f"{spent['theirs']:.1f}, {spent['ours']:.1f}"
+        speed = found["theirs"] / found["ours"]
+        print(f"{f'standard deviation {std:g}':<32}{1.0:>12.2f}{1 / speed:>12.2f}{speed:>9.2f}x{counts:>30}")
+    print("goal: 1.30x")
+
+
+def gradients(bench: Bench) -> None:
+    """Cosine of the gradient in all parameters and the input to the exact one, float64."""
+    modes = ("jfb", "phantom-2", "phantom-4", "phantom-8", "neumann-4", "neumann-8", "reversible", "ift")
+    print(f"\n{'cosine to the exact gradient':<30}{'radius':>8}" + "".join(f"{mode:>12}" for mode in modes))
+    for std, gain in ((0.02, 1.0), (0.1, 1.0), (0.3, 0.3), (0.2, 0.5)):
+        cell = bench.cell(64, 256, 4, gain=gain, std=std).double()
+        x = bench.input(4, 16, 64).double()
+
+        def found(gradient: GradientConfig, solver: FixedPointConfig):
+            cell.zero_grad()
+            leaf = x.clone().requires_grad_()
+            f = cell.prepare(leaf)
+            result = equilibrium(f, torch.zeros_like(x), solver, gradient, depends_on=f.depends_on)
+            weight = torch.arange(x.numel(), dtype=x.dtype, device=x.device).view_as(x).sin()
+            (result.state * weight).sum().backward()
+            return torch.cat([p.grad.flatten() for p in cell.parameters()] + [leaf.grad.flatten()]), result
+
+        sharp = FixedPointConfig("broyden", 400, 1e-10)
+        exact, solved = found(GradientConfig(adjoint=FixedPointConfig("broyden", 600, 1e-10)), sharp)
+        radius = float(spectral_radius(cell.prepare(x), solved.solve.state, 60).max())
+        row = []
+        for mode in modes:
+            if mode == "ift":
+                # As trained: tolerances of 1e-3 both ways and thirty evaluations.
+                loose = FixedPointConfig("anderson", 30, 1e-3)
+                candidate, _ = found(GradientConfig(adjoint=loose), loose)
+            elif mode == "reversible":
+                candidate, _ = found(parse_gradient(mode, damping=0.5), FixedPointConfig(max_iter=24))
+            else:
+                candidate, _ = found(parse_gradient(mode), sharp)
+            row.append(torch.nn.functional.cosine_similarity(candidate, exact, dim=0).item())
+        print(f"{f'std {std:g}, gain {gain:g}':<30}{radius:>8.2f}" + "".join(f"{cosine:>12.4f}" for cosine in row))
+    print("ift: Anderson, tolerances 1e-3, at most 30 evaluations each way; reversible: 24 evaluations, β 0.5")
+
+
+def initial(bench: Bench) -> None:
+    """Fresh cells of the presets, and of base size with one ordinary layer."""
+    print(f"\n{'evaluations to 1e-3':<32}{'radius':>8}" + "".join(f"{method:>12}" for method in METHODS))
+    shapes = {f"deq_bert_{size}": MATCHED_SIZES[size] for size in ("tiny", "small", "base")}
+    shapes["base, ffn 3072"] = SIZES["base"]
+    for name, shape in shapes.items():
+        for kind in ("post-norm", "pre-norm"):
+            dim = shape["encoder_embed_dim"]
+            cell = bench.cell(dim, shape["encoder_ffn_embed_dim"], shape["encoder_attention_heads"], kind)
+            x = torch.nn.functional.layer_norm(bench.input(2, 64, dim), (dim,))
+            with torch.no_grad():
+                f = cell.prepare(x)
+                results = [solve(f, torch.zeros_like(x), FixedPointConfig(method, 30, 1e-3)) for method in METHODS]
+            radius = float(spectral_radius(f, results[1].state, 12).max())
+            row = [int(result.evaluations.max()) if result.converged.all() else -1 for result in results]
+            print(f"{f'{name}, {kind}':<32}{radius:>8.2f}" + "".join(f"{count:>12}" for count in row))
+    print("goal at base size (768 wide, 12 heads): 12; -1: not within 30")
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}, "
+        f"{options.device}, seed {options.seed}, {options.rounds} rounds"
+    )
+    bench = Bench(options)
+    for part in options.part:
+        {"overhead": overhead, "step": step, "gradients": gradients, "initial": initial}[part](bench)
+
+
+if __name__ == "__main__":
+    main()
