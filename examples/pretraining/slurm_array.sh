@@ -10,6 +10,7 @@
 #
 # CORPUS    files or folders, separated by spaces      OUT     folder that all nodes see
 # TASKS     array tasks (default 30)                   FLAGS   more flags of prepare_corpus.py
+# TOKENIZER flags of train_tokenizer.py (default --preset bert-32k)
 #SBATCH --job-name=corpus
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
@@ -20,30 +21,42 @@ STAGE=${1:?usage: CORPUS=... OUT=... bash slurm_array.sh submit}
 : "${CORPUS:?set CORPUS to the files or folders of the corpus}" "${OUT:?set OUT to a folder that all nodes see}"
 TASKS=${TASKS:-30}
 WORKERS=${SLURM_CPUS_PER_TASK:-8}
-export CORPUS OUT TASKS FLAGS=${FLAGS:-} ROOT=${ROOT:-$(cd "$(dirname "$0")/../.." && pwd)}
+export CORPUS OUT TASKS FLAGS=${FLAGS:-} TOKENIZER=${TOKENIZER:---preset bert-32k}
+export ROOT=${ROOT:-$(cd "$(dirname "$0")/../.." && pwd)}
 SCRIPT=$ROOT/examples/pretraining/slurm_array.sh
-# CORPUS and FLAGS are lists of words.
+PYTHON=$ROOT/.venv/bin/python
+
+# CORPUS, FLAGS and TOKENIZER are lists of words.
 # shellcheck disable=SC2086
-prepare() { "$ROOT/.venv/bin/python" "$ROOT/scripts/prepare_corpus.py" $CORPUS --output "$OUT/prepared" --workers "$WORKERS" $FLAGS "$@"; }
+prepare() {
+    "$PYTHON" "$ROOT/scripts/prepare_corpus.py" $CORPUS --output "$OUT/prepared" --workers "$WORKERS" $FLAGS "$@"
+}
+
+submit() { # stage, sbatch flags: prints the job's number
+    local stage=$1
+    shift
+    sbatch --parsable --export=ALL --job-name="corpus-$stage" --output="$OUT/logs/%x-%A_%a.log" "$@" "$SCRIPT" "$stage"
+}
 
 case $STAGE in
     submit)
         mkdir -p "$OUT/logs"
-        submit() { sbatch --parsable --export=ALL --output="$OUT/logs/%x-%A_%a.log" "$@"; }
-        read_job=$(submit --array="0-$((TASKS - 1))" --job-name=corpus-read "$SCRIPT" read)
-        write_job=$(submit --array="0-$((TASKS - 1))" --job-name=corpus-write --dependency="afterok:$read_job" "$SCRIPT" write)
-        join_job=$(submit --job-name=corpus-join --dependency="afterok:$write_job" "$SCRIPT" join)
-        submit --array="0-$((TASKS - 1))" --job-name=corpus-binarise --dependency="afterok:$join_job" "$SCRIPT" binarise
+        array=(--array="0-$((TASKS - 1))")
+        read_job=$(submit read "${array[@]}")
+        write_job=$(submit write "${array[@]}" --dependency="afterok:$read_job")
+        join_job=$(submit join --dependency="afterok:$write_job")
+        submit binarise "${array[@]}" --dependency="afterok:$join_job"
         ;;
     read) prepare ;; # the part comes from SLURM_ARRAY_TASK_ID
     write) prepare --merge --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" ;;
     join)
         prepare --merge
-        "$ROOT/.venv/bin/python" "$ROOT/scripts/train_tokenizer.py" "$OUT/prepared" --preset bert-32k \
+        # shellcheck disable=SC2086
+        "$PYTHON" "$ROOT/scripts/train_tokenizer.py" "$OUT/prepared" $TOKENIZER \
             --out "$OUT/tokenizer/sentencepiece.bpe.model"
         ;;
     binarise) # the part comes from SLURM_ARRAY_TASK_ID
-        "$ROOT/.venv/bin/python" "$ROOT/scripts/binarise_corpus.py" "$OUT/prepared" --workers "$WORKERS" --fast \
+        "$PYTHON" "$ROOT/scripts/binarise_corpus.py" "$OUT/prepared" --workers "$WORKERS" --fast \
             --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" --output "$OUT/data-bin"
         ;;
     *) echo "unknown stage $STAGE: use submit" >&2; exit 2 ;;

@@ -11,12 +11,14 @@ import time
 import numpy as np
 import pytest
 import sentencepiece
-from fairseq.data import Dictionary
+import torch
+from fairseq.data import Dictionary, indexed_dataset
 
 from fairseq_implicit.corpora import binarisation, tokenizer_training
 from fairseq_implicit.corpora.binarise_command import build_parser, run
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.encoding import LineEncoder
+from fairseq_implicit.corpora.mmap_format import PartWriter, join_parts
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.tokenizer_training import PRESETS, sampled_lines, train_tokenizer
 from fairseq_implicit.corpora.vocabulary import Vocabulary
@@ -105,10 +107,23 @@ def test_fairseq_route_of_the_script(prepared, models, tmp_path):
     assert slow == quick
 
 
-def test_large_vocabulary_is_stored_in_32_bits(models):
+def test_large_vocabulary_is_stored_in_32_bits(models, tmp_path):
     vocabulary = Vocabulary.from_model(models["unigram"])
     assert vocabulary.dtype == np.uint16 and LineEncoder(vocabulary).encode([b"kato"])[0].dtype == np.uint16
     assert Vocabulary(vocabulary.model, vocabulary.symbols * 400, vocabulary.ids, 0).dtype == np.uint32
+
+    lines = [[70_000, 2], [2], [5, 65_536, 2]]
+    builder = indexed_dataset.make_builder(str(tmp_path / "fairseq.bin"), "mmap", vocab_size=100_000)
+    for part in range(2):
+        writer = PartWriter(tmp_path / str(part), ".part")
+        for line in lines:
+            writer.write(np.array(line, dtype=np.uint32), np.array([len(line)], dtype=np.int32))
+            builder.add_item(torch.tensor(line))
+        writer.close()
+    builder.finalize(str(tmp_path / "fairseq.idx"))
+    assert join_parts([tmp_path / "0", tmp_path / "1"], tmp_path / "own", np.dtype(np.uint32)) == (6, 12)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"own{suffix}").read_bytes() == (tmp_path / f"fairseq{suffix}").read_bytes()
 
 
 def test_tokens_are_those_of_sentencepiece_and_one_end_mark_per_line(prepared, models, tmp_path, capsys):
