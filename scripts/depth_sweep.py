@@ -32,8 +32,6 @@ from fairseq import checkpoint_utils, utils  # noqa: E402
 import fairseq_implicit  # noqa: E402, F401  (registers models, task and criterion)
 from fairseq_implicit.solvers.adaptive import PAIRS  # noqa: E402
 
-REVERSIBLE = "reversible-heun"
-
 
 class Setting(NamedTuple):
     """One position of the dial. ``line`` groups the settings of one curve."""
@@ -71,7 +69,7 @@ def settings(model: str, trained: Dict[str, Any], options: argparse.Namespace) -
     else:
         raise ValueError(f"the checkpoint holds {model}: the dial turns ode_bert and neural_ode_bert only")
     found = []
-    gradient = "reversible" if trained.get("ode_scheme") == REVERSIBLE else "autograd"
+    gradient = "reversible" if trained.get("ode_gradient") == "reversible" else "autograd"
     as_trained = {**plain, "ode_gradient": gradient, "ode_tolerance": trained.get("ode_tolerance", 0.0)}
     as_trained.pop("enc_calculate_num", None)
     found.append(Setting("as trained", "as trained", as_trained))

@@ -13,7 +13,6 @@ from typing import Dict, Iterator, List, Optional, Tuple, Union
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional
 
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
@@ -21,42 +20,42 @@ from fairseq_implicit.fields.transformer import TransformerField, TransformerFie
 Time = Union[float, Tensor]
 
 INTERPOLATIONS = ("linear", "constant")
-#: Sinusoids of the depth embedding; the fastest makes this many half turns over the depth. Faster ones would force an
-#: adaptive solver to small steps.
+#: Sinusoids of the depth embedding; the fastest makes this many half turns over the depth.
 FREQUENCIES = 8
-HIDDEN = 128
 
 
 class DepthEmbedding(nn.Module):
-    """Time to scales and shifts: sinusoids, one hidden layer, a projection that starts at zero.
+    """Scales and shifts as a Fourier series of the time, with coefficients that start at zero.
+
+    Term ``k`` is divided by ``k``: whatever the coefficients learn, the slopes of all terms are alike, and an adaptive
+    solver is not forced to small steps by the fast ones. There is no hidden layer on purpose. Its units would be the
+    same for every token, so Adam would move all of its outgoing weights in step and the shifts of the norms by
+    hundreds of learning rates per update.
 
     Args:
-        duration: the depth T; the sinusoids have frequencies ``pi k / T``, k = 1 … ``FREQUENCIES``.
+        duration: the depth T; the terms have frequencies ``pi k / T``, k = 1 ... ``FREQUENCIES``.
         outputs: numbers per time.
     """
 
     def __init__(self, duration: float, outputs: int):
         super().__init__()
         self.base = math.pi / duration
-        self.hidden = nn.Linear(2 * FREQUENCIES, HIDDEN)
-        self.projection = nn.Linear(HIDDEN, outputs)
+        # No constant term: the norms have scales and shifts of their own.
+        self.coefficients = nn.Linear(2 * FREQUENCIES, outputs, bias=False)
         self.initialise()
 
     def initialise(self) -> None:
-        """Start autonomous: at zero projection the time changes nothing. The hidden layer sees O(1) sinusoids."""
-        nn.init.xavier_uniform_(self.hidden.weight)
-        nn.init.zeros_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
+        """Start autonomous: the time changes nothing."""
+        nn.init.zeros_(self.coefficients.weight)
 
     def forward(self, t: Time) -> Tensor:
         """``(1, outputs)`` for one time, a float or 0-dim tensor; ``(batch, outputs)`` for a ``(batch,)`` tensor."""
-        weight = self.hidden.weight
+        weight = self.coefficients.weight
         # Angles in float32: half precision has no room for many turns.
         wide = torch.promote_types(weight.dtype, torch.float32)
         k = torch.arange(1, FREQUENCIES + 1, device=weight.device, dtype=wide)
         angles = t.to(k).reshape(-1, 1) * (self.base * k) if isinstance(t, Tensor) else (k * (self.base * t))[None]
-        features = torch.cat([angles.sin(), angles.cos()], dim=-1).to(weight.dtype)
-        return self.projection(functional.silu(self.hidden(features)))
+        return self.coefficients(torch.cat([angles.sin() / k, angles.cos() / k], dim=-1).to(weight.dtype))
 
 
 class DepthEmbeddedField(TransformerField):

@@ -40,9 +40,12 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
     ode_time: Optional[float] = field(
         default=None, metadata={"help": "total time, in units of one layer (default: --encoder-layers)"}
     )
-    ode_scheme: str = field(
-        default="dopri5",
-        metadata={"help": f"adaptive: {', '.join(PAIRS)}; fixed steps: any Runge-Kutta scheme or {REVERSIBLE_SCHEME}"},
+    ode_scheme: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": f"adaptive: {', '.join(PAIRS)}; fixed steps: any Runge-Kutta scheme or {REVERSIBLE_SCHEME} "
+            "(default: bosh3, with torchdyn dopri5; rk4 for fixed steps)"
+        },
     )
     ode_tolerance: float = field(
         default=1e-2, metadata={"help": "relative tolerance of the adaptive solve; 0: --ode-steps fixed steps"}
@@ -98,6 +101,16 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
     def duration(self) -> float:
         return float(self.encoder_layers if self.ode_time is None else self.ode_time)
 
+    @property
+    def scheme(self) -> str:
+        """The scheme, chosen by what else is asked for where it is not given."""
+        if self.ode_scheme is not None:
+            return self.ode_scheme
+        if self.ode_tolerance > 0:
+            # The fewest evaluations for a smooth depth, and what torchdyn has.
+            return "dopri5" if self.ode_backend == "torchdyn" else "bosh3"
+        return REVERSIBLE_SCHEME if self.ode_gradient == "reversible" else "rk4"
+
     def continuous(self) -> ContinuousConfig:
         """The solve.
 
@@ -107,7 +120,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         return ContinuousConfig(
             dim=self.encoder_embed_dim,
             duration=self.duration,
-            scheme=self.ode_scheme,
+            scheme=self.scheme,
             tolerance=self.ode_tolerance,
             absolute_tolerance=self.ode_absolute_tolerance,
             steps=self.encoder_layers if self.ode_steps is None else self.ode_steps,

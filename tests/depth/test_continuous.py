@@ -20,12 +20,12 @@ def shape(dropout=0.0, kind="pre-norm"):
     )
 
 
-def embedded(duration=3.0, dropout=0.0, kind="pre-norm", strength=0.05):
+def embedded(duration=3.0, dropout=0.0, kind="pre-norm", strength=0.3):
     """A field whose norms really move with the time, in float64."""
     torch.manual_seed(0)
     field = DepthEmbeddedField(shape(dropout, kind), duration).double()
     with torch.no_grad():
-        field.depth_embedding.projection.weight.normal_(std=strength)
+        field.depth_embedding.coefficients.weight.normal_(std=strength)
     return field
 
 
@@ -53,6 +53,18 @@ def test_depth_embedding_starts_as_the_autonomous_field(kind):
     y = states()
     for t in (0.0, 1.7):
         torch.testing.assert_close(field.prepare(y)(t, y), plain.prepare(y)(t, y), rtol=0, atol=1e-14)
+
+
+def test_depth_embedding_moves_by_a_few_learning_rates_per_update():
+    """All tokens share its inputs, so an optimiser such as Adam moves all its weights in step: the norms must not run
+    away, and their speed in time must not grow with the frequency."""
+    embedding = DepthEmbeddedField(shape(), 3.0).double().depth_embedding
+    with torch.no_grad():
+        embedding.coefficients.weight.fill_(1.0)
+        times = torch.linspace(0, 3, 301, dtype=torch.float64)
+        moved = embedding(times)
+    assert moved.abs().max() < 4
+    assert (moved.diff(dim=0) / 0.01).abs().max() < 2 * 8 * torch.pi / 3
 
 
 @pytest.mark.parametrize("kind", ("pre-norm", "parallel"))

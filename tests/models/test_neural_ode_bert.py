@@ -63,7 +63,7 @@ def test_one_field_costs_one_layer_and_knots_cost_one_each(task):
 def test_initialisation_starts_autonomous_and_scales_by_the_depth(task):
     wide = dict(encoder_embed_dim=128, encoder_ffn_embed_dim=256, encoder_layers=8)
     field = build(task, **wide).encoder.depth.field
-    assert not field.depth_embedding.projection.weight.any()
+    assert not field.depth_embedding.coefficients.weight.any()
     assert field.attention.out.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
     knots = build(task, ode_depth_weights="linear", **wide).encoder.depth.field.knots
     assert knots[3].feed_forward.fc2.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
