@@ -1,5 +1,6 @@
 """ODE-BERT: each encoder block integrated by a Runge–Kutta scheme (arXiv 2203.09176); Euler is the ordinary BERT."""
 
+import dataclasses
 import logging
 import re
 from dataclasses import dataclass, field
@@ -8,18 +9,34 @@ from typing import Any, Dict, List, NamedTuple, Optional
 from fairseq.models import register_model
 from torch import Tensor, nn
 
+from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
 from fairseq_implicit.depth.stack import CORRECTORS, HISTORIES, BlockStack, StackConfig
 from fairseq_implicit.fields.transformer import KINDS, TransformerField, TransformerFieldConfig
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
 from fairseq_implicit.models.presets import register_presets
 from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS, from_original_flags
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError
+from fairseq_implicit.solvers.implicit_grad import parse_gradient
 from fairseq_implicit.solvers.runge_kutta import GRADIENTS
 from fairseq_implicit.solvers.tableau import get_tableau
+from fairseq_implicit.solvers.theta import SCHEMES as IMPLICIT_SCHEMES
+from fairseq_implicit.solvers.theta import ThetaConfig
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCHEME = "rk2"
+
+# How the options of an implicit step are called here.
+_THETA_FLAGS = {
+    "theta": "--ode-theta",
+    "steps": "--ode-steps",
+    "total_time": "--ode-time",
+    "solver": "--ode-theta-solver",
+    "max_iter": "--ode-theta-max-iter",
+    "tol": "--ode-theta-tol",
+    "gradient": "--ode-theta-gradient",
+}
 
 
 class Coefficients(NamedTuple):
@@ -41,7 +58,10 @@ class OdeBertConfig(ImplicitBertConfig):
     )
     ode_scheme: Optional[str] = field(
         default=None,
-        metadata={"help": f"Runge-Kutta scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME})"},
+        metadata={
+            "help": f"scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME}), or implicit: "
+            f"{', '.join(IMPLICIT_SCHEMES)}"
+        },
     )
     ode_steps: int = field(default=1, metadata={"help": "sub-steps per block, with the same weights"})
     ode_time: float = field(default=1.0, metadata={"help": "time integrated by each block; the step is time / steps"})
@@ -65,6 +85,21 @@ class OdeBertConfig(ImplicitBertConfig):
             "help": "progressive depth: N blocks of 1/N of the time in place of each layer; a checkpoint opened with a "
             "larger N keeps its function up to the scheme's error"
         },
+    )
+    ode_theta: float = field(
+        default=1.0, metadata={"help": "of --ode-scheme theta: 0 the ordinary layer, 0.5 trapezoid, 1 backward Euler"}
+    )
+    ode_theta_solver: str = field(
+        default="anderson", metadata={"help": f"root solver of the implicit schemes: {', '.join(METHODS)}"}
+    )
+    ode_theta_max_iter: int = field(
+        default=20, metadata={"help": "evaluations per implicit step, and products per adjoint solve"}
+    )
+    ode_theta_tol: Optional[float] = field(
+        default=None, metadata={"help": "tolerance of each implicit step (default by precision: 1e-3; bfloat16 1e-2)"}
+    )
+    ode_theta_gradient: str = field(
+        default="ift", metadata={"help": "gradient of each implicit step: ift, neumann-K, phantom-K, jfb, bptt-K"}
     )
     ode_coefficients: Optional[str] = field(
         default=None, metadata={"help": f"combination of the stages: {', '.join(MODES)} (default fixed)"}
@@ -174,7 +209,70 @@ class OdeBertConfig(ImplicitBertConfig):
                 f"--ode-corrector {self.ode_corrector} count them: use it with --ode-history none and --ode-corrector "
                 "none or backward-euler"
             )
+        if self.is_implicit:
+            self.implicit_stack()
+            return
+        for item in dataclasses.fields(OdeBertConfig):
+            if item.name.startswith("ode_theta") and getattr(self, item.name) != item.default:
+                raise ValueError(
+                    f"{_flag(item.name)} {getattr(self, item.name)} belongs to the implicit schemes "
+                    f"({', '.join(IMPLICIT_SCHEMES)}), and --ode-scheme is {self.ode_scheme or DEFAULT_SCHEME}: "
+                    "leave it out"
+                )
         self.stack()
+
+    @property
+    def is_implicit(self) -> bool:
+        """Whether each block solves an equation."""
+        return self.ode_scheme in IMPLICIT_SCHEMES
+
+    def implicit_stack(self) -> ImplicitStackConfig:
+        """The depth's configuration for an implicit scheme.
+
+        Raises:
+            ValueError: a flag that only explicit schemes have, or an impossible value, in one sentence.
+        """
+        explicit_only = (
+            "ode_random_steps", "ode_tolerance", "ode_coefficients", "ode_coefficient_start", "ode_coefficient_scope",
+            "rk_norm", "ode_consistency_weight", "ode_second_order_weight", "ode_corrector", "ode_history",
+            "ode_gradient", "ode_float32_state", "ode_residual_in_field", "encoder_layerdrop", "enc_calculate_num",
+            "rk_type", "enc_learnable_type", "alpha_type",
+        )  # fmt: skip
+        for item in dataclasses.fields(OdeBertConfig):
+            if item.name in explicit_only and getattr(self, item.name) != item.default:
+                raise ValueError(
+                    f"{_flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme "
+                    f"{self.ode_scheme} is implicit: leave it out (its gradient is --ode-theta-gradient)"
+                )
+        if self.ode_scheme == "implicit-midpoint" and self.ode_theta != 1.0:
+            raise ValueError(f"--ode-theta {self.ode_theta}: the implicit midpoint rule has no theta; leave it out")
+        noisy = max(self.dropout, self.attention_dropout, self.activation_dropout, self.drop_path) > 0
+        if self.stage_dropout == "independent" and noisy:
+            raise ValueError(
+                "--stage-dropout independent makes the field a different function at each evaluation, so an implicit "
+                "step has no solution: take shared"
+            )
+        if self.ode_theta_gradient == "reversible":
+            raise ValueError("--ode-theta-gradient reversible solves no implicit step: take ift or phantom-K")
+        try:
+            adjoint = FixedPointConfig("anderson", self.ode_theta_max_iter, self.ode_theta_tol)
+            theta = ThetaConfig(
+                scheme=self.ode_scheme,
+                theta=self.ode_theta,
+                steps=self.ode_steps,
+                total_time=self.ode_time / self.ode_split,
+                solver=FixedPointConfig(self.ode_theta_solver, self.ode_theta_max_iter, self.ode_theta_tol),
+                gradient=parse_gradient(self.ode_theta_gradient, adjoint=adjoint),
+            )
+        except OptionError as error:
+            raise ValueError(f"{_THETA_FLAGS[error.option]}: {error.sentence}") from error
+        return ImplicitStackConfig(
+            layers=self.encoder_layers * self.ode_split,
+            dim=self.encoder_embed_dim,
+            theta=theta,
+            tied=self.ode_tied,
+            final_norm=self.ode_field != "post-norm",
+        )
 
     def stack(self) -> StackConfig:
         """The depth's configuration.
@@ -238,6 +336,8 @@ class OdeBertModel(ImplicitBertModel):
     @classmethod
     def build_depth(cls, cfg: OdeBertConfig) -> nn.Module:
         config = cfg.transformer_field()
+        if cfg.is_implicit:
+            return ImplicitStack(cfg.implicit_stack(), lambda layer: TransformerField(config))
         return BlockStack(cfg.stack(), lambda layer: TransformerField(config))
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
@@ -276,7 +376,7 @@ class OdeBertModel(ImplicitBertModel):
             pattern = re.compile(re.escape(f"{depth}{part}.") + r"(\d+)\.(.+)")
             stored = [match for match in map(pattern.fullmatch, list(state_dict)) if match]
             blocks = len({match.group(1) for match in stored})
-            own = len(getattr(self.encoder.depth, part))
+            own = len(getattr(self.encoder.depth, part, ()))
             if not blocks or blocks >= own or self.args.ode_split == 1:
                 continue
             if own % blocks:

@@ -65,6 +65,14 @@ class ThetaConfig:
             raise OptionError("gradient", "the reversible iteration solves no implicit step; take ift or phantom-K.")
 
 
+@dataclass(frozen=True)
+class ThetaResult(SolveResult):
+    """A :class:`SolveResult` with ``converged``: ``(batch,)`` bool, whether every step met the tolerance; ``None`` for
+    θ = 0."""
+
+    converged: Optional[Tensor] = None
+
+
 def solve_theta(
     f: Field,
     x: Tensor,
@@ -72,7 +80,7 @@ def solve_theta(
     t0: float = 0.0,
     valid: Optional[Tensor] = None,
     records: Optional[List[AdjointRecord]] = None,
-) -> SolveResult:
+) -> ThetaResult:
     """Integrate ``dz/dt = f(t, z)`` from ``z(t0) = x`` over ``config.total_time``.
 
     Args:
@@ -84,34 +92,28 @@ def solve_theta(
         records: receives one :class:`AdjointRecord` per implicit step, filled by the backward pass.
 
     Returns:
-        The state at ``t0 + total_time``; evaluations per sample, tracked calls included (an ``int`` for θ = 0, which
-        solves nothing); the worst residual and the worst status of the steps.
+        The state at ``t0 + total_time``; evaluations per sample, of the root solver and the explicit half (an ``int``
+        for θ = 0, which solves nothing); the worst residual and the worst status of the steps.
     """
     h = config.total_time / config.steps
     if config.scheme == "theta" and config.theta == 0.0:
         z = x
         for step in range(config.steps):
             z = torch.add(z, f(t0 + step * h, z), alpha=h)
-        return SolveResult(z, evaluations=config.steps)
+        return ThetaResult(z, evaluations=config.steps)
 
-    z, evaluations, residual, status = x, 0, None, Status.COMPLETED
+    z, evaluations, residual, converged, status = x, 0, None, None, Status.COMPLETED
     for step in range(config.steps):
         record = AdjointRecord()
         solved, explicit = _implicit_step(f, z, t0 + step * h, h, config, valid, record)
         if records is not None:
             records.append(record)
         z = solved.state
-        evaluations = evaluations + solved.solve.evaluations + explicit + _tracked(config.gradient)
+        evaluations = evaluations + solved.solve.evaluations + explicit
         residual = solved.solve.residual if residual is None else torch.maximum(residual, solved.solve.residual)
+        converged = solved.solve.converged if converged is None else converged & solved.solve.converged
         status = min(status, solved.solve.status, key=_SEVERITY.index)
-    return SolveResult(z, evaluations, residual, status)
-
-
-def _tracked(gradient: GradientConfig) -> int:
-    """Evaluations after the solve: the tracked call, or the phantom's steps."""
-    if not gradient.uses_solver:
-        return 0
-    return gradient.steps if gradient.kind == "phantom" and torch.is_grad_enabled() else 1
+    return ThetaResult(z, evaluations, residual, status, converged)
 
 
 def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig, valid, record: AdjointRecord):

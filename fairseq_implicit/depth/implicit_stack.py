@@ -1,0 +1,118 @@
+"""A stack of blocks, each an implicit step: between the ordinary layer (θ = 0) and backward Euler (θ = 1)."""
+
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.solvers.fixed_point import OptionError
+from fairseq_implicit.solvers.implicit_grad import AdjointRecord
+from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
+
+
+@dataclass(frozen=True)
+class ImplicitStackConfig:
+    """What is stacked and how each block is solved.
+
+    Attributes:
+        layers: number of blocks; block ``l`` integrates from time ``l`` on.
+        dim: width of the state.
+        theta: scheme, steps, root solver and gradient of one block.
+        tied: one field serves all blocks.
+        final_norm: end with a layer norm, as pre-norm stacks need.
+
+    Raises:
+        ValueError: no block, or no width.
+    """
+
+    layers: int
+    dim: int
+    theta: ThetaConfig
+    tied: bool = False
+    final_norm: bool = False
+
+    def __post_init__(self):
+        if self.layers < 1 or self.dim < 1:
+            raise ValueError(f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1")
+
+
+class ImplicitStack(nn.Module):
+    """``layers`` implicit blocks. Its weights have the names of an explicit stack's, so either opens the other's.
+
+    Statistics: ``evaluations`` of the field in the forward pass, summed over blocks, mean over samples;
+    ``evaluations_backward`` and ``adjoint_fallbacks`` of the previous backward pass; ``residual``, the worst block's,
+    mean over samples; ``converged_share`` of all samples and blocks.
+
+    Args:
+        config: see :class:`ImplicitStackConfig`.
+        field_factory: makes the field of block ``l``; called once, with 0, when the weights are tied.
+    """
+
+    def __init__(self, config: ImplicitStackConfig, field_factory: Callable[[int], nn.Module]):
+        super().__init__()
+        self.config = config
+        self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
+        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.adjoints: List[AdjointRecord] = []
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
+    ) -> DepthOutput:
+        """Solve all blocks in turn.
+
+        Args:
+            x: embedding ``(batch, time, dim)``.
+            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            return_hidden_states: collect the embedding and the state after each block (before the final norm).
+
+        Raises:
+            ValueError: the tolerance or the memory cap does not suit the precision or the batch.
+        """
+        theta = self.config.theta
+        valid = None if padding_mask is None else ~padding_mask
+        backward = self._backward_statistics()
+        self.adjoints = [] if torch.is_grad_enabled() else self.adjoints
+        records = self.adjoints if torch.is_grad_enabled() else None
+        evaluations = torch.zeros(x.shape[0], device=x.device)
+        worst, converged = torch.zeros_like(evaluations), []
+        state, hidden = x, [x] if return_hidden_states else None
+        for block in range(self.config.layers):
+            f = self.fields[block % len(self.fields)].prepare(state, padding_mask)
+            layer = getattr(f, "layer", None)
+            if layer is not None and theta.scheme == "theta" and theta.theta == 0 and theta.total_time == theta.steps:
+                # The published layer to the last bit, where it ends in a norm.
+                for _ in range(theta.steps):
+                    state = layer(float(block), state)
+                evaluations = evaluations + theta.steps
+            else:
+                try:
+                    result = solve_theta(f, state, theta, float(block), valid, records)
+                except OptionError as error:
+                    raise ValueError(f"--ode-theta-{error.option.replace('_', '-')}: {error.sentence}") from error
+                state = result.state
+                evaluations = evaluations + result.evaluations
+                if result.residual is not None:
+                    worst = torch.maximum(worst, result.residual.float())
+                    converged.append(result.converged)
+            if hidden is not None:
+                hidden.append(state)
+        if self.final_norm is not None:
+            state = self.final_norm(state)
+        statistics: Dict[str, Union[float, Tensor]] = {
+            "evaluations": evaluations.mean(),
+            "residual": worst.mean(),
+            "converged_share": torch.stack(converged).float().mean() if converged else 1.0,
+            **backward,
+        }
+        return DepthOutput(state, hidden, statistics)
+
+    def _backward_statistics(self) -> Dict[str, Tensor]:
+        """Of the records that the previous backward pass has filled."""
+
+        def total(name: str) -> Tensor:
+            found = [torch.as_tensor(getattr(record, name), dtype=torch.float32) for record in self.adjoints]
+            return sum((value.mean() for value in found), torch.zeros(()))
+
+        return {"evaluations_backward": total("evaluations"), "adjoint_fallbacks": total("fallbacks")}
