@@ -52,6 +52,7 @@ class ContinuousConfig:
         absolute_tolerance: ``None``: the same as ``tolerance``.
         steps: fixed steps over the whole depth.
         max_evaluations: per sample and solve.
+        first_step: first trial step of adaptive solves, ``None``: the whole depth.
         backend: see :mod:`fairseq_implicit.solvers.backends`.
         step_control: ``sample``, ``batch``, or ``auto``: ``sample`` wherever the field can.
         gradient: one of ``GRADIENTS``.
@@ -74,6 +75,7 @@ class ContinuousConfig:
     absolute_tolerance: Optional[float] = None
     steps: int = 12
     max_evaluations: int = 500
+    first_step: Optional[float] = None
     backend: str = "own"
     step_control: str = "auto"
     gradient: str = "autograd"
@@ -173,7 +175,9 @@ class ContinuousConfig:
     def solve(self, step_control: str) -> AdaptiveConfig:
         """The adaptive solve."""
         absolute = self.tolerance if self.absolute_tolerance is None else self.absolute_tolerance
-        return AdaptiveConfig(self.scheme, self.tolerance, absolute, self.max_evaluations, step_control)
+        return AdaptiveConfig(
+            self.scheme, self.tolerance, absolute, self.max_evaluations, step_control, self.first_step
+        )
 
     def explicit(self, steps: int) -> ExplicitConfig:
         """One of ``steps`` fixed steps, with a float32 state around half-precision fields as in adaptive solves."""

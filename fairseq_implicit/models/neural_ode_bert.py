@@ -63,6 +63,13 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
     ode_max_evaluations: int = field(
         default=500, metadata={"help": "evaluations per sample after which a solve stops where it is"}
     )
+    ode_first_step: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "first trial step of adaptive solves, in layers (default: the whole depth, which a deep model "
+            "rejects a few times in every solve)"
+        },
+    )
     ode_backend: str = field(default="own", metadata={"help": f"adaptive solver: {', '.join(BACKENDS)}"})
     ode_step_control: str = field(
         default="auto",
@@ -125,6 +132,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             absolute_tolerance=self.ode_absolute_tolerance,
             steps=self.encoder_layers if self.ode_steps is None else self.ode_steps,
             max_evaluations=self.ode_max_evaluations,
+            first_step=self.ode_first_step,
             backend=self.ode_backend,
             step_control=self.ode_step_control,
             gradient=self.ode_gradient,

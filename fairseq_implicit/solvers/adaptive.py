@@ -42,9 +42,10 @@ class AdaptiveConfig:
         step_control: ``"sample"``: every sample has its own step size, so that batch mates change neither its answer
             nor its evaluations; the field then sees a ``(batch,)`` tensor of times whenever the samples differ.
             ``"batch"``: one step size for all, ruled by the sample with the largest error.
+        first_step: first trial step in the units of time; ``None``: the whole interval.
 
     Raises:
-        ValueError: unknown scheme or step control, tolerance not positive, budget smaller than one step.
+        ValueError: unknown scheme or step control, tolerance or first step not positive, budget smaller than one step.
     """
 
     scheme: str = "dopri5"
@@ -52,6 +53,7 @@ class AdaptiveConfig:
     atol: float = 1e-3
     max_evaluations: int = 1000
     step_control: str = "sample"
+    first_step: Optional[float] = None
 
     def __post_init__(self):
         stages = embedded_pair(self.scheme)[0].stages
@@ -60,6 +62,8 @@ class AdaptiveConfig:
         for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
             if not (tolerance > 0 and math.isfinite(tolerance)):
                 raise ValueError(f"The tolerance {name} must be a positive number, got {tolerance}.")
+        if self.first_step is not None and not 0 < self.first_step < math.inf:
+            raise ValueError(f"The first step must be a positive time, got {self.first_step}.")
         if self.max_evaluations < stages:
             raise ValueError(
                 f"max_evaluations is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: "
@@ -279,7 +283,8 @@ def solve_adaptive(
     weight = valid_weight(valid, y)
     smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * duration
     per_sample = config.step_control == "sample"
-    progress = [_Progress(start, duration) for _ in range(rows if per_sample else 1)]
+    first_step = duration if config.first_step is None else min(config.first_step, duration)
+    progress = [_Progress(start, first_step) for _ in range(rows if per_sample else 1)]
     recompute = recompute and torch.is_grad_enabled()
 
     def trial(t, h, y, k1):

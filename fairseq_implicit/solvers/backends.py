@@ -81,7 +81,7 @@ def solve_with(
     """Integrates like :func:`solve_adaptive`, with the back end of that name.
 
     torchdyn measures the error over the whole batch, padding included; its answers are within tolerance of the batch,
-    not of each sample. torchdiffeq takes the first step over the whole interval, as the own loop does.
+    not of each sample, and it chooses its first step itself. torchdiffeq takes the first step that the own loop takes.
 
     Args:
         options: further options of :func:`solve_adaptive`, for the back end ``own`` only.
@@ -201,7 +201,7 @@ def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConf
     end = torch.tensor([duration], dtype=torch.float64, device=y.device)
     options = {
         "norm": lambda error: mean_square(error, weight).sqrt().max(),
-        "first_step": duration,
+        "first_step": duration if config.first_step is None else min(config.first_step, duration),
         # Stop exactly at the end: by default the library steps past it and interpolates.
         "step_t": end,
     }

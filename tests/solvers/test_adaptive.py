@@ -80,6 +80,16 @@ def test_evaluations_are_counted_as_the_field_sees_them():
     assert result.rejected > 0 and result.reached == (4.0,)
 
 
+def test_a_smaller_first_step_saves_rejections_only():
+    y = torch.randn(1, 3, 2, dtype=torch.float64)
+    whole = solve_adaptive(rotation, y, 4.0, AdaptiveConfig("dopri5", 1e-6, 1e-6))
+    small = solve_adaptive(rotation, y, 4.0, AdaptiveConfig("dopri5", 1e-6, 1e-6, first_step=0.5))
+    assert small.rejected < whole.rejected and small.evaluations < whole.evaluations
+    torch.testing.assert_close(small.state, exact_rotation(y, 4.0), rtol=0, atol=1e-4)
+    beyond = solve_adaptive(rotation, y, 4.0, AdaptiveConfig("dopri5", 1e-6, 1e-6, first_step=9.0))
+    assert torch.equal(beyond.state, whole.state)
+
+
 def test_start_time_reaches_the_field():
     y = torch.randn(1, 2, 2, dtype=torch.float64)
     config = AdaptiveConfig("dopri5", 1e-9, 1e-9)
@@ -242,6 +252,7 @@ def test_nan_that_appears_on_the_way_keeps_the_last_finite_state():
         ({"atol": float("nan")}, "atol must be a positive number"),
         ({"max_evaluations": 6}, "at least 7"),
         ({"step_control": "token"}, "step control 'token'"),
+        ({"first_step": 0.0}, "first step must be a positive time"),
     ),
 )
 def test_impossible_configurations(arguments, sentence):
