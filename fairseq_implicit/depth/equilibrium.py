@@ -43,7 +43,8 @@ class EquilibriumConfig:
 
     Attributes:
         cell: the map.
-        solver: forward solver at its full budget; evaluation always uses it.
+        solver: forward solver at its full budget.
+        evaluation: forward solver of evaluation; ``None``: the same.
         gradient: the gradient after all phases.
         phases: the schedule that leads there.
         prelude_layers: ordinary layers before the equilibrium.
@@ -64,6 +65,7 @@ class EquilibriumConfig:
 
     cell: CellConfig
     solver: FixedPointConfig = field(default_factory=FixedPointConfig)
+    evaluation: Optional[FixedPointConfig] = None
     gradient: GradientConfig = field(default_factory=GradientConfig)
     phases: PhaseConfig = field(default_factory=PhaseConfig)
     prelude_layers: int = 0
@@ -172,7 +174,7 @@ class EquilibriumDepth(nn.Module):
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
         config = self.config
         if not self.training:
-            return Phase(config.solver, config.gradient, 0.0)
+            return Phase(config.evaluation or config.solver, config.gradient, 0.0)
         return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
 
     def forward(

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from fairseq.models import register_model
@@ -78,6 +78,15 @@ class DeqBertConfig(ImplicitBertConfig):
     )
     deq_compact: bool = field(
         default=False, metadata={"help": "drop converged samples from the evaluations (where no dropout is drawn)"}
+    )
+    deq_eval_solver: Optional[str] = field(
+        default=None, metadata={"help": "solver of evaluation (default: --deq-solver); with --model-overrides, a dial"}
+    )
+    deq_eval_max_iter: Optional[int] = field(
+        default=None, metadata={"help": "evaluation budget outside training (default: --deq-max-iter)"}
+    )
+    deq_eval_tol: Optional[float] = field(
+        default=None, metadata={"help": "tolerance outside training (default: --deq-tol)"}
     )
     deq_gradient: str = field(
         default="ift", metadata={"help": "ift (exact), neumann-K, phantom-K, jfb, bptt-K (no solver), reversible"}
@@ -158,6 +167,7 @@ class DeqBertConfig(ImplicitBertConfig):
             return EquilibriumConfig(
                 cell=self._cell(),
                 solver=solver,
+                evaluation=self._evaluation(solver, gradient),
                 gradient=gradient,
                 phases=PhaseConfig(**{name: getattr(self, f"deq_{name}") for name in PhaseConfig.__dataclass_fields__}),
                 prelude_layers=self.deq_prelude_layers,
@@ -215,6 +225,20 @@ class DeqBertConfig(ImplicitBertConfig):
             compact=self.deq_compact,
             **options,
         )
+
+    def _evaluation(self, solver: FixedPointConfig, gradient: GradientConfig) -> Optional[FixedPointConfig]:
+        """The training's solver with the dials of evaluation turned."""
+        dials = {"method": self.deq_eval_solver, "max_iter": self.deq_eval_max_iter, "tol": self.deq_eval_tol}
+        turned = {name: value for name, value in dials.items() if value is not None}
+        if turned and gradient.kind == "bptt":
+            name = "solver" if "method" in turned else next(iter(turned))
+            raise OptionError(
+                f"eval_{name}", f"{gradient.name} iterates a fixed number of steps without a solver; drop the flag."
+            )
+        try:
+            return replace(solver, **turned) if turned else None
+        except OptionError as error:
+            raise OptionError(f"eval_{error.option}", error.sentence) from error
 
     def _cell(self) -> CellConfig:
         layer = TransformerFieldConfig(

@@ -141,7 +141,7 @@ def test_exact_gradient_equals_a_long_unroll_through_the_real_cell(weight_norm):
     target = embedding(seed=9)
 
     def grads(gradient):
-        module.config = EquilibriumConfig(module.config.cell, SHARP, gradient)
+        module.config = EquilibriumConfig(module.config.cell, SHARP, gradient=gradient)
         module.zero_grad()
         torch.manual_seed(11)
         (module(embedding(), PADDING).state * target).sum().backward()

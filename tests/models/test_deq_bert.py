@@ -95,8 +95,10 @@ def test_one_checkpoint_opens_under_every_solver_budget_and_tolerance(task, toke
         states[solver] = model(tokens, features_only=True)[0]
     torch.testing.assert_close(states["picard"], states["anderson"], rtol=0, atol=1e-8)
     torch.testing.assert_close(states["broyden"], states["anderson"], rtol=0, atol=1e-8)
-    short = build(task, deq_max_iter=2, deq_tol=1e-10).double().eval()
+    short = build(task, deq_eval_max_iter=2, deq_eval_tol=1e-10, deq_eval_solver="picard").double().eval()
     short.load_state_dict(source.state_dict())
+    assert short.train()(tokens)[1]["statistics"]["evaluation_budget"] == 30
+    short.eval()
     residual = short(tokens)[1]["statistics"]["residual"]
     assert residual > 1e-4
 
@@ -146,6 +148,10 @@ REFUSED = [
     (dict(deq_adjoint_solver="gmres"), "--deq-adjoint-solver"),
     (dict(deq_adjoint_tol=-1.0), "--deq-adjoint-tol"),
     (dict(deq_tol=0.0), "--deq-tol"),
+    (dict(deq_eval_solver="newton"), "--deq-eval-solver"),
+    (dict(deq_eval_max_iter=0), "--deq-eval-max-iter: a budget of 0"),
+    (dict(deq_eval_tol=-1.0), "--deq-eval-tol"),
+    (dict(deq_eval_tol=0.1, deq_gradient="bptt-4"), "--deq-eval-tol: bptt-4"),
     (dict(deq_criterion="max"), "--deq-criterion"),
     (dict(deq_damping=0.0), "--deq-damping"),
     (dict(deq_compact=True, deq_no_freeze=True), "--deq-compact"),
@@ -205,6 +211,7 @@ def test_no_flag_is_dead():
         "deq_criterion": "rms", "deq_gradient": "jfb", "deq_adjoint_solver": "picard", "deq_correction": "2,4",
         "deq_jacobian_estimator": "double-backward", "deq_tol": 0.01, "deq_adjoint_tol": 0.01, "deq_window": 3,
         "deq_memory": 8.0, "deq_gradient_damping": 0.5, "deq_start_max_iter": 3, "deq_start_tol": 0.5,
+        "deq_eval_solver": "picard", "deq_eval_max_iter": 5, "deq_eval_tol": 0.1,
     }  # fmt: skip
     reference = DeqBertConfig().equilibrium()
     for item in dataclasses.fields(DeqBertConfig):
