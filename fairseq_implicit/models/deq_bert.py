@@ -39,7 +39,7 @@ class DeqBertConfig(ImplicitBertConfig):
     attention_dropout: float = field(default=0.0, metadata={"help": "dropout of the attention probabilities"})
     deq_cell_layers: int = field(default=1, metadata={"help": "transformer layers in the map that is iterated"})
     deq_cell_norm: str = field(
-        default="post-norm", metadata={"help": f"{', '.join(NORM_PLACEMENTS)} (with a final norm inside the map)"}
+        default="pre-norm", metadata={"help": f"{', '.join(NORM_PLACEMENTS)}; pre-norm ends in a norm inside the map"}
     )
     deq_no_final_norm: bool = field(
         default=False, metadata={"help": "a pre-norm cell without its final norm: only for --deq-gradient bptt-K"}
