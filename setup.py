@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "adaptive": ["torchdiffeq==0.2.5"],
+        "hub": ["huggingface_hub>=1.0", "filelock"],
         "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],
     },
