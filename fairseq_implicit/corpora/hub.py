@@ -36,10 +36,16 @@ def download(reference: str, folder: Path, patterns: tuple[str, ...] = (), revis
         the local folder.
 
     Raises:
-        CorpusError: the repository cannot be read, has no such file, or a file's checksum does not match.
+        CorpusError: the repository cannot be read, has no such file, or a file's checksum does not match; or the hub's
+            client is missing.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise CorpusError(
+            f"Downloading {reference} needs huggingface_hub, which is not installed: pip install huggingface_hub."
+        ) from error
 
     repository = reference.removeprefix(PREFIX).strip("/")
     # huggingface_hub reads HF_ENDPOINT at its import only; asking here lets one process use several endpoints.
