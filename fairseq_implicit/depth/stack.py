@@ -253,7 +253,8 @@ class BlockStack(nn.Module):
         for block in range(self.config.layers):
             combination = self.combinations[block % len(self.combinations)]
             if block in skipped:
-                passed = _Passed(state, (combination.at_rest(),), 0)
+                # The Adams pair has no coefficients to report, and restarts after a gap.
+                passed = _Passed(state, () if self.config.corrector == "adams" else (combination.at_rest(),), 0)
             else:
                 f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), padding_mask)
                 if self.config.tolerance > 0:
@@ -400,7 +401,7 @@ class _Report:
 
 
 def state_rms(state: Tensor, valid: Optional[Tensor] = None) -> Tensor:
-    """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid`` ``(batch, time, 1)`` is 1.
+    """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid``, of one channel, is 1.
 
     Squares are taken in float32 (float64 for float64): those of a half-precision state overflow from 256 on.
     """

@@ -100,9 +100,7 @@ class GatedWeights(nn.Module):
     def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
         # One product per stage: the concatenation [F_1; …; F_n] would copy every increment once more.
         dim = stages[0].shape[-1]
-        products = [
-            F.linear(stage, self.weight[:, i * dim : (i + 1) * dim]) for i, stage in enumerate(stages)
-        ]
+        products = [F.linear(stage, self.weight[:, i * dim : (i + 1) * dim]) for i, stage in enumerate(stages)]
         logits = sum((_full_precision(product) for product in products), _full_precision(self.bias))
         return self._shares(logits)
 
@@ -200,9 +198,7 @@ class Combination(nn.Module):
         """For each stage, whether it has to be evaluated: learned weights may use a stage whose b is 0."""
         return self.tableau.required if self.weights is None else (True,) * self.tableau.stages
 
-    def forward(
-        self, state: Tensor, stages: Sequence[Optional[Tensor]], h: float
-    ) -> Tuple[Tensor, Tuple[Weight, ...]]:
+    def forward(self, state: Tensor, stages: Sequence[Optional[Tensor]], h: float) -> Tuple[Tensor, Tuple[Weight, ...]]:
         """Add the increments ``stages`` ``(batch, time, dim)`` to ``state`` ``(batch, time, dim)``.
 
         Returns:
@@ -223,7 +219,9 @@ class Combination(nn.Module):
             return self.tableau.b_values
         return self.weights.at_rest() if self.mode == "gated" else self.weights(())
 
-    def statistics(self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None) -> Dict[str, Union[float, Tensor]]:
+    def statistics(
+        self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None
+    ) -> Dict[str, Union[float, Tensor]]:
         """Detached scalars: Σw, Σwc and, where the mode has them, gate mean and entropy (nats) or α.
 
         ``gate_mean`` is the first stage's mean weight. ``valid`` ``(batch, time, 1)`` is 1 at tokens, 0 at padding.

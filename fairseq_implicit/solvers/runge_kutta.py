@@ -35,7 +35,7 @@ class ExplicitConfig:
         gradient: one of ``GRADIENTS``.
         state_float32: keep a half-precision state in float32; the field still sees its own dtype.
         residual_in_field: integrate ``z + F(z)`` instead of ``F(z)``, as the original ODE-Transformer code does. It
-            has a spurious exponential mode (a zero field multiplies the state by 2.7 per RK4 block): compatibility only.
+            has a spurious exponential mode (a zero field multiplies the state by 2.7 per RK4 block); for compatibility.
         replay_random: on recomputation restore the random state. Needed only when the field draws random numbers in
             each evaluation.
     """

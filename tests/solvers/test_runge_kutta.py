@@ -181,7 +181,9 @@ def test_gradcheck(mode):
         def run(f, y):
             return solve_explicit(f, y, ExplicitConfig("kutta3", 2), combination).state
 
-        return torch.func.functional_call(_Call(combination, run), dict(zip(["it." + n for n in names], parameters)), (network, x))
+        return torch.func.functional_call(
+            _Call(combination, run), dict(zip(["it." + n for n in names], parameters)), (network, x)
+        )
 
     x = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(solution, (x, *combination.parameters()))
@@ -224,7 +226,9 @@ def test_recomputation_keeps_one_state_per_step_or_stage(network, state, gradien
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: (sizes.update({tensor.data_ptr(): tensor.numel()}), tensor)[1], lambda tensor: tensor
         ):
-            output = solve_explicit(network, state.clone().requires_grad_(), ExplicitConfig("rk4", 3, gradient=way)).state
+            output = solve_explicit(
+                network, state.clone().requires_grad_(), ExplicitConfig("rk4", 3, gradient=way)
+            ).state
         assert output.requires_grad  # and with it what was saved is still alive, so no address is used twice
         parameters = {parameter.data_ptr() for parameter in network.parameters()}
         return sum(size for pointer, size in sizes.items() if pointer not in parameters)

@@ -1,0 +1,89 @@
+"""Imports point one way: solvers ← fields ← depth ← models ← tasks and criterions; corpora stands alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "fairseq_implicit"
+ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+# What each folder may import of the package, besides itself; the package's own __init__ and __main__ may import all.
+ALLOWED = {
+    "solvers": set(),
+    "fields": {"solvers"},
+    "depth": {"solvers", "fields"},
+    "models": {"solvers", "fields", "depth", "data", "compat"},
+    "data": {"compat"},
+    "tasks": {"solvers", "fields", "depth", "models", "data", "compat"},
+    "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
+    "corpora": set(),
+    "compat": set(),
+}
+WITHOUT_FAIRSEQ = {"solvers", "fields", "depth", "corpora"}
+# Numerics are torch and the standard library; the optional back ends are for adaptive steps.
+ONLY_TORCH = {"solvers": {"torch", "torchdyn", "torchdiffeq"}}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def folder_of(path):
+    """``solvers`` for solvers/tableau.py, ``compat`` for compat.py."""
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported_modules(path):
+    """Dotted names of everything a file imports, wherever in the file it does so."""
+    package = (PACKAGE, *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # ``from fairseq_implicit import solvers`` names the folder in the alias.
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def offence(folder, module):
+    """Why ``folder`` must not import ``module``, or ``None``."""
+    parts = module.split(".")
+    if parts[0] == PACKAGE and len(parts) > 1:
+        if parts[1] != folder and parts[1] not in ALLOWED[folder]:
+            return f"{folder} must not import {PACKAGE}.{parts[1]}"
+    elif parts[0] == "fairseq" and folder in WITHOUT_FAIRSEQ:
+        return f"{folder} must not import fairseq"
+    elif folder in ONLY_TORCH and parts[0] not in ONLY_TORCH[folder] | set(sys.stdlib_module_names) | {PACKAGE}:
+        return f"{folder} must not import {parts[0]}"
+    return None
+
+
+def test_the_package_was_found():
+    assert {"solvers", "fields", "depth"} <= {folder_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    folder = folder_of(path)
+    if folder in ("__init__", "__main__"):
+        return
+    assert folder in ALLOWED, f"{folder} has no place in the order of imports: give it one in this test"
+    assert [found for module in imported_modules(path) if (found := offence(folder, module))] == []
+
+
+@pytest.mark.parametrize(
+    "folder, module, refused",
+    [
+        ("solvers", "fairseq_implicit.fields.attention", True),
+        ("solvers", "fairseq_implicit.solvers.status.SolveResult", False),
+        ("solvers", "scipy.linalg", True),
+        ("solvers", "torch.nn", False),
+        ("fields", "fairseq.utils", True),
+        ("fields", "fairseq_implicit.depth.stack", True),
+        ("depth", "fairseq_implicit.models.bert", True),
+        ("models", "fairseq.models", False),
+        ("models", "fairseq_implicit.tasks", True),
+        ("corpora", "fairseq_implicit.data.masking", True),
+    ],
+)
+def test_the_rule_itself(folder, module, refused):
+    assert (offence(folder, module) is not None) == refused
