@@ -401,7 +401,7 @@ class _Report:
 
 
 def state_rms(state: Tensor, valid: Optional[Tensor] = None) -> Tensor:
-    """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid``, of one channel, is 1.
+    """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid`` is 1.
 
     Squares are taken in float32 (float64 for float64): those of a half-precision state overflow from 256 on.
     """

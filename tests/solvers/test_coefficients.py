@@ -98,7 +98,7 @@ def test_gate_of_more_stages_is_a_softmax():
 @pytest.mark.parametrize("normalised", [False, True])
 def test_ema_weights(normalised):
     block = combination("rk4", "ema-normalised" if normalised else "ema")
-    assert float(block.weights.alpha) == 0.5
+    assert block.weights.alpha.item() == 0.5
     with torch.no_grad():
         block.weights.logit.fill_(math.log(0.3 / 0.7))
     total = 1 - 0.7**4
