@@ -143,6 +143,7 @@ def sweep(options: argparse.Namespace) -> List[Row]:
     for solver in options.solvers.split(","):
         for budget in options.budgets.split(","):
             config = FixedPointConfig(solver, int(budget), options.tol)
+            config.tolerance_for(torch.float32)
             rows.append(measure(model, criterion, samples, config, solver, options.device))
     return rows
 
