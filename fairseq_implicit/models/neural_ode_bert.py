@@ -48,7 +48,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         },
     )
     ode_tolerance: float = field(
-        default=1e-2, metadata={"help": "relative tolerance of the adaptive solve; 0: --ode-steps fixed steps"}
+        default=5e-2, metadata={"help": "relative tolerance of the adaptive solve; 0: --ode-steps fixed steps"}
     )
     ode_absolute_tolerance: Optional[float] = field(
         default=None, metadata={"help": "absolute tolerance (default: the relative one)"}
