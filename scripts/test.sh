@@ -5,4 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
+# Tensors in tests are small: a second thread would only wait for the first, and spin while another program works.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest "$@"
