@@ -1,6 +1,6 @@
-"""Entry points of torch.hub:
+"""Entry points of torch.hub, one per model family:
 
-    torch.hub.load("path/to/this/checkout", "ode_bert", source="local", path="folder", checkpoint_file="checkpoint_best.pt")
+    torch.hub.load("path/to/this/checkout", "ode_bert", source="local", path="folder", checkpoint_file="model.pt")
 
 `path` is the checkpoint's folder. The dictionary and the sentencepiece model are looked for there, then in the data
 folder that the checkpoint names; further keywords override fields of the model (`ode_scheme="rk4"`).
@@ -8,9 +8,19 @@ folder that the checkpoint names; further keywords override fields of the model 
 
 dependencies = ["torch", "fairseq", "sentencepiece"]
 
-from fairseq_implicit.models.ode_bert import OdeBertModel  # noqa: E402
+from fairseq_implicit.models import DeqBertModel, NeuralOdeBertModel, OdeBertModel  # noqa: E402
 
 
 def ode_bert(path, checkpoint_file="checkpoint_best.pt", **overrides):
     """A trained ODE-BERT behind the hub interface (encode, decode, extract_features, fill_mask, predict)."""
     return OdeBertModel.from_pretrained(path, checkpoint_file, **overrides)
+
+
+def neural_ode_bert(path, checkpoint_file="checkpoint_best.pt", **overrides):
+    """A trained neural-ODE BERT behind the same interface."""
+    return NeuralOdeBertModel.from_pretrained(path, checkpoint_file, **overrides)
+
+
+def deq_bert(path, checkpoint_file="checkpoint_best.pt", **overrides):
+    """A trained DEQ-BERT behind the same interface."""
+    return DeqBertModel.from_pretrained(path, checkpoint_file, **overrides)

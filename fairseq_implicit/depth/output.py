@@ -12,7 +12,7 @@ class DepthOutput:
 
     Attributes:
         state: ``(batch, time, dim)``.
-        hidden_states: the states along the depth when they were asked for, first the input, each ``(batch, time, dim)``.
+        hidden_states: the states along the depth when asked for, first the input, each ``(batch, time, dim)``.
         statistics: flat, name -> scalar (0-dim detached tensor, float or int): evaluations, residual, gate means …
             The criterion logs each under its own name. The names must be the same for every batch and rank.
         penalties: name -> 0-dim tensor **with** gradient, already weighted, per masked token: the criterion

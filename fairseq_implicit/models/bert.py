@@ -181,11 +181,9 @@ class ImplicitBertModel(FairseqEncoderModel):
                     with torch.no_grad():
                         module.weight[module.padding_idx].zero_()
         if scheme == "depth-scaled":
-            projections_of = [
-                list(module.residual_projections()) for module in self.encoder.depth.modules() if isinstance(module, Field)
-            ]
+            everything = [module for module in self.encoder.depth.modules() if isinstance(module, Field)]
             # A field may consist of others, which name their projections themselves.
-            fields = [found for found in projections_of if found]
+            fields = [found for found in (list(field.residual_projections()) for field in everything) if found]
             projections = [projection for found in fields for projection in found]
             # With tied blocks the same weights act in every block.
             repeats = self.args.encoder_layers / len(fields) if fields else 1.0
