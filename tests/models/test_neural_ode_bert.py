@@ -170,7 +170,11 @@ def test_adaptive_blocks_agree_with_fine_fixed_steps(task, tokens, scheme):
     (
         (OdeBertModel, dict(ode_tolerance=1e-3), "'rk2' has no embedded error estimate"),
         (OdeBertModel, dict(ode_tolerance=-1.0), "tolerance of -1.0"),
-        (OdeBertModel, dict(ode_tolerance=1e-3, ode_scheme="bosh3", ode_coefficients="learned"), "coefficients 'fixed'"),
+        (
+            OdeBertModel,
+            dict(ode_tolerance=1e-3, ode_scheme="bosh3", ode_coefficients="learned"),
+            "coefficients 'fixed'",
+        ),
         (OdeBertModel, dict(ode_tolerance=1e-3, ode_scheme="bosh3", stage_dropout="independent"), "need 'shared'"),
         (OdeBertModel, dict(ode_split=0), "--ode-split 0"),
         (OdeBertModel, dict(ode_split=2, ode_history="dlcl"), "cuts layers in time"),
