@@ -150,7 +150,8 @@ def _recorded(command):
     """Runs ``command`` and returns what it logged as a ``Run``."""
     records = _Records()
     root = logging.getLogger()
-    level = root.level
+    level, silenced = root.level, root.manager.disable
+    logging.disable(logging.NOTSET)  # scripts that a test imports silence what fairseq announces
     root.setLevel(logging.INFO)
     root.addHandler(records)
     try:
@@ -158,6 +159,7 @@ def _recorded(command):
     finally:
         root.removeHandler(records)
         root.setLevel(level)
+        logging.disable(silenced)
     return Run(records)
 
 
