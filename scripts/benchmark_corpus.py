@@ -107,8 +107,10 @@ def main() -> None:
         start = work / "start.txt"
         start.write_text("one line\n" * 2)
         size = arguments.text.stat().st_size / 1e6
-        print(f"text {size:.1f} MB, unigram dictionary of {arguments.dictionary_size}; {platform.processor()}, "
-              f"{os.cpu_count()} cores, sentencepiece {sentencepiece.__version__}")
+        print(
+            f"text {size:.1f} MB, unigram dictionary of {arguments.dictionary_size}; {platform.processor()}, "
+            f"{os.cpu_count()} cores, sentencepiece {sentencepiece.__version__}"
+        )
         alone = encoding_speed(model, arguments.text)
         print(f"sentencepiece alone, one thread: {alone:.1f} MB/s\n")
         print(

@@ -126,9 +126,9 @@ def report_memory(field: TransformerField, y: Tensor) -> None:
     f = field.prepare(y)
     ways: Dict[str, Callable[[int], Tensor]] = {
         "reversible heun": lambda n: solve_reversible(f, y, 1.0, n, parameters).state,
-        "heun2, checkpoint-step": lambda n: solve_explicit(
-            f, y, ExplicitConfig("heun2", n, gradient="checkpoint-step")
-        ).state,
+        "heun2, checkpoint-step": lambda n: (
+            solve_explicit(f, y, ExplicitConfig("heun2", n, gradient="checkpoint-step")).state
+        ),
         "heun2, autograd": lambda n: solve_explicit(f, y, ExplicitConfig("heun2", n)).state,
     }
     sys.stdout.write("\npeak memory of forward and backward, MiB    4 steps   16 steps   64 steps\n")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Cleans The Pile, OSCAR or plain text and writes numbered text shards; --help lists the options.
 
-    python scripts/prepare_corpus.py pile/train --valid-input pile/val.jsonl.zst --output prepared --workers 8
+python scripts/prepare_corpus.py pile/train --valid-input pile/val.jsonl.zst --output prepared --workers 8
 """
 
 import sys

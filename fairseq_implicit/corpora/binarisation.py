@@ -83,9 +83,7 @@ def shards_of_files(train: list[Path], held_out: dict[str, Path]) -> list[ShardT
         raise CorpusError("There is no train file to binarise; lower --valid-fraction or give more text.")
     if "valid" not in held_out:
         logger.warning("There is no valid split; fairseq-train then needs --disable-validation.")
-    return [
-        ShardText(number, {"train": path} | (held_out if number == 0 else {})) for number, path in enumerate(train)
-    ]
+    return [ShardText(number, {"train": path} | (held_out if number == 0 else {})) for number, path in enumerate(train)]
 
 
 def line_ranges(path: Path, size: int) -> list[tuple[int, int]]:
@@ -238,9 +236,7 @@ class Binarisation:
                 ranges = line_ranges(path, size)
                 names = [folder / f"{split}.{first}-{last}" for first, last in ranges]
                 parts[shard.number, split] = names
-                tasks += [
-                    (path, first, last, name, self.model, digest) for (first, last), name in zip(ranges, names)
-                ]
+                tasks += [(path, first, last, name, self.model, digest) for (first, last), name in zip(ranges, names)]
         total = sum(last - first for _, first, last, *_ in tasks)
         waiting = {shard.number: sum(len(parts[shard.number, split]) for split in shard.files) for shard in shards}
         by_part = {name: shard for shard in shards for split in shard.files for name in parts[shard.number, split]}

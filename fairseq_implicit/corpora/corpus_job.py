@@ -139,9 +139,7 @@ class CorpusJob:
             problems += record["problems"][: max(0, _REPORTED_PROBLEMS - len(problems))]
             problems_total += record["problems_total"]
         shards = plan_shards(files, self.settings)
-        tasks = [
-            (shard, files, self.settings, self.output, folder) for shard in shards if shard.number % parts == part
-        ]
+        tasks = [(shard, files, self.settings, self.output, folder) for shard in shards if shard.number % parts == part]
         size = counts.bytes_read - counts.dropped_bytes.total() - counts.bytes_removed + counts.copies_bytes
         for shard_counts in run_tasks(write_shard, tasks, self.workers, size, "merging"):
             counts.add(shard_counts)

@@ -89,9 +89,7 @@ def _fetch(api, repository: str, revision: str, facts, path: Path) -> None:
         if _is_verified(path, facts):
             return
         if not path.is_file():
-            url = hf_hub_url(
-                repository, facts.rfilename, repo_type="dataset", revision=revision, endpoint=api.endpoint
-            )
+            url = hf_hub_url(repository, facts.rfilename, repo_type="dataset", revision=revision, endpoint=api.endpoint)
             with open(partial, "ab") as file:
                 if file.tell() > facts.size:
                     file.truncate(0)

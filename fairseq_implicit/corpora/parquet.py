@@ -13,9 +13,7 @@ _COLUMNS = ("text", "content", "meta", "metadata")
 _ROWS = 256
 
 
-def read_parquet(
-    path: Path, on_compressed: Callable[[int], None] | None = None
-) -> Iterator[Document | ReadProblem]:
+def read_parquet(path: Path, on_compressed: Callable[[int], None] | None = None) -> Iterator[Document | ReadProblem]:
     """Yields the documents of a parquet file; offsets are row numbers.
 
     Raises:

@@ -109,9 +109,7 @@ def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> Cou
 class _Step:
     """The documents of one source on their way into its segment file."""
 
-    def __init__(
-        self, source: Source, settings: PrepareSettings, writer: SegmentWriter, signatures: HashedFile | None
-    ):
+    def __init__(self, source: Source, settings: PrepareSettings, writer: SegmentWriter, signatures: HashedFile | None):
         self.counts = Counts()
         self.problems: list[ReadProblem] = []
         self.problems_total = 0

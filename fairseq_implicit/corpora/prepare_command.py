@@ -157,18 +157,24 @@ def build_parser() -> argparse.ArgumentParser:
     pile.add_argument("--include-component", action="append", default=[], help="pile_set_name to keep, repeatable")
     pile.add_argument("--exclude-component", action="append", default=[], help="pile_set_name to drop, repeatable")
     pile.add_argument(
-        "--component-weight", action="append", default=[], type=component_weight, metavar="NAME=W",
+        "--component-weight",
+        action="append",
+        default=[],
+        type=component_weight,
+        metavar="NAME=W",
         help="write its documents W times (0.5: every other one)",
     )
     pile.add_argument(
-        "--pile-epochs", action="store_true", help="weights of The Pile's paper; its files contain them already, and "
-        "removing duplicates takes them away",
+        "--pile-epochs",
+        action="store_true",
+        help="weights of The Pile's paper; its files contain them already, and removing duplicates takes them away",
     )
 
     oscar = parser.add_argument_group("OSCAR")
     oscar.add_argument(
-        "--drop-annotation", action="append", help=f"label that drops a document (default: "
-        f"{', '.join(DEFAULT_DROPPED_ANNOTATIONS)}; 'none' keeps all)",
+        "--drop-annotation",
+        action="append",
+        help=f"label that drops a document (default: {', '.join(DEFAULT_DROPPED_ANNOTATIONS)}; 'none' keeps all)",
     )
     oscar.add_argument("--only-unannotated", action="store_true", help="drop every labelled document (most of them)")
     oscar.add_argument("--language", action="append", default=[], help="document language to keep, repeatable")

@@ -26,9 +26,7 @@ from fairseq_implicit.corpora.problems import CorpusError
 _MAGIC = b"FICORP01"
 _RECORD = struct.Struct("<16sBI")
 _FOOTER = struct.Struct("<QQ8s")
-INDEX = np.dtype(
-    [("bucket", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("documents", "<u4"), ("bytes", "<u8")]
-)
+INDEX = np.dtype([("bucket", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("documents", "<u4"), ("bytes", "<u8")])
 # Text that is held and sorted before it is written: larger blocks mean longer frames, smaller ones less memory.
 BLOCK_SIZE = 64 * 2**20
 # Cost of one document in memory beyond its text (the tuple, the key, the bytes object).

@@ -156,9 +156,6 @@ class ImplicitBertModel(FairseqEncoderModel):
             typed = cfg
         if typed.max_positions is None:
             typed.max_positions = task.max_positions()
-            if OmegaConf.is_config(cfg):
-                # Stored with the checkpoint, so that fine-tuning and the hub build the same positions.
-                cfg.max_positions = typed.max_positions
         typed.check()
         return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, cls.build_depth(typed)))
 

@@ -73,9 +73,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
     ode_backend: str = field(default="own", metadata={"help": f"adaptive solver: {', '.join(BACKENDS)}"})
     ode_step_control: str = field(
         default="auto",
-        metadata={
-            "help": f"adaptive steps per {' or per '.join(STEP_CONTROLS)}; auto: per sample where the field can"
-        },
+        metadata={"help": f"adaptive steps per {' or per '.join(STEP_CONTROLS)}; auto: per sample where the field can"},
     )
     ode_gradient: str = field(
         default="autograd",

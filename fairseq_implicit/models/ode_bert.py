@@ -365,7 +365,6 @@ class OdeBertModel(ImplicitBertModel):
                 len(fresh),
             )
 
-
     def _split_blocks(self, state_dict: Dict[str, Tensor], depth: str) -> None:
         """Give each block of a coarser checkpoint's to all blocks that take its place in time.
 

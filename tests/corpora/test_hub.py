@@ -46,8 +46,11 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
                     "rfilename": name,
                     "size": len(data),
                     "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
-                    **({"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
-                       if name.endswith(".zst") else {}),
+                    **(
+                        {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+                        if name.endswith(".zst")
+                        else {}
+                    ),
                 }
                 for name, data in self.server.files.items()
             ]

@@ -461,10 +461,26 @@ def test_name_that_is_neither_a_path_nor_a_repository(tmp_path, monkeypatch):
     [
         ({}, (0, 1)),
         ({"SLURM_JOB_ID": "7"}, (0, 1)),
-        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "4"},
-         (1, 3)),
-        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_STEP": "2",
-          "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, (7, 12)),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_ARRAY_TASK_ID": "5",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_MIN": "4",
+            },
+            (1, 3),
+        ),
+        (
+            {
+                "SLURM_JOB_ID": "7",
+                "SLURM_ARRAY_TASK_ID": "2",
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_ARRAY_TASK_STEP": "2",
+                "SLURM_NTASKS": "4",
+                "SLURM_PROCID": "3",
+            },
+            (7, 12),
+        ),
         ({"RANK": "2", "WORLD_SIZE": "8"}, (2, 8)),
     ],
 )

@@ -180,9 +180,7 @@ def test_torchdyn_adjoint_within_tolerance_despite_frozen_and_unused_parameters(
     f, config = block.prepare(state), AdaptiveConfig("dopri5", 1e-8, 1e-8)
     exact = torch.autograd.grad(solve_adaptive(f, state, 1.0, config).state.square().sum(), [state, *trained])
     backward = []
-    result = solve_torchdyn_adjoint(
-        f, state, 1.0, config, (*block.parameters(), unused), on_backward=backward.append
-    )
+    result = solve_torchdyn_adjoint(f, state, 1.0, config, (*block.parameters(), unused), on_backward=backward.append)
     gradients = torch.autograd.grad(result.state.square().sum(), [state, *trained])
     for one, other in zip(exact, gradients):
         assert (one - other).norm() < 1e-5 * one.norm() + 1e-7
@@ -192,9 +190,7 @@ def test_torchdyn_adjoint_within_tolerance_despite_frozen_and_unused_parameters(
 def test_torchdyn_adjoint_refuses_half_precision(block, state):
     needs("torchdyn")
     with pytest.raises(ValueError, match="cannot carry a bfloat16 state"):
-        solve_torchdyn_adjoint(
-            lambda t, z: -z, state.bfloat16(), 1.0, AdaptiveConfig("dopri5", 1e-2, 1e-2), ()
-        )
+        solve_torchdyn_adjoint(lambda t, z: -z, state.bfloat16(), 1.0, AdaptiveConfig("dopri5", 1e-2, 1e-2), ())
 
 
 def test_torchdyn_adjoint_refuses_to_lose_the_gradient(block, state):

@@ -107,9 +107,7 @@ def test_peak_memory_does_not_grow_with_the_steps():
         solve().square().sum().backward()
 
     parameters = list(field.parameters())
-    few, many = (
-        peak_bytes(lambda: train(lambda: solve_reversible(f, y, 1.0, n, parameters).state)) for n in (4, 64)
-    )
+    few, many = (peak_bytes(lambda: train(lambda: solve_reversible(f, y, 1.0, n, parameters).state)) for n in (4, 64))
     assert many <= 1.02 * few
     assert peak_bytes(lambda: train(lambda: written_out(f, y, 1.0, 64))) > 5 * many
 
