@@ -33,8 +33,8 @@ watched() {
     ) 9>&- &
     beat=$!
     "$@" >>"$log" 2>&1 || status=$?
-    kill "$beat" 2>/dev/null
-    wait "$beat" 2>/dev/null
+    kill "$beat" 2>/dev/null || true
+    wait "$beat" 2>/dev/null || true # it reports the signal that ended it
     if [ -t 1 ]; then printf '\r\033[K'; fi
     if [ "$status" -ne 0 ]; then
         tail -n 15 "$log" >&2
