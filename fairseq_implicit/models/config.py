@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.shared_dropout import POLICIES
+from fairseq_implicit.fields.transformer import TransformerFieldConfig
 
 INITIALISATIONS = ("depth-scaled", "plain")
 
@@ -89,6 +90,21 @@ class ImplicitBertConfig(FairseqDataclass):
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
                 f"--encoder-embed-dim {self.encoder_embed_dim}"
             )
+
+    def transformer_field(self, kind: str) -> TransformerFieldConfig:
+        """Shape and noise of a transformer field of one of :data:`fairseq_implicit.fields.transformer.KINDS`."""
+        return TransformerFieldConfig(
+            dim=self.encoder_embed_dim,
+            ffn_dim=self.encoder_ffn_embed_dim,
+            heads=self.encoder_attention_heads,
+            kind=kind,
+            activation=self.activation_fn,
+            dropout=self.dropout,
+            attention_dropout=self.attention_dropout,
+            activation_dropout=self.activation_dropout,
+            drop_path=self.drop_path,
+            dropout_policy=self.stage_dropout,
+        )
 
 
 def check_choice(flag: str, value: str, choices) -> None:

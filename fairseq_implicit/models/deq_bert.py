@@ -12,7 +12,6 @@ from fairseq_implicit.depth.equilibrium import ESTIMATORS, INITIAL_STATES, Equil
 from fairseq_implicit.depth.phases import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
-from fairseq_implicit.fields.transformer import TransformerFieldConfig
 from fairseq_implicit.models.bert import INITIAL_STD, ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
 from fairseq_implicit.models.presets import SIZES, register_presets
@@ -241,18 +240,7 @@ class DeqBertConfig(ImplicitBertConfig):
             raise OptionError(f"eval_{error.option}", error.sentence) from error
 
     def _cell(self) -> CellConfig:
-        layer = TransformerFieldConfig(
-            dim=self.encoder_embed_dim,
-            ffn_dim=self.encoder_ffn_embed_dim,
-            heads=self.encoder_attention_heads,
-            kind=self.deq_cell_norm,
-            activation=self.activation_fn,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            activation_dropout=self.activation_dropout,
-            drop_path=self.drop_path,
-            dropout_policy=self.stage_dropout,
-        )
+        layer = self.transformer_field(self.deq_cell_norm)
         if self.deq_cell_norm == "post-norm" and self.deq_no_final_norm:
             raise OptionError("no_final_norm", "a post-norm cell ends in its layer's own norm; drop the flag.")
         if self.deq_cell_layers < 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fairseq_implicit.depth.continuous import GRADIENTS, REVERSIBLE_SCHEME, ContinuousConfig, ContinuousDepth
 from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbeddedField, InterpolatedField
-from fairseq_implicit.fields.transformer import KINDS, TransformerFieldConfig
+from fairseq_implicit.fields.transformer import KINDS
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
 from fairseq_implicit.models.presets import register_presets
@@ -145,20 +145,6 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             final_norm=self.ode_field != "post-norm",
         )
 
-    def transformer_field(self) -> TransformerFieldConfig:
-        """The field's shape and noise."""
-        return TransformerFieldConfig(
-            dim=self.encoder_embed_dim,
-            ffn_dim=self.encoder_ffn_embed_dim,
-            heads=self.encoder_attention_heads,
-            kind=self.ode_field,
-            activation=self.activation_fn,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            activation_dropout=self.activation_dropout,
-            dropout_policy=self.stage_dropout,
-        )
-
 
 @register_model("neural_ode_bert", dataclass=NeuralOdeBertConfig)
 class NeuralOdeBertModel(ImplicitBertModel):
@@ -166,7 +152,7 @@ class NeuralOdeBertModel(ImplicitBertModel):
 
     @classmethod
     def build_depth(cls, cfg: NeuralOdeBertConfig) -> nn.Module:
-        config = cfg.transformer_field()
+        config = cfg.transformer_field(cfg.ode_field)
         if cfg.ode_depth_weights == "embedding":
             return ContinuousDepth(cfg.continuous(), DepthEmbeddedField(config, cfg.duration))
         knots = cfg.encoder_layers if cfg.ode_knots is None else cfg.ode_knots

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
 from fairseq_implicit.depth.stack import CORRECTORS, HISTORIES, BlockStack, StackConfig
-from fairseq_implicit.fields.transformer import KINDS, TransformerField, TransformerFieldConfig
+from fairseq_implicit.fields.transformer import KINDS, TransformerField
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
 from fairseq_implicit.models.presets import register_presets
@@ -309,21 +309,6 @@ class OdeBertConfig(ImplicitBertConfig):
             seed=self.ode_seed,
         )
 
-    def transformer_field(self) -> TransformerFieldConfig:
-        """The field's configuration."""
-        return TransformerFieldConfig(
-            dim=self.encoder_embed_dim,
-            ffn_dim=self.encoder_ffn_embed_dim,
-            heads=self.encoder_attention_heads,
-            kind=self.ode_field,
-            activation=self.activation_fn,
-            dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
-            activation_dropout=self.activation_dropout,
-            drop_path=self.drop_path,
-            dropout_policy=self.stage_dropout,
-        )
-
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -335,7 +320,7 @@ class OdeBertModel(ImplicitBertModel):
 
     @classmethod
     def build_depth(cls, cfg: OdeBertConfig) -> nn.Module:
-        config = cfg.transformer_field()
+        config = cfg.transformer_field(cfg.ode_field)
         if cfg.is_implicit:
             return ImplicitStack(cfg.implicit_stack(), lambda layer: TransformerField(config))
         return BlockStack(cfg.stack(), lambda layer: TransformerField(config))
