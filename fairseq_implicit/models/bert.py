@@ -243,6 +243,7 @@ class ImplicitBertModel(FairseqEncoderModel):
         """
         super().upgrade_state_dict_named(state_dict, name)
         prefix = f"{name}." if name else ""
+        self._check_embeddings(state_dict, f"{prefix}encoder.")
         heads = f"{prefix}classification_heads."
         found = {key[len(heads) :].split(".")[0] for key in state_dict if key.startswith(heads)}
         for head in sorted(found):
@@ -261,6 +262,20 @@ class ImplicitBertModel(FairseqEncoderModel):
                     del state_dict[key]
         for key, value in self.classification_heads.state_dict().items():
             state_dict.setdefault(heads + key, value)
+
+    def _check_embeddings(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
+        """ValueError, one sentence, where a checkpoint has another number of positions or of symbols."""
+        for table, flag, offset in (
+            ("embed_positions", "--max-positions", self.encoder.padding_idx + 1),
+            ("embed_tokens", "the data's dict.txt", 0),
+        ):
+            stored = state_dict.get(f"{prefix}{table}.weight")
+            rows = getattr(self.encoder, table).weight.shape[0]
+            if stored is not None and stored.shape[0] != rows:
+                raise ValueError(
+                    f"the checkpoint has {stored.shape[0] - offset} rows in its {table} and this model "
+                    f"{rows - offset}: they must agree, see {flag}"
+                )
 
     @classmethod
     def from_pretrained(

@@ -223,3 +223,12 @@ def test_unused_and_frozen_parameters_and_two_forwards_before_backward(task, tok
     model.zero_grad()
     model(tokens)[0].sum().backward()
     torch.testing.assert_close(doubled, 2 * model.encoder.depth.fields[0].attention.qkv.weight.grad)
+
+
+def test_checkpoints_of_other_lengths_and_dictionaries_say_so(task):
+    state = build(task).state_dict()
+    with pytest.raises(ValueError, match="24 rows in its embed_positions and this model 16: .* --max-positions"):
+        build(task, max_positions=16).load_state_dict(dict(state))
+    task.source_dictionary.add_symbol("one more")
+    with pytest.raises(ValueError, match="45 rows in its embed_tokens and this model 46: .* dict.txt"):
+        build(task).load_state_dict(dict(state))
