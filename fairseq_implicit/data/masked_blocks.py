@@ -11,6 +11,29 @@ from fairseq_implicit.data.mapped_tokens import MappedTokens
 from fairseq_implicit.data.masking import Masking
 
 
+def _padded(sequences: Sequence[torch.Tensor], width: int, pad: int) -> torch.Tensor:
+    """Sequences as rows ``(batch, width)`` int64, padded on the right."""
+    rows = torch.full((len(sequences), width), pad, dtype=torch.int64)
+    for row, sequence in zip(rows, sequences):
+        row[: len(sequence)] = sequence
+    return rows
+
+
+def _batch(samples: List[Dict[str, Any]], width: int, pad: int) -> Dict[str, Any]:
+    """What every batch holds of its samples' sources: see :meth:`MaskedBlockDataset.collater`."""
+    lengths = [len(sample["source"]) for sample in samples]
+    return {
+        "id": torch.tensor([sample["id"] for sample in samples]),
+        "net_input": {
+            "src_tokens": _padded([sample["source"] for sample in samples], width, pad),
+            "src_lengths": torch.tensor(lengths),
+            "has_padding": min(lengths) < width,
+        },
+        "nsentences": len(samples),
+        "ntokens": sum(lengths),
+    }
+
+
 class MaskedBlockDataset(FairseqDataset):
     """Blocks of one or more binarised files, each preceded by ``<s>`` and masked.
 
@@ -104,26 +127,12 @@ class MaskedBlockDataset(FairseqDataset):
         """
         if not samples:
             return {}
-        lengths = [len(sample["source"]) for sample in samples]
-        longest = max(lengths)
+        longest = max(len(sample["source"]) for sample in samples)
         multiple = self.pad_to_multiple
         width = max(longest, min(-(-longest // multiple) * multiple, self.max_length))
-        source = torch.full((len(samples), width), self.masking.pad, dtype=torch.int64)
-        target = source.clone()
-        for row, sample in enumerate(samples):
-            source[row, : lengths[row]] = sample["source"]
-            target[row, : lengths[row]] = sample["target"]
-        return {
-            "id": torch.tensor([sample["id"] for sample in samples]),
-            "net_input": {
-                "src_tokens": source,
-                "src_lengths": torch.tensor(lengths),
-                "has_padding": min(lengths) < width,
-            },
-            "target": target,
-            "nsentences": len(samples),
-            "ntokens": sum(lengths),
-        }
+        batch = _batch(samples, width, self.masking.pad)
+        batch["target"] = _padded([sample["target"] for sample in samples], width, self.masking.pad)
+        return batch
 
     def size(self, index: int) -> int:
         return int(self.sizes[index])
@@ -168,20 +177,7 @@ class InferenceDataset(FairseqDataset):
     def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
         if not samples:
             return {}
-        lengths = [len(sample["source"]) for sample in samples]
-        source = torch.full((len(samples), max(lengths)), self.pad, dtype=torch.int64)
-        for row, sample in enumerate(samples):
-            source[row, : lengths[row]] = sample["source"]
-        return {
-            "id": torch.tensor([sample["id"] for sample in samples]),
-            "net_input": {
-                "src_tokens": source,
-                "src_lengths": torch.tensor(lengths),
-                "has_padding": min(lengths) < max(lengths),
-            },
-            "nsentences": len(samples),
-            "ntokens": sum(lengths),
-        }
+        return _batch(samples, max(len(sample["source"]) for sample in samples), self.pad)
 
     def size(self, index: int) -> int:
         return int(self.sizes[index])

@@ -17,14 +17,17 @@ from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
-from fairseq_implicit.solvers.multistep import solve_adams, solve_backward_euler_corrected
+from fairseq_implicit.solvers.multistep import (
+    correct_by_backward_euler,
+    solve_adams,
+    solve_backward_euler_corrected,
+)
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
     Field,
     entering_dtype,
     recomputed,
     solve_explicit,
-    solver_field,
     solver_state,
 )
 from fairseq_implicit.solvers.status import Status
@@ -301,10 +304,7 @@ class BlockStack(nn.Module):
         if config.corrector == "pcformer":
             predicted = self.predictor_history.entry(block + 1, result.state)
             mixed = self.predictor_history.mix(entries + [predicted])
-            correct = solver_field(f, solve, dtype)
-            if solve.gradient == "checkpoint-step":
-                correct = recomputed(correct, solve)
-            corrected = torch.add(mixed, correct(t0 + solve.total_time, mixed), alpha=solve.total_time)
+            corrected = correct_by_backward_euler(f, mixed, mixed, solve, t0, dtype)
             return _Passed(corrected, result.weights, result.evaluations + 1)
         return _Passed(result.state, result.weights, result.evaluations)
 

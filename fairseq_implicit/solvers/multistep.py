@@ -37,6 +37,20 @@ class AdamsResult(SolveResult):
     increment: Optional[Tensor] = None
 
 
+def correct_by_backward_euler(
+    f: Field, state: Tensor, prediction: Tensor, config: ExplicitConfig, t0: float, dtype: torch.dtype
+) -> Tensor:
+    """``state + T f(t0 + T, prediction)``, the field entered in ``dtype``; all states ``(batch, time, dim)``."""
+    span = config.total_time
+    evaluate = solver_field(f, config, dtype)
+
+    def correct(state: Tensor, prediction: Tensor) -> Tensor:
+        return torch.add(state, evaluate(t0 + span, prediction), alpha=span)
+
+    step = recomputed(correct, config) if config.gradient == "checkpoint-step" else correct
+    return step(state, prediction)
+
+
 def solve_backward_euler_corrected(
     f: Field,
     x: Tensor,
@@ -52,14 +66,7 @@ def solve_backward_euler_corrected(
     """
     dtype = field_dtype or x.dtype
     predicted = solve_explicit(f, x, config, combination, t0, dtype)
-    span = config.total_time
-
-    def correct(state: Tensor, prediction: Tensor) -> Tensor:
-        return torch.add(state, evaluate(t0 + span, prediction), alpha=span)
-
-    evaluate = solver_field(f, config, dtype)
-    step = recomputed(correct, config) if config.gradient == "checkpoint-step" else correct
-    state = step(solver_state(x, config), predicted.state)
+    state = correct_by_backward_euler(f, solver_state(x, config), predicted.state, config, t0, dtype)
     return ExplicitResult(state, evaluations=predicted.evaluations + 1, weights=predicted.weights)
 
 
