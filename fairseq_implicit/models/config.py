@@ -1,5 +1,6 @@
 """What every model of the package is configured by: RoBERTa's flags where the meaning is RoBERTa's."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -11,6 +12,7 @@ from fairseq_implicit.fields.shared_dropout import POLICIES
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 
 INITIALISATIONS = ("depth-scaled", "plain")
+POSITION_STARTS = ("normal", "sinusoidal")
 
 
 @dataclass
@@ -53,8 +55,23 @@ class ImplicitBertConfig(FairseqDataclass):
     encoder_init: str = field(
         default="depth-scaled",
         metadata={
-            "help": "depth-scaled: BERT's N(0, 0.02) with residual projections divided by the root of their number; "
-            "plain: BERT's N(0, 0.02) everywhere"
+            "help": "depth-scaled: N(0, --encoder-init-std) with residual projections divided by the root of their "
+            "number; plain: N(0, --encoder-init-std) everywhere"
+        },
+    )
+    encoder_init_std: float = field(
+        default=0.02,
+        metadata={
+            "help": "standard deviation of the initial weights. BERT's 0.02 suits its width 768; narrower models leave "
+            "the start sooner with 0.02 * sqrt(768 / width)"
+        },
+    )
+
+    encoder_position_start: str = field(
+        default="normal",
+        metadata={
+            "help": "learned positions start from N(0, --encoder-init-std), as BERT's, or sinusoidal: from sines and "
+            "cosines of that scale, with which attention finds a token's neighbours much sooner"
         },
     )
 
@@ -68,6 +85,7 @@ class ImplicitBertConfig(FairseqDataclass):
         check_choice("--pooler-activation-fn", self.pooler_activation_fn, tuple(utils.get_available_activation_fns()))
         check_choice("--stage-dropout", self.stage_dropout, POLICIES)
         check_choice("--encoder-init", self.encoder_init, INITIALISATIONS)
+        check_choice("--encoder-position-start", self.encoder_position_start, POSITION_STARTS)
         for flag, value in (
             ("--encoder-layers", self.encoder_layers),
             ("--encoder-embed-dim", self.encoder_embed_dim),
@@ -85,6 +103,8 @@ class ImplicitBertConfig(FairseqDataclass):
         ):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{flag} must lie in [0, 1), got {rate}")
+        if not 0.0 < self.encoder_init_std < math.inf:
+            raise ValueError(f"--encoder-init-std must be a positive number, got {self.encoder_init_std}")
         if self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "

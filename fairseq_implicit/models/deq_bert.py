@@ -12,7 +12,7 @@ from fairseq_implicit.depth.equilibrium import ESTIMATORS, INITIAL_STATES, Equil
 from fairseq_implicit.depth.phases import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
-from fairseq_implicit.models.bert import INITIAL_STD, ImplicitBertModel
+from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
 from fairseq_implicit.models.presets import SIZES, register_presets
 from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig, OptionError
@@ -265,7 +265,7 @@ class DeqBertConfig(ImplicitBertConfig):
             injection=injection,
             final_norm=not self.deq_no_final_norm,
             weight_norm=self.deq_weight_norm,
-            initial_std=INITIAL_STD,
+            initial_std=self.encoder_init_std,
         )
 
     def _correction(self) -> Tuple[int, ...]:

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.data import Dictionary
@@ -19,6 +19,10 @@ from fairseq_implicit.data.masking import Masking
 from fairseq_implicit.data.sentencepiece_dictionary import MASK, SentencePieceDictionary
 
 logger = logging.getLogger(__name__)
+
+
+#: Seed of the masks of every split but training.
+EVALUATION_SEED = 1
 
 
 @dataclass
@@ -39,6 +43,13 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
         default=512, metadata={"help": "longest sequence, with the <s> before each block of text"}
     )
     mask_prob: float = field(default=0.15, metadata={"help": "share of the tokens (or words) to predict"})
+    valid_mask_prob: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "the same in validation and test (default: --mask-prob). Their masks do not "
+            "depend on --seed, so that losses of several seeds compare"
+        },
+    )
     leave_unmasked_prob: float = field(
         default=0.1, metadata={"help": "share of the tokens to predict that stay visible"}
     )
@@ -71,12 +82,20 @@ class ImplicitMaskedLMTask(FairseqTask):
             )
         self.dictionary = dictionary
         self.mask_idx = dictionary.add_symbol(MASK)
-        self.masking = Masking.for_dictionary(
-            dictionary,
-            whole_words=cfg.mask_whole_words,
-            probability=cfg.mask_prob,
-            leave_unmasked=cfg.leave_unmasked_prob,
-            random=cfg.random_token_prob,
+        self.masking = self._masking(cfg.mask_prob)
+        self.evaluation_masking = self.masking
+        if cfg.valid_mask_prob is not None:
+            if not 0.0 < cfg.valid_mask_prob < 1.0:
+                raise ValueError(f"--valid-mask-prob must lie between 0 and 1, not {cfg.valid_mask_prob}.")
+            self.evaluation_masking = self._masking(cfg.valid_mask_prob)
+
+    def _masking(self, probability: float) -> Masking:
+        return Masking.for_dictionary(
+            self.dictionary,
+            whole_words=self.cfg.mask_whole_words,
+            probability=probability,
+            leave_unmasked=self.cfg.leave_unmasked_prob,
+            random=self.cfg.random_token_prob,
         )
 
     @classmethod
@@ -122,13 +141,14 @@ class ImplicitMaskedLMTask(FairseqTask):
             indices.append(index)
         if sum(len(index) for index in indices) == 0:
             raise ValueError(f"{files[0].prefix}.bin holds blank lines only: the text that it was made from is empty.")
+        training = split.startswith("train")
         self.datasets[split] = MaskedBlockDataset(
             files,
             indices,
-            self.masking,
+            self.masking if training else self.evaluation_masking,
             max_length=self.cfg.tokens_per_sample,
-            seed=self.cfg.seed,
-            fixed=not split.startswith("train"),
+            seed=self.cfg.seed if training else EVALUATION_SEED,
+            fixed=not training,
             pad_to_multiple=self.cfg.pad_to_multiple,
             share_epoch=self.cfg.persistent_workers,
         )
