@@ -15,11 +15,9 @@ import argparse
 import logging
 import os
 import platform
-import statistics
 import sys
-import time
 import warnings
-from typing import Callable, Dict, List
+from typing import Callable, Dict
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
@@ -36,6 +34,7 @@ from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
 from fairseq_implicit.solvers.implicit_grad import GradientConfig, equilibrium, parse_gradient  # noqa: E402
 from fairseq_implicit.solvers.jacobian import spectral_radius  # noqa: E402
+from scripts.side_by_side import median_seconds  # noqa: E402
 
 PARTS = ("overhead", "step", "gradients", "initial")
 SMALL = dict(batch=8, length=128, dim=256, ffn_dim=1024, heads=4)
@@ -70,22 +69,7 @@ class Bench:
         return torch.randn(batch, length, dim, generator=generator).to(self.device)
 
     def medians(self, calls: Dict[str, Callable[[], None]]) -> Dict[str, float]:
-        """Median seconds of each call; the calls take turns."""
-        times: Dict[str, List[float]] = {name: [] for name in calls}
-        for call in calls.values():
-            call()
-        for _ in range(self.options.rounds):
-            for name, call in calls.items():
-                self._wait()
-                start = time.perf_counter()
-                call()
-                self._wait()
-                times[name].append(time.perf_counter() - start)
-        return {name: statistics.median(found) for name, found in times.items()}
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        return median_seconds(calls, self.options.rounds, warm_up=1)
 
 
 def overhead(bench: Bench) -> None:

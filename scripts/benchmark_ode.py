@@ -20,7 +20,6 @@ from typing import Callable, Dict, List
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 logging.disable(logging.WARNING)  # fairseq announces optional packages, the compiler its locks
@@ -28,6 +27,7 @@ logging.disable(logging.WARNING)  # fairseq announces optional packages, the com
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.solvers.reversible import solve_reversible  # noqa: E402
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit  # noqa: E402
+from scripts.side_by_side import peak_bytes  # noqa: E402
 
 Solve = Callable[[Tensor], Tensor]
 
@@ -107,18 +107,6 @@ def alternate(solves: Dict[str, Solve], y: Tensor, rounds: int, backward: bool) 
 def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
     """Median over the rounds of the ratio within a round: slow moments of the machine cancel."""
     return statistics.median(one / other for one, other in zip(times[name], times[reference]))
-
-
-def peak_bytes(function: Callable[[], None]) -> int:
-    """Most bytes that the CPU's allocator holds at once in ``function``."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    live = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 def report_memory(field: TransformerField, y: Tensor) -> None:

@@ -12,9 +12,7 @@ import argparse
 import logging
 import os
 import platform
-import statistics
 import sys
-import time
 import types
 import warnings
 from typing import Callable, Dict
@@ -22,7 +20,6 @@ from typing import Callable, Dict
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -31,6 +28,7 @@ from fairseq.data import Dictionary  # noqa: E402
 
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
+from scripts.side_by_side import median_seconds, peak_bytes  # noqa: E402
 
 Step = Callable[[], torch.Tensor]
 
@@ -122,37 +120,16 @@ class Bench:
         return self._step(model, lambda: model(input_ids=self.tokens).logits[self.masked])
 
 
-def peak_bytes(step: Step) -> int:
+def alternate(steps: Dict[str, Step], rounds: int) -> Dict[str, float]:
+    """Median seconds of one forward and backward pass of each."""
+    passes = {name: lambda step=step: step().backward() for name, step in steps.items()}
+    return median_seconds(passes, rounds, before=lambda name: steps[name].model.zero_grad(set_to_none=True))
+
+
+def memory(step: Step, device: str) -> int:
     """Most bytes that one forward and backward pass holds beyond the weights and their gradients."""
     step.model.zero_grad(set_to_none=False)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step().backward()
-    live = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def alternate(steps: Dict[str, Step], rounds: int, device: torch.device) -> Dict[str, float]:
-    """Median seconds of one forward and backward pass of each, the steps taking turns."""
-    times: Dict[str, list] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            step.model.zero_grad(set_to_none=True)
-            synchronise(device)
-            start = time.perf_counter()
-            step().backward()
-            synchronise(device)
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return peak_bytes(lambda: step().backward(), device)
 
 
 def main() -> None:
@@ -180,23 +157,23 @@ def main() -> None:
         f"dropout {options.dropout}, {options.dtype}, seed {options.seed}, {options.rounds} rounds\n"
         f"torch {torch.__version__}, {bench.device}, {options.threads} threads, {platform.machine()}\n"
     )
-    seconds = alternate(steps, options.rounds, bench.device)
+    seconds = alternate(steps, options.rounds)
     ours = seconds["ode_bert euler"]
     report("\nmodel                               parameters   tokens/s of ode_bert euler over it\n")
     for name, step in steps.items():
         count = sum(parameter.numel() for parameter in step.model.parameters())
         report(f"{name:<35} {count:>10,}   {seconds[name] / ours:.3f}\n")
     del steps
-    seconds = alternate(pre_norm, options.rounds, bench.device)
+    seconds = alternate(pre_norm, options.rounds)
     euler = "ode_bert euler (pre-norm)"
-    memory = {name: peak_bytes(step) for name, step in pre_norm.items()}
+    peaks = {name: memory(step, options.device) for name, step in pre_norm.items()}
     report("\nscheme                                          time / (evaluations x Euler)   peak memory / Euler\n")
     # Recomputation evaluates the field a second time, a forward pass without its backward: a third of a step.
     for name, step in pre_norm.items():
         stages = step.model.encoder.depth.solve_config.tableau.stages
         report(
             f"{name:<47} {seconds[name] / (stages * seconds[euler]):>10.3f}                     "
-            f"{memory[name] / memory[euler]:>6.3f}\n"
+            f"{peaks[name] / peaks[euler]:>6.3f}\n"
         )
 
 

@@ -1,0 +1,1 @@
+"""A study of masked-language models on equal terms: plan, training, logs, estimates, measurements, report."""

@@ -1,0 +1,109 @@
+"""Means, spreads and paired differences over seeds, and the cost model."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Dict, Optional, Sequence
+
+from scipy import stats
+
+from bert_study.logs import Record
+from bert_study.plan import Comparison, Flags
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over ``count`` seeds; the deviation of a single one is nan."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        values = list(values)
+        if not values:
+            return cls(math.nan, math.nan, 0)
+        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        return cls(statistics.fmean(values), deviation, len(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference of two models over the seeds that both ran, with a 95 % confidence interval (Student's t).
+
+    Runs of one seed share the order of the data and all masks, so that pairing takes that noise out.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def verdict(self) -> str:
+        if not self.count > 1:
+            return "one seed: no interval"
+        if self.high < 0:
+            return "lower"
+        return "higher" if self.low > 0 else "not told apart"
+
+
+def paired_difference(ours: Dict[int, float], theirs: Dict[int, float]) -> Difference:
+    """``ours - theirs``, each by seed. The interval is nan with fewer than two seeds in common."""
+    differences = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
+    spread = Spread.of(differences)
+    if spread.count < 2:
+        return Difference(spread.mean, math.nan, math.nan, spread.count)
+    half = stats.t.ppf(0.975, spread.count - 1) * spread.deviation / math.sqrt(spread.count)
+    return Difference(spread.mean, spread.mean - half, spread.mean + half, spread.count)
+
+
+def goal_met(comparison: Comparison, difference: Difference, reference_loss: float) -> Optional[bool]:
+    """Whether a comparison's goal is reached; None where it has none or cannot be judged.
+
+    ``below`` asks for an interval that lies below 0 altogether; ``within`` for a mean of at most the margin.
+    """
+    if comparison.goal is None or difference.count == 0:
+        return None
+    if comparison.goal == "within":
+        return difference.mean <= comparison.margin * reference_loss
+    return difference.high < 0 if difference.count > 1 else None
+
+
+def update_cost(record: Record, flags: Flags, update: int) -> float:
+    """Evaluations' worth of one update: an evaluation of the field counts 1, a product with its Jacobian 1, a backward
+    pass through an evaluation 2.
+
+    Args:
+        record: metrics of the interval that ends at ``update``.
+        flags: the run's.
+    """
+    gradient = str(flags.get("deq-gradient", "ift"))
+    forward = record.get("evaluations_forward", record.get("evaluations", math.nan))
+    if (
+        "evaluations_forward" not in record
+        or gradient.startswith("bptt")
+        or update <= flags.get("deq-warmup-updates", 0)
+    ):
+        return 3 * forward
+    if gradient.startswith("phantom"):
+        return forward + 3 * int(gradient.split("-")[1])
+    # the solve, the tracked evaluation, the adjoint's products, the product with the parameters' Jacobian
+    return forward + 1 + record.get("evaluations_backward", 0.0) + 2
+
+
+def cumulative_cost(intervals: Dict[int, Record], flags: Flags) -> Dict[int, float]:
+    """Evaluations' worth of all updates up to the end of each interval."""
+    total, start, found = 0.0, 0, {}
+    for update, record in sorted(intervals.items()):
+        total += update_cost(record, flags, update) * (update - start)
+        start = update
+        found[update] = total
+    return found
+
+
+def floating_point_operations(cost: float, parameters: int, sets: int, tokens: int) -> float:
+    """Of ``cost`` evaluations' worth on ``tokens`` tokens: one multiplication and one addition for every parameter of
+    the set that an evaluation uses. Embeddings, head and the attention's products of positions are not counted."""
+    return 2.0 * cost * tokens * parameters / sets

@@ -1,0 +1,138 @@
+"""Everything a report needs, gathered from the folders of a study."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Dict, List, Tuple
+
+from bert_study.estimates import Spread, cumulative_cost, floating_point_operations
+from bert_study.logs import Curve, read_curve
+from bert_study.plan import Flags, Model, Plan, Run
+from bert_study.training import is_finished, run_folder
+
+UNSTABLE_MARGIN = 0.05  # nats
+
+
+@dataclass(frozen=True)
+class Text:
+    """Nats per token of the validation text, and the training tokens."""
+
+    unigram: float
+    bigram: float
+    tokens: int
+
+    @property
+    def plateau(self) -> float:
+        """The loss at which a run counts as off the plateau: half of the way from the unigram to the bigram entropy."""
+        return (self.unigram + self.bigram) / 2
+
+
+@dataclass(frozen=True)
+class FinalRun:
+    """One finished run of the comparison."""
+
+    run: Run
+    flags: Flags
+    curve: Curve
+
+    @property
+    def loss(self) -> float:
+        return self.curve.last["loss"]
+
+    @property
+    def steady(self) -> int:
+        """The update after which a schedule's warm-up is over."""
+        return int(self.flags.get("deq-warmup-updates", 0))
+
+    def diverged(self, unigram: float) -> bool:
+        """A loss that is no number, or that ends above its own best or the unigram entropy by a margin."""
+        losses = [record["loss"] for record in self.curve.validations.values()]
+        ceiling = min(unigram, min(losses)) + UNSTABLE_MARGIN
+        return not math.isfinite(self.loss) or self.loss > ceiling
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """A model's runs, by seed."""
+
+    model: Model
+    rate: float
+    runs: Tuple[FinalRun, ...]
+    sets: int
+    tokens_per_update: int
+
+    @property
+    def losses(self) -> Dict[int, float]:
+        return {found.run.seed: found.loss for found in self.runs}
+
+    def spread(self, quantity) -> Spread:
+        """Of a function of a run, over the seeds."""
+        return Spread.of([quantity(found) for found in self.runs])
+
+    def loss_by_update(self) -> Dict[int, Spread]:
+        updates = sorted(set.intersection(*(set(found.curve.validations) for found in self.runs)))
+        return {
+            update: Spread.of([found.curve.validations[update]["loss"] for found in self.runs]) for update in updates
+        }
+
+    def operations_by_update(self, parameters: int) -> Dict[int, float]:
+        """Floating-point operations of the depth up to each logged update, mean over the seeds."""
+        curves = [cumulative_cost(found.curve.intervals, found.flags) for found in self.runs]
+        updates = sorted(set.intersection(*(set(curve) for curve in curves)))
+        return {
+            update: floating_point_operations(
+                sum(curve[update] for curve in curves) / len(curves), parameters, self.sets, self.tokens_per_update
+            )
+            for update in updates
+        }
+
+
+def grid_losses(plan: Plan, out: str) -> Dict[str, Dict[float, float]]:
+    """The last validation loss of every finished trial, by model and rate; inf where it is no number."""
+    found: Dict[str, Dict[float, float]] = {}
+    for run in plan.trials():
+        if is_finished(out, run):
+            loss = _curve(out, run).last["loss"]
+            found.setdefault(run.model.name, {})[run.rate] = loss if math.isfinite(loss) else math.inf
+    return found
+
+
+def best_rates(plan: Plan, losses: Dict[str, Dict[float, float]]) -> Dict[str, float]:
+    """The rate of the lowest loss, for every model whose grid is complete and has a finite loss."""
+    return {
+        name: min(by_rate, key=by_rate.get)
+        for name, by_rate in losses.items()
+        if len(by_rate) == len(plan.grid.rates) and math.isfinite(min(by_rate.values()))
+    }
+
+
+def results(plan: Plan, rates: Dict[str, float], out: str) -> Dict[str, ModelResult]:
+    """Every model with at least one finished run."""
+    by_model: Dict[str, List[FinalRun]] = {}
+    for run in plan.finals(rates):
+        if is_finished(out, run):
+            by_model.setdefault(run.model.name, []).append(FinalRun(run, plan.flags(run), _curve(out, run)))
+    tokens = plan.training["tokens-per-sample"] * plan.training["batch-size"] * plan.training.get("update-freq", 1)
+    return {
+        name: ModelResult(model, rates[name], tuple(by_model[name]), plan.evaluated_sets(model), tokens)
+        for name, model in plan.models.items()
+        if name in by_model
+    }
+
+
+def first_runs(found: Dict[str, ModelResult]) -> Dict[str, Run]:
+    """One finished run of each model, to measure."""
+    return {name: result.runs[0].run for name, result in found.items()}
+
+
+def text_of(data: str) -> Text:
+    """Entropies and size of a data folder."""
+    from fairseq_implicit.data.mapped_tokens import MappedTokens
+    from scripts.corpus_entropy import folder_entropies
+
+    entropies = folder_entropies(data)
+    return Text(entropies.unigram, entropies.bigram, MappedTokens(os.path.join(data, "train")).token_count)
+
+
+def _curve(out: str, run: Run) -> Curve:
+    return read_curve(os.path.join(run_folder(out, run), "train.log"))

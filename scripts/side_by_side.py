@@ -1,0 +1,53 @@
+"""Time and memory of several ways to do the same, measured so that the ratios can be trusted."""
+
+import statistics
+import time
+from typing import Any, Callable, Dict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Call = Callable[[], Any]
+
+
+def median_seconds(
+    calls: Dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
+) -> Dict[str, float]:
+    """Median seconds of each call. They take turns, one call each per round, so that whatever else the machine does
+    hits all alike; ``before`` is called with the name and is not timed."""
+    times: Dict[str, list] = {name: [] for name in calls}
+    for turn in range(rounds + warm_up):
+        for name, call in calls.items():
+            before(name)
+            synchronise()
+            start = time.perf_counter()
+            call()
+            synchronise()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def synchronise() -> None:
+    """Wait until the accelerator, where there is one in use, has done what it was asked."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Call, device: str = "cpu") -> int:
+    """Most bytes that ``call`` makes the allocator of ``device`` hold at once beyond what it held before."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    live = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
