@@ -164,7 +164,7 @@ class ImplicitBertModel(FairseqEncoderModel):
     def initialise(self, scheme: str) -> None:
         """N(0, ``--encoder-init-std``), zero biases.
 
-        ``depth-scaled`` divides residual projections by the root of their number.
+        ``depth-scaled`` divides residual projections by the root of their number, ``identity`` sets them to 0.
         Modules that need another start define ``initialise()``; it is called last.
         """
         for module in self.modules():
@@ -177,7 +177,7 @@ class ImplicitBertModel(FairseqEncoderModel):
                         module.weight[module.padding_idx].zero_()
         if self.args.encoder_position_start == "sinusoidal":
             self._start_from_sinusoids(self.encoder.embed_positions.weight)
-        if scheme == "depth-scaled":
+        if scheme != "plain":
             everything = [module for module in self.encoder.depth.modules() if isinstance(module, Field)]
             # A field may consist of others, which name their projections themselves.
             fields = [found for found in (list(field.residual_projections()) for field in everything) if found]
@@ -185,8 +185,9 @@ class ImplicitBertModel(FairseqEncoderModel):
             # With tied blocks the same weights act in every block.
             repeats = self.args.encoder_layers / len(fields) if fields else 1.0
             with torch.no_grad():
+                divisor = math.sqrt(max(1.0, len(projections) * repeats)) if scheme == "depth-scaled" else math.inf
                 for projection in projections:
-                    projection.weight.div_(math.sqrt(max(1.0, len(projections) * repeats)))
+                    projection.weight.div_(divisor)
         for module in self.encoder.depth.modules():
             if hasattr(module, "initialise"):
                 module.initialise()

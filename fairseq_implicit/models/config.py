@@ -11,7 +11,7 @@ from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.shared_dropout import POLICIES
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 
-INITIALISATIONS = ("depth-scaled", "plain")
+INITIALISATIONS = ("depth-scaled", "identity", "plain")
 POSITION_STARTS = ("normal", "sinusoidal")
 
 
@@ -55,8 +55,9 @@ class ImplicitBertConfig(FairseqDataclass):
     encoder_init: str = field(
         default="depth-scaled",
         metadata={
-            "help": "depth-scaled: N(0, --encoder-init-std) with residual projections divided by the root of their "
-            "number; plain: N(0, --encoder-init-std) everywhere"
+            "help": "plain: N(0, --encoder-init-std) everywhere; depth-scaled: residual projections divided by the "
+            "root of their number; identity: residual projections 0, so that every block starts as the identity "
+            "(deq_bert's cell has a start of its own)"
         },
     )
     encoder_init_std: float = field(

@@ -66,6 +66,35 @@ def test_initialisation_scales_residual_projections_by_the_depth(task):
     assert (scaled.encoder.embed_tokens.weight[1] == 0).all()
 
 
+def test_scale_of_the_initial_weights(task):
+    wide = dict(encoder_embed_dim=256, encoder_ffn_embed_dim=512, encoder_attention_heads=4, encoder_init_std=0.1)
+    layer = build(task, **wide).encoder.depth.fields[1]
+    assert layer.attention.qkv.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    assert layer.feed_forward.fc2.weight.std().item() == pytest.approx(0.1 / math.sqrt(4), rel=0.02)
+
+
+@pytest.mark.parametrize("field", ["pre-norm", "parallel", "macaron"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_blocks_that_start_as_the_identity(task, tokens, field, tied):
+    model = build(task, encoder_init="identity", ode_field=field, ode_scheme="rk4", ode_tied=tied)
+    states = model(tokens, features_only=True, return_all_hiddens=True)[1]["inner_states"]
+    assert len(states) == 3 and all(torch.equal(state, states[0]) for state in states)
+
+
+@pytest.mark.parametrize("dim", [16, 20])
+def test_positions_that_start_from_sinusoids(task, dim):
+    """The product of two positions depends on their distance alone, and their scale is that of the other weights."""
+    model = build(task, encoder_embed_dim=dim, encoder_position_start="sinusoidal", encoder_init_std=0.1)
+    weight = model.encoder.embed_positions.weight.detach().double()
+    assert (weight[1] == 0).all()
+    products = weight[2:] @ weight[2:].T
+    for distance in (0, 1, 5):
+        along = products.diagonal(distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=0, atol=1e-6)
+    assert weight[2:].square().mean().sqrt().item() == pytest.approx(0.1, rel=1e-5)
+    assert products[0, 0] > products[0, 1] > products[0, 5]
+
+
 def test_gate_still_starts_at_the_tableau_after_initialisation(task, tokens):
     statistics = build(task, ode_scheme="rk2", ode_coefficients="gated").eval()(tokens)[1]["statistics"]
     assert float(statistics["gate_mean"]) == pytest.approx(0.5, abs=0.1)
@@ -169,6 +198,9 @@ def test_flags_of_the_original_codebase_are_mapped(flags, scheme, mode, start, s
         (dict(ode_steps=0), "at least 1"),
         (dict(ode_time=-1.0), "positive"),
         (dict(stage_dropout="often"), "--stage-dropout 'often' is unknown"),
+        (dict(encoder_init="zero"), "--encoder-init 'zero' is unknown: choose one of depth-scaled, identity, plain"),
+        (dict(encoder_init_std=0.0), "--encoder-init-std must be a positive number, got 0.0"),
+        (dict(encoder_position_start="fourier"), "--encoder-position-start 'fourier' is unknown"),
         (dict(encoder_attention_heads=3), "--encoder-attention-heads 3 does not divide --encoder-embed-dim 16"),
         (dict(encoder_layers=0), "--encoder-layers must be at least 1"),
         (dict(dropout=1.5), r"--dropout must lie in \[0, 1\)"),

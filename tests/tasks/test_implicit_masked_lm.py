@@ -39,6 +39,23 @@ def test_splits(toy_data, mode):
     assert train[0]["source"].shape == train[0]["target"].shape
 
 
+def test_masks_of_the_validation(toy_data):
+    """Their share may differ from training's; they are the same whatever the seed, and training's are not."""
+
+    def targets(split, **options):
+        blocks = setup(toy_data, **options).load_dataset(split)
+        return torch.cat([blocks[index]["target"] for index in range(len(blocks))])
+
+    def share(found):
+        return found.ne(1).double().mean().item()
+
+    assert share(targets("train", mask_prob=0.4, valid_mask_prob=0.1)) == pytest.approx(0.4, abs=0.04)
+    assert share(targets("valid", mask_prob=0.4, valid_mask_prob=0.1)) == pytest.approx(0.1, abs=0.04)
+    assert share(targets("valid", mask_prob=0.4)) == pytest.approx(0.4, abs=0.04)
+    assert torch.equal(targets("valid", seed=1), targets("valid", seed=2))
+    assert not torch.equal(targets("train", seed=1), targets("train", seed=2))
+
+
 def test_shards_take_turns_and_validation_comes_from_the_first(toy_data, folder):
     other = folder.with_name("second")
     os.mkdir(other)
@@ -168,7 +185,12 @@ def test_control_characters_and_blank_lines_survive_preprocessing(toy_model, fai
 
 
 @pytest.mark.parametrize(
-    "options, flag", [(dict(tokens_per_sample=1), "--tokens-per-sample"), (dict(mask_prob=2.0), "--mask-prob")]
+    "options, flag",
+    [
+        (dict(tokens_per_sample=1), "--tokens-per-sample"),
+        (dict(mask_prob=2.0), "--mask-prob"),
+        (dict(valid_mask_prob=0.0), "--valid-mask-prob"),
+    ],
 )
 def test_refuses_impossible_flags(toy_data, options, flag):
     with pytest.raises(ValueError, match=flag):

@@ -55,7 +55,7 @@ def paired_difference(ours: Dict[int, float], theirs: Dict[int, float]) -> Diffe
     spread = Spread.of(differences)
     if spread.count < 2:
         return Difference(spread.mean, math.nan, math.nan, spread.count)
-    half = stats.t.ppf(0.975, spread.count - 1) * spread.deviation / math.sqrt(spread.count)
+    half = float(stats.t.ppf(0.975, spread.count - 1)) * spread.deviation / math.sqrt(spread.count)
     return Difference(spread.mean, spread.mean - half, spread.mean + half, spread.count)
 
 

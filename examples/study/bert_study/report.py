@@ -97,7 +97,7 @@ def _main_table(plan: Plan, text: Text, found: Results, models: Measurements) ->
                 _spread(result.spread(lambda run: run.loss)),
                 _spread(result.spread(lambda run: run.curve.last["accuracy"]), 1),
                 off,
-                f"{sum(run.diverged(text.unigram) for run in result.runs)} of {len(result.runs)}",
+                f"{sum(run.diverged for run in result.runs)} of {len(result.runs)}",
             ]
         )
     header = ["model", "parameters, thousands", "learning rate", "validation loss, nats", "accuracy, %"]
@@ -288,6 +288,5 @@ DEFINITIONS = """
   left out.
 * **Tokens/s, peak memory**: whole updates of the trained models, taking turns, medians; the most that forward and
   backward pass hold beyond weights and gradients.
-* **Diverged**: a loss that is no number, or that ends more than 0.05 nats above the run's own best or the unigram
-  entropy.
+* **Diverged**: a loss that is no number, or that ends more than 0.05 nats above the run's own best.
 """

@@ -10,7 +10,7 @@ from bert_study.logs import Curve, read_curve
 from bert_study.plan import Flags, Model, Plan, Run
 from bert_study.training import is_finished, run_folder
 
-UNSTABLE_MARGIN = 0.05  # nats
+DIVERGED_MARGIN = 0.05  # nats
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class FinalRun:
         """The update after which a schedule's warm-up is over."""
         return int(self.flags.get("deq-warmup-updates", 0))
 
-    def diverged(self, unigram: float) -> bool:
-        """A loss that is no number, or that ends above its own best or the unigram entropy by a margin."""
-        losses = [record["loss"] for record in self.curve.validations.values()]
-        ceiling = min(unigram, min(losses)) + UNSTABLE_MARGIN
-        return not math.isfinite(self.loss) or self.loss > ceiling
+    @property
+    def diverged(self) -> bool:
+        """A loss that is no number, or that ends above its own best by a margin."""
+        best = min(record["loss"] for record in self.curve.validations.values())
+        return not self.loss <= best + DIVERGED_MARGIN
 
 
 @dataclass(frozen=True)

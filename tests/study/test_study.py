@@ -1,0 +1,101 @@
+"""The command of the study on two tiny models: stopped in the middle, continued, and left alone when finished."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from bert_study.logs import read_curve
+
+from tests.conftest import ROOT
+
+SCRIPT = os.path.join(ROOT, "examples", "study", "study.py")
+
+
+def study(*words):
+    command = [sys.executable, SCRIPT, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(*words):
+    process = study(*words)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def finished(toy_text, tmp_path_factory):
+    """(options, output folder, what the interrupted and the finishing call said)."""
+    out = tmp_path_factory.mktemp("study")
+    options = ("smoke", "--text", toy_text["train"].parent, "--out", out)
+    process = study(*options)
+    while not list(out.glob("runs/*/*/finished")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    stopped, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    early = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/finished")}
+    status, output = finish(*options)
+    assert status == 0, output
+    return options, out, stopped, early, output
+
+
+def test_a_stopped_study_goes_on(finished):
+    _, out, stopped, early, output = finished
+    assert "study: ended; the same command goes on from here" in stopped
+    assert 0 < len(early) < 4 and all(path.stat().st_mtime_ns == then for path, then in early.items())
+    names = sorted(str(path.parent.relative_to(out / "runs")) for path in out.glob("runs/*/*/finished"))
+    assert names == [f"{model}/{kind}-lr0.001" for model in ("deq", "euler") for kind in ("grid", "seed1")]
+    assert "report:" in output
+
+
+def test_the_report_holds_what_the_logs_say(finished):
+    _, out, _, _, _ = finished
+    report = (out / "report" / "report.md").read_text(encoding="utf-8")
+    for name, label in (("euler", "Euler (the ordinary transformer)"), ("deq", "DEQ, implicit gradient")):
+        loss = read_curve(str(out / "runs" / name / "seed1-lr0.001" / "train.log")).last["loss"]
+        assert any(row.startswith(f"| {label} |") and f"| {loss:.3f} |" in row for row in report.splitlines())
+    measured = json.loads((out / "measured.json").read_text())["models"]
+    # Equal parameters: the cell's matrices are those of two layers; injection, norms and biases come on top.
+    assert measured["deq"]["depth_parameters"] == pytest.approx(measured["euler"]["depth_parameters"], rel=0.1)
+    for axis in ("tokens", "operations", "time"):
+        assert f"(loss-{axis}.png)" in report and (out / "report" / f"loss-{axis}.png").stat().st_size > 10_000
+    assert str(out) not in report  # no path of this machine
+
+
+def test_a_finished_study_is_left_alone(finished):
+    options, out, _, _, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")}
+    report = (out / "report" / "report.md").read_bytes()
+    status, output = finish(*options)
+    assert status == 0 and "missing" not in output and "measuring" not in output
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")} == before
+    assert (out / "report" / "report.md").read_bytes() == report
+
+
+def test_refusals_of_a_folder(finished, toy_text, tmp_path):
+    options, out, _, _, _ = finished
+    status, output = finish("smoke", "--text", toy_text["valid"], "--out", out)
+    assert status == 1 and f"study: {out} holds a study of another text or dictionary: choose another --out" in output
+    flags = out / "runs" / "deq" / "seed1-lr0.001" / "flags.json"
+    kept = flags.read_text()
+    flags.write_text(kept.replace("deq_bert", "ode_bert"))
+    status, output = finish(*options)
+    flags.write_text(kept)
+    assert status == 1 and "was trained with other flags than smoke.yaml and models.yaml name now" in output
+    holder = study(*options)
+    deadline = time.time() + 60
+    while time.time() < deadline:  # until the first call has the lock, the second one may win it
+        status, output = finish(*options)
+        if "another study" in output:
+            break
+        if holder.poll() is not None:
+            holder = study(*options)
+    holder.communicate(timeout=120)
+    assert status == 1 and "another study, or a run that a killed one left behind, still works in" in output
+    status, output = finish("smoke", "--text", tmp_path / "absent", "--out", tmp_path / "new")
+    assert status == 1 and f"study: --text {tmp_path / 'absent'} does not exist" in output
