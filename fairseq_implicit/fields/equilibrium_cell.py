@@ -35,6 +35,7 @@ class CellConfig:
         final_norm: end a pre-norm map with a norm. Only a map that is unrolled a fixed number of times may go without.
         weight_norm: learn direction and length of the rows of the layers' matrices apart.
         initial_std: standard deviation of the initial weights.
+        initial_identity: start with residual branches of 0, so that the map is its injection and norm alone.
 
     Raises:
         ValueError: a shape or combination that has no meaning.
@@ -46,6 +47,7 @@ class CellConfig:
     final_norm: bool = True
     weight_norm: bool = False
     initial_std: float = 0.02
+    initial_identity: bool = False
 
     def __post_init__(self):
         if self.layer.kind not in NORM_PLACEMENTS:
@@ -162,7 +164,7 @@ class EquilibriumCell(nn.Module):
         wider than 4 dim the feed-forward network is, so that widening it does not strengthen its branch.
         """
         config = self.config
-        residual = config.initial_std / math.sqrt(2 * config.layers)
+        residual = 0.0 if config.initial_identity else config.initial_std / math.sqrt(2 * config.layers)
         widening = math.sqrt(max(1.0, config.layer.ffn_dim / (4 * config.layer.dim)))
         for layer in self.layers:
             for linear, std in (

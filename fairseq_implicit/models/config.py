@@ -57,7 +57,7 @@ class ImplicitBertConfig(FairseqDataclass):
         metadata={
             "help": "plain: N(0, --encoder-init-std) everywhere; depth-scaled: residual projections divided by the "
             "root of their number; identity: residual projections 0, so that every block starts as the identity "
-            "(deq_bert's cell has a start of its own)"
+            "and an equilibrium cell as its injection"
         },
     )
     encoder_init_std: float = field(

@@ -266,6 +266,7 @@ class DeqBertConfig(ImplicitBertConfig):
             final_norm=not self.deq_no_final_norm,
             weight_norm=self.deq_weight_norm,
             initial_std=self.encoder_init_std,
+            initial_identity=self.encoder_init == "identity",
         )
 
     def _correction(self) -> Tuple[int, ...]:

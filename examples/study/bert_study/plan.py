@@ -127,12 +127,11 @@ class Plan:
             value = getattr(self, key)
             if not isinstance(value, int) or value < 1:
                 raise StudyError(f"{self.size}.yaml: {key} {value!r} must be a whole number of at least 1")
-        for updates in (self.updates, self.grid.updates):
-            if updates % self.validations:
-                raise StudyError(
-                    f"{self.size}.yaml: {updates} updates do not divide into {self.validations} validations: the last "
-                    "one must fall on the last update"
-                )
+        if self.updates % self.validations:
+            raise StudyError(
+                f"{self.size}.yaml: {self.updates} updates do not divide into {self.validations} validations: the last "
+                "one must fall on the last update"
+            )
         if not self.seeds or not self.grid.rates:
             raise StudyError(f"{self.size}.yaml: name at least one seed and one learning rate")
 

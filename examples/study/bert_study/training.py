@@ -99,7 +99,7 @@ def _step(name: str, command: List[str], threads: int) -> None:
 
 def command(plan: Plan, run: Run, data: str, folder: str) -> List[str]:
     """The words of ``fairseq-train`` for a run."""
-    every = run.updates // plan.validations
+    every = run.updates if run.trial else run.updates // plan.validations
     bookkeeping = {
         "criterion": "implicit_masked_lm",
         "save-dir": folder,
