@@ -77,21 +77,20 @@ def _study(plan: Plan, options: argparse.Namespace, out: str, lock: int) -> None
     if not options.report_only:
         trainer.train(plan.finals(rates))
     found = results.results(plan, rates, out)
+    failed = results.failures(plan, rates, out)
     if plan.reference not in found:
-        reasons = "; ".join(f"{name}: {sentence}" for name, sentence in trainer.failures.items())
+        reasons = "; ".join(f"{name}: {sentence}" for name, sentence in failed.items())
         raise StudyError(f"no run of {plan.reference} is finished, and every ratio is over it. {reasons}".strip())
     from bert_study.report import write_report
 
     path = write_report(
         plan, _command(plan, options), os.path.basename(os.path.normpath(options.text or "embedded documentation")),
-        results.text_of(data), grid, found, _measured(plan, results.first_runs(found), data, out), trainer.failures,
+        results.text_of(data), grid, found, _measured(plan, results.first_runs(found), data, out), failed,
         os.path.join(out, "report"),
     )  # fmt: skip
     logger.info("report: %s", path)
-    if trainer.failures:
-        raise StudyError(
-            f"{len(trainer.failures)} runs failed; the report names them, the same command tries them again"
-        )
+    if failed:
+        raise StudyError(f"{len(failed)} runs failed; the report names them, the same command tries them again")
 
 
 def _measured(plan: Plan, runs, data: str, out: str) -> Dict[str, Any]:

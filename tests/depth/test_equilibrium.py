@@ -69,6 +69,17 @@ def test_small_weights_contract_like_one_over_one_plus_the_gain(kind):
         assert radius == pytest.approx(1 / (1 + gain), rel=0.02)
 
 
+@pytest.mark.parametrize("kind", ["post-norm", "pre-norm"])
+def test_a_cell_that_starts_as_its_injection_contracts_whatever_the_scale_of_its_weights(kind):
+    torch.manual_seed(0)
+    start = EquilibriumCell(cell(kind, injection=InjectionConfig(gain=0.5), initial_std=1.0, initial_identity=True))
+    f, x = start.double().prepare(embedding()), embedding()
+    with torch.no_grad():
+        result = solve(f, torch.zeros_like(x), FixedPointConfig("anderson", 50, 1e-12))
+    assert result.converged.all()
+    assert spectral_radius(f, result.state, 40).mean().item() == pytest.approx(1 / 1.5, rel=1e-3)
+
+
 def test_a_map_without_its_final_norm_has_spectral_radius_one():
     torch.manual_seed(0)
     bare = EquilibriumCell(cell("pre-norm", final_norm=False, initial_std=1e-4)).double()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from bert_study.logs import read_curve
 
@@ -27,10 +28,22 @@ def finish(*words):
 
 
 @pytest.fixture(scope="module")
-def finished(toy_text, tmp_path_factory):
-    """(options, output folder, what the interrupted and the finishing call said)."""
+def text(tmp_path_factory):
+    """A folder of made-up language with words enough for the smoke size's dictionary."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 6))) for _ in range(600)]
+    for split, lines in (("train", 600), ("valid", 60)):
+        text = "\n".join(" ".join(rng.choice(words, 20)) for _ in range(lines)) + "\n"
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """Options, output folder, what the interrupted call said, the runs finished by then, what the next call said."""
     out = tmp_path_factory.mktemp("study")
-    options = ("smoke", "--text", toy_text["train"].parent, "--out", out)
+    options = ("smoke", "--text", text, "--out", out)
     process = study(*options)
     while not list(out.glob("runs/*/*/finished")):
         assert process.poll() is None, process.stdout.read()
@@ -77,9 +90,9 @@ def test_a_finished_study_is_left_alone(finished):
     assert (out / "report" / "report.md").read_bytes() == report
 
 
-def test_refusals_of_a_folder(finished, toy_text, tmp_path):
+def test_refusals_of_a_folder(finished, text, tmp_path):
     options, out, _, _, _ = finished
-    status, output = finish("smoke", "--text", toy_text["valid"], "--out", out)
+    status, output = finish("smoke", "--text", text / "valid.txt", "--out", out)
     assert status == 1 and f"study: {out} holds a study of another text or dictionary: choose another --out" in output
     flags = out / "runs" / "deq" / "seed1-lr0.001" / "flags.json"
     kept = flags.read_text()

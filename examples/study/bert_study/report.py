@@ -13,6 +13,8 @@ from bert_study.estimates import Spread, goal_met, paired_difference  # noqa: E4
 from bert_study.plan import Plan, arguments  # noqa: E402
 from bert_study.results import ModelResult, Text  # noqa: E402
 
+COLOURS = pyplot.get_cmap("tab20").colors
+
 Results = Dict[str, ModelResult]
 Measurements = Dict[str, Dict[str, Any]]  # of measure(), by model
 
@@ -200,7 +202,8 @@ def _grid_table(plan: Plan, grid: Dict[str, Dict[float, float]]) -> str:
         cells = []
         for rate in rates:
             value = by_rate.get(rate, math.nan)
-            cells.append(f"**{_number(value, 3)}**" if rate == best else _number(value, 3))
+            shown = "failed" if math.isinf(value) else _number(value, 3)
+            cells.append(f"**{shown}**" if rate == best else shown)
         edge = "" if best not in (min(rates), max(rates)) or len(rates) == 1 else "at the grid's edge"
         rows.append([plan.models[name].label, *cells, edge])
     return (
@@ -222,13 +225,13 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
     }
     lines = ["\n## Curves\n"]
     for axis, (label, place) in axes.items():
-        figure, panel = pyplot.subplots(figsize=(9, 5.5), dpi=120)
+        figure, panel = pyplot.subplots(figsize=(11, 5.5), dpi=120)
         for number, (name, result) in enumerate(found.items()):
             spreads = result.loss_by_update()
             x = [place(name, update) for update in spreads]
             y = [spread.mean for spread in spreads.values()]
             style = "--" if result.model.depth > 1 else "-"
-            colour = f"C{number % 10}"
+            colour = COLOURS[number % len(COLOURS)]
             panel.plot(x, y, style, color=colour, label=result.model.label, linewidth=1.3, marker=".", markersize=3)
         for level, word in ((text.unigram, "unigram"), (text.bigram, "bigram")):
             panel.axhline(level, color="grey", linestyle=":", linewidth=1)
@@ -240,7 +243,7 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
         panel.set_xlabel(label)
         panel.set_ylabel("validation loss, nats per masked token")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, ncol=2)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.tight_layout()
         figure.savefig(os.path.join(folder, f"loss-{axis}.png"), metadata={"Software": None})
         pyplot.close(figure)

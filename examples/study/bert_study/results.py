@@ -8,7 +8,7 @@ from typing import Dict, List, Tuple
 from bert_study.estimates import Spread, cumulative_cost, floating_point_operations
 from bert_study.logs import Curve, read_curve
 from bert_study.plan import Flags, Model, Plan, Run
-from bert_study.training import is_finished, run_folder
+from bert_study.training import failure, is_finished, run_folder
 
 DIVERGED_MARGIN = 0.05  # nats
 
@@ -88,12 +88,15 @@ class ModelResult:
 
 
 def grid_losses(plan: Plan, out: str) -> Dict[str, Dict[float, float]]:
-    """The last validation loss of every finished trial, by model and rate; inf where it is no number."""
+    """The last validation loss of every trial that ended, by model and rate; inf where it failed or is no number."""
     found: Dict[str, Dict[float, float]] = {}
     for run in plan.trials():
+        loss = math.nan
         if is_finished(out, run):
             loss = _curve(out, run).last["loss"]
-            found.setdefault(run.model.name, {})[run.rate] = loss if math.isfinite(loss) else math.inf
+        elif failure(out, run) is None:
+            continue
+        found.setdefault(run.model.name, {})[run.rate] = loss if math.isfinite(loss) else math.inf
     return found
 
 
@@ -104,6 +107,12 @@ def best_rates(plan: Plan, losses: Dict[str, Dict[float, float]]) -> Dict[str, f
         for name, by_rate in losses.items()
         if len(by_rate) == len(plan.grid.rates) and math.isfinite(min(by_rate.values()))
     }
+
+
+def failures(plan: Plan, rates: Dict[str, float], out: str) -> Dict[str, str]:
+    """The sentences of the runs that failed, by name."""
+    found = {run.name: failure(out, run) for run in plan.trials() + plan.finals(rates)}
+    return {name: sentence for name, sentence in found.items() if sentence is not None}
 
 
 def results(plan: Plan, rates: Dict[str, float], out: str) -> Dict[str, ModelResult]:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Dict, List, Optional
 
 from bert_study.logs import last_sentence
@@ -124,6 +124,15 @@ def is_finished(out: str, run: Run) -> bool:
     return os.path.isfile(os.path.join(run_folder(out, run), "finished"))
 
 
+def failure(out: str, run: Run) -> Optional[str]:
+    """The sentence with which the last attempt at a run ended, None where it did not fail."""
+    try:
+        with open(os.path.join(run_folder(out, run), "failed"), encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
 @dataclass
 class Trainer:
     """Trains runs, ``jobs`` at a time.
@@ -133,14 +142,12 @@ class Trainer:
 
     Attributes:
         lock: a file descriptor that trainings keep open.
-        failures: the last sentence of each run that failed, by name.
     """
 
     plan: Plan
     data: str
     out: str
     lock: int
-    failures: Dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         self._children: List[subprocess.Popen] = []
@@ -183,7 +190,9 @@ class Trainer:
         folder = run_folder(self.out, run)
         os.makedirs(folder, exist_ok=True)
         write_json(os.path.join(folder, "flags.json"), self.plan.flags(run))
-        log = os.path.join(folder, "train.log")
+        log, failed = os.path.join(folder, "train.log"), os.path.join(folder, "failed")
+        if os.path.exists(failed):
+            os.remove(failed)
         with open(log, "a", encoding="utf-8") as output:
             with self._lock:
                 if self._stopped:
@@ -204,8 +213,10 @@ class Trainer:
             if self._stopped:
                 return
         if status:
-            self.failures[run.name] = last_sentence(log)
-            logger.warning("%s failed: %s", run.name, self.failures[run.name])
+            sentence = last_sentence(log)
+            with open(failed, "w", encoding="utf-8") as file:
+                file.write(sentence)
+            logger.warning("%s failed: %s", run.name, sentence)
             return
         with open(os.path.join(folder, "finished"), "w", encoding="utf-8"):
             pass
