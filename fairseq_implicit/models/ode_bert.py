@@ -376,12 +376,17 @@ class OdeBertModel(ImplicitBertModel):
                     state_dict[f"{depth}{part}.{int(block) * copies + copy}.{rest}"] = weight.clone()
 
 
+#: The coefficients that learned best in examples/study, and the start that suits them.
+LEARNED = dict(ode_coefficients="learned", ode_coefficient_start="ones", encoder_init="identity")
+
 VARIANTS: Dict[str, Dict[str, Any]] = {
     "": {},
     "euler": dict(ode_scheme="euler"),
     "rk2": dict(ode_scheme="rk2"),
     "rk3": dict(ode_scheme="rk3"),
     "rk4": dict(ode_scheme="rk4"),
+    "learned": dict(ode_scheme="rk2", **LEARNED),
+    "rk4_learned": dict(ode_scheme="rk4", **LEARNED),
     # As in the publications, one gate or one alpha serves the whole encoder.
     "gated": dict(ode_scheme="rk2", ode_coefficients="gated", ode_coefficient_scope="model"),
     "ema": dict(ode_scheme="rk2", ode_coefficients="ema", ode_coefficient_scope="model"),

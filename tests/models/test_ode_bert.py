@@ -136,7 +136,7 @@ def test_every_preset_builds_from_its_config_and_names_its_size(task):
     names = [name for name in MODEL_REGISTRY if name.startswith("ode_bert")]
     assert {
         f"ode_bert_{scheme}_{size}"
-        for scheme in ("euler", "rk2", "rk3", "rk4", "gated", "ema")
+        for scheme in ("euler", "rk2", "rk3", "rk4", "learned", "rk4_learned", "gated", "ema")
         for size in ("tiny", "small", "base", "large")
     } <= set(names)
     for name in names:

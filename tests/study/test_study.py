@@ -16,13 +16,13 @@ from tests.conftest import ROOT
 SCRIPT = os.path.join(ROOT, "examples", "study", "study.py")
 
 
-def study(*words):
+def study(*words, folder=None):
     command = [sys.executable, SCRIPT, *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
 
 
-def finish(*words):
-    process = study(*words)
+def finish(*words, folder=None):
+    process = study(*words, folder=folder)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -44,7 +44,8 @@ def finished(text, tmp_path_factory):
     """Options, output folder, what the interrupted call said, the runs finished by then, what the next call said."""
     out = tmp_path_factory.mktemp("study")
     options = ("smoke", "--text", text, "--out", out)
-    process = study(*options)
+    # A relative path, seen from another folder than the project's.
+    process = study("smoke", "--text", text.name, "--out", out, folder=text.parent)
     while not list(out.glob("runs/*/*/finished")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)

@@ -56,7 +56,7 @@ def prepare(plan: Plan, text: Optional[str], out: str) -> str:
     shutil.rmtree(data, ignore_errors=True)
     corpus, tokenizer = os.path.join(work, "corpus"), os.path.join(work, "sentencepiece.bpe.model")
     script = os.path.join(ROOT, "scripts", "embedded_corpus.py" if text is None else "text_corpus.py")
-    source = [] if text is None else [text]
+    source = [] if text is None else [os.path.abspath(text)]
     _step("corpus", [sys.executable, script, *source, "--out", corpus], plan.jobs)
     train, valid = (os.path.join(corpus, f"{split}.txt") for split in ("train", "valid"))
     tool = os.path.join(ROOT, "scripts", "train_tokenizer.py")
