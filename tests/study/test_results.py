@@ -67,7 +67,7 @@ def test_final_runs_by_seed(plan, tmp_path):
     found = results.results(plan, {"one": 0.1, "two": 0.2}, str(tmp_path))
     assert list(found) == ["one", "two"]
     assert found["one"].losses == pytest.approx({1: 3 * math.log(2), 2: 3.5 * math.log(2)})
-    assert found["one"].loss_by_update()[10].mean == pytest.approx(4.5 * math.log(2))
+    assert found["one"].by_update("loss")[10].mean == pytest.approx(4.5 * math.log(2))
     assert found["one"].tokens_per_update == 60
     assert [run.diverged for run in found["one"].runs] == [False, False]
     assert [run.diverged for run in found["two"].runs] == [True, True]  # above its own best; no number

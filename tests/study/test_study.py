@@ -21,8 +21,8 @@ def study(*words, folder=None):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
 
 
-def finish(*words, folder=None):
-    process = study(*words, folder=folder)
+def finish(*words):
+    process = study(*words)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -77,7 +77,7 @@ def test_the_report_holds_what_the_logs_say(finished):
     # Equal parameters: the cell's matrices are those of two layers; injection, norms and biases come on top.
     assert measured["deq"]["depth_parameters"] == pytest.approx(measured["euler"]["depth_parameters"], rel=0.1)
     for axis in ("tokens", "operations", "time"):
-        assert f"(loss-{axis}.png)" in report and (out / "report" / f"loss-{axis}.png").stat().st_size > 10_000
+        assert f"(curves-{axis}.png)" in report and (out / "report" / f"curves-{axis}.png").stat().st_size > 10_000
     assert str(out) not in report  # no path of this machine
 
 

@@ -13,6 +13,7 @@ from bert_study.estimates import Spread, goal_met, paired_difference  # noqa: E4
 from bert_study.plan import Plan, arguments  # noqa: E402
 from bert_study.results import ModelResult, Text  # noqa: E402
 
+METRICS = {"loss": "loss, nats per masked token", "accuracy": "accuracy, % of the masked tokens"}
 COLOURS = pyplot.get_cmap("tab20").colors
 
 Results = Dict[str, ModelResult]
@@ -225,29 +226,34 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
     }
     lines = ["\n## Curves\n"]
     for axis, (label, place) in axes.items():
-        figure, panel = pyplot.subplots(figsize=(11, 5.5), dpi=120)
-        for number, (name, result) in enumerate(found.items()):
-            spreads = result.loss_by_update()
-            x = [place(name, update) for update in spreads]
-            y = [spread.mean for spread in spreads.values()]
-            style = "--" if result.model.depth > 1 else "-"
-            colour = COLOURS[number % len(COLOURS)]
-            panel.plot(x, y, style, color=colour, label=result.model.label, linewidth=1.3, marker=".", markersize=3)
+        figure, panels = pyplot.subplots(1, 2, figsize=(16, 6), dpi=100)
+        for panel, (metric, word) in zip(panels, METRICS.items()):
+            for number, (name, result) in enumerate(found.items()):
+                spreads = result.by_update(metric)
+                panel.plot(
+                    [place(name, update) for update in spreads],
+                    [spread.mean for spread in spreads.values()],
+                    "--" if result.model.depth > 1 else "-",
+                    color=COLOURS[number % len(COLOURS)],
+                    label=result.model.label,
+                    linewidth=1.3,
+                    marker=".",
+                    markersize=4,
+                )
+            if axis != "tokens":
+                panel.set_xscale("log")
+            panel.set_xlabel(label)
+            panel.set_ylabel(f"validation {word}")
+            panel.grid(alpha=0.3)
         for level, word in ((text.unigram, "unigram"), (text.bigram, "bigram")):
-            panel.axhline(level, color="grey", linestyle=":", linewidth=1)
-            panel.annotate(
-                f"{word} entropy", (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-            )
-        if axis != "tokens":
-            panel.set_xscale("log")
-        panel.set_xlabel(label)
-        panel.set_ylabel("validation loss, nats per masked token")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            panels[0].axhline(level, color="grey", linestyle=":", linewidth=1)
+            at = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            panels[0].annotate(f"{word} entropy", (0.99, level), **at)
+        panels[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.tight_layout()
-        figure.savefig(os.path.join(folder, f"loss-{axis}.png"), metadata={"Software": None})
+        figure.savefig(os.path.join(folder, f"curves-{axis}.png"), metadata={"Software": None})
         pyplot.close(figure)
-        lines.append(f"![validation loss against {axis}](loss-{axis}.png)\n")
+        lines.append(f"![loss and accuracy of the validation against {axis}](curves-{axis}.png)\n")
     return "\n".join(lines)
 
 

@@ -69,10 +69,11 @@ class ModelResult:
         """Of a function of a run, over the seeds."""
         return Spread.of([quantity(found) for found in self.runs])
 
-    def loss_by_update(self) -> Dict[int, Spread]:
+    def by_update(self, metric: str) -> Dict[int, Spread]:
+        """A metric of the validations that all seeds have."""
         updates = sorted(set.intersection(*(set(found.curve.validations) for found in self.runs)))
         return {
-            update: Spread.of([found.curve.validations[update]["loss"] for found in self.runs]) for update in updates
+            update: Spread.of([found.curve.validations[update][metric] for found in self.runs]) for update in updates
         }
 
     def operations_by_update(self, parameters: int) -> Dict[int, float]:
