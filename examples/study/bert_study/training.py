@@ -44,7 +44,10 @@ def prepare(plan: Plan, text: Optional[str], out: str) -> str:
     """
     if text is not None and not os.path.exists(text):
         raise StudyError(f"--text {text} does not exist")
-    key = {"text": _fingerprint(text), "dictionary": plan.dictionary}
+    try:
+        key = {"text": _fingerprint(text), "dictionary": plan.dictionary}
+    except OSError as error:
+        raise StudyError(f"--text {text} cannot be read: {error}") from error
     stamp, data = os.path.join(out, "data.json"), os.path.join(out, "data-bin")
     if os.path.isfile(stamp):
         with open(stamp, encoding="utf-8") as file:
