@@ -50,6 +50,13 @@ def test_grid_and_final_runs(folder):
     assert {run.seed for run in plan.trials()}.isdisjoint(plan.seeds)
 
 
+def test_further_seeds(folder):
+    plan = load("own", folder(further={"seeds": [3], "models": ["rk2"]}))
+    runs = [(run.seed, run.model.name) for run in plan.finals({"euler": 1e-3, "rk2": 1e-3})]
+    assert runs == [(1, "euler"), (1, "rk2"), (2, "euler"), (2, "rk2"), (3, "rk2")]
+    assert plan.seeds_of("rk2") == (1, 2, 3) and plan.seeds_of("euler") == (1, 2)
+
+
 def test_flags_of_a_run(folder):
     plan = load("own", folder())
     flags = {run.model.name: plan.flags(run) for run in plan.finals(dict.fromkeys(plan.models, 1e-3))}
@@ -104,6 +111,8 @@ def test_the_sizes_of_the_project(size):
         (dict(updates=0), "updates 0 must be a whole number"),
         (dict(seeds=[]), "at least one seed"),
         (dict(seeds=[1, 100]), "the grid's seed 100 is also a seed of the final runs"),
+        (dict(further={"seeds": [100], "models": ["rk2"]}), "the grid's seed 100 is also a seed of the final runs"),
+        (dict(further={"seeds": [3], "models": ["rk4"]}), "further seeds for rk4, which is none of the models"),
         (dict(grid={"updates": 4}), "at least one seed and one learning rate"),
         (dict(update=3), "own.yaml: update is no key of it; the keys are"),
         (dict(shape=None), "own.yaml: shape is missing"),

@@ -79,6 +79,14 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Further:
+    """More seeds for the models of the comparisons that matter most."""
+
+    seeds: Tuple[int, ...] = ()
+    models: Tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """One training: a model with a learning rate, a seed and a length."""
 
@@ -109,6 +117,7 @@ class Plan:
     models: Dict[str, Model]
     comparisons: Tuple[Comparison, ...]
     reference: str
+    further: Further = Further()
     jobs: int = 1
     threads: int = 1
     rounds: int = 20
@@ -118,7 +127,7 @@ class Plan:
             raise StudyError(
                 f"{self.size}.yaml: the reference {self.reference} must be one of the models: every ratio is over it"
             )
-        if self.grid.seed in self.seeds:
+        if self.grid.seed in self.seeds + self.further.seeds:
             raise StudyError(
                 f"{self.size}.yaml: the grid's seed {self.grid.seed} is also a seed of the final runs, whose learning "
                 "rate would then be chosen on themselves: take another"
@@ -132,6 +141,9 @@ class Plan:
                 f"{self.size}.yaml: {self.updates} updates do not divide into {self.validations} validations: the last "
                 "one must fall on the last update"
             )
+        unknown = [name for name in self.further.models if name not in self.models]
+        if unknown:
+            raise StudyError(f"{self.size}.yaml: further seeds for {unknown[0]}, which is none of the models")
         if not self.seeds or not self.grid.rates:
             raise StudyError(f"{self.size}.yaml: name at least one seed and one learning rate")
 
@@ -143,13 +155,17 @@ class Plan:
             for rate in self.grid.rates
         ]
 
+    def seeds_of(self, name: str) -> Tuple[int, ...]:
+        """The seeds of a model's final runs."""
+        return self.seeds + (self.further.seeds if name in self.further.models else ())
+
     def finals(self, rates: Dict[str, float]) -> List[Run]:
         """The runs that are compared, seed by seed, so that a study cut short still compares."""
         return [
             Run(model, rates[name], seed, self.updates)
-            for seed in self.seeds
+            for seed in self.seeds + self.further.seeds
             for name, model in self.models.items()
-            if name in rates
+            if name in rates and seed in self.seeds_of(name)
         ]
 
     def evaluated_sets(self, model: Model) -> int:
@@ -213,6 +229,8 @@ def load(size: str, folder: str, **overrides: Any) -> Plan:
     grid = given.get("grid") or {}
     given["grid"] = _build(Grid, f"{where}, grid", {**grid, "rates": tuple(map(float, grid.get("rates") or ()))})
     given["seeds"] = tuple(given.get("seeds") or ())
+    further = {key: tuple(values) for key, values in (given.get("further") or {}).items()}
+    given["further"] = _build(Further, f"{where}, further", further)
     return _build(Plan, where, {"size": size, "models": models, "comparisons": comparisons, **given, **overrides})
 
 

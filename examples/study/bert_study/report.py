@@ -78,10 +78,18 @@ def _head(plan: Plan, command: str, text_name: str, text: Text, machine: str, fo
         f"* Models: L = {shape['encoder-layers']} layers, width {shape['encoder-embed-dim']}, "
         f"feed-forward {shape['encoder-ffn-embed-dim']}, {shape['encoder-attention-heads']} heads.\n"
         f"* Training: {plan.updates:,} updates of {tokens:,} tokens ({plan.updates * tokens / 1e6:.1f} million), seeds "
-        f"{', '.join(map(str, plan.seeds))}. Runs of one seed see the same batches and masks; the masks of the "
+        f"{_seeds(plan)}. Runs of one seed see the same batches and masks; the masks of the "
         "validation are the same in all runs.\n"
         f"* Measured side by side: {machine}.\n"
     )
+
+
+def _seeds(plan: Plan) -> str:
+    seeds = ", ".join(map(str, plan.seeds))
+    if plan.further.models:
+        labels = "; ".join(plan.models[name].label for name in plan.further.models)
+        seeds += f", and {', '.join(map(str, plan.further.seeds))} for the models of the main comparisons ({labels})"
+    return seeds
 
 
 def _main_table(plan: Plan, text: Text, found: Results, models: Measurements) -> str:
@@ -265,8 +273,10 @@ def _operations_axis(found: Results, models: Measurements) -> Callable[[str, int
 def _failures(failures: Dict[str, str], plan: Plan, found: Results) -> str:
     lines = [f"* {name}: {sentence}" for name, sentence in failures.items()]
     lines += [f"* {model.label}: no finished run" for name, model in plan.models.items() if name not in found]
-    short = [result for result in found.values() if len(result.runs) < len(plan.seeds)]
-    lines += [f"* {result.model.label}: {len(result.runs)} of {len(plan.seeds)} seeds are finished" for result in short]
+    for name, result in found.items():
+        planned = plan.seeds_of(name)
+        if len(result.runs) < len(planned):
+            lines.append(f"* {result.model.label}: {len(result.runs)} of {len(planned)} seeds are finished")
     return "\n## Not finished\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
