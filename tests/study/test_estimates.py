@@ -87,6 +87,7 @@ def test_verdicts():
     above = paired_difference({s: 1.02 for s in seeds}, {s: 1.0 for s in seeds})
     assert goal_met(within, above, 1.0) is False and goal_met(within, above, 3.0) is True
     assert Spread.of([1.0, 2.0, 3.0]) == Spread(2.0, 1.0, 3)
+    assert math.isnan(Spread.of([1.0, math.nan]).mean) and math.isnan(Spread.of([1.0, math.nan]).deviation)
 
 
 def test_cost_model():

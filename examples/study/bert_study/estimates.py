@@ -1,10 +1,10 @@
 """Means, spreads and paired differences over seeds, and the cost model."""
 
 import math
-import statistics
 from dataclasses import dataclass
 from typing import Dict, Optional, Sequence
 
+import numpy as np
 from scipy import stats
 
 from bert_study.logs import Record
@@ -24,8 +24,9 @@ class Spread:
         values = list(values)
         if not values:
             return cls(math.nan, math.nan, 0)
-        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-        return cls(statistics.fmean(values), deviation, len(values))
+        # numpy's deviation, unlike the standard library's, lets a nan through.
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        return cls(float(np.mean(values)), deviation, len(values))
 
 
 @dataclass(frozen=True)
