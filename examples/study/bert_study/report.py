@@ -5,6 +5,7 @@ import os
 from typing import Any, Callable, Dict, List
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -266,8 +267,12 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
 
 
 def _operations_axis(found: Results, models: Measurements) -> Callable[[str, int], float]:
-    curves = {name: result.operations_by_update(models[name]["depth_parameters"]) for name, result in found.items()}
-    return lambda name, update: curves[name][update] / 1e12
+    curves = {
+        name: {0: 0.0, **result.operations_by_update(models[name]["depth_parameters"])}
+        for name, result in found.items()
+    }
+    # Validations need not fall on the ends of logged intervals.
+    return lambda name, update: np.interp(update, list(curves[name]), list(curves[name].values())) / 1e12
 
 
 def _failures(failures: Dict[str, str], plan: Plan, found: Results) -> str:
@@ -305,6 +310,8 @@ DEFINITIONS = """
 * **Operations of the depth**: an evaluation counts 1, a product with the Jacobian 1, a backward pass 2, each times the
   parameters that one evaluation uses, times 2 per token. Embeddings, head and the attention's products of positions are
   left out.
+* **Converged share, residual**: of the forward solves, over the samples; for an unrolled cell, of its last step.
+* **Sum of the coefficients**: mean over the blocks. Learned coefficients start at one each, EMA's at 3/4 in all.
 * **Tokens/s, peak memory**: whole updates of the trained models, taking turns, medians; the most that forward and
   backward pass hold beyond weights and gradients.
 * **Diverged**: a loss that is no number, or that ends more than 0.05 nats above the run's own best.
