@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.solvers.reversible import solve_reversible
+from scripts.side_by_side import peak_bytes
 
 ROTATION = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 
@@ -84,18 +84,6 @@ def test_the_way_back_meets_the_states_of_the_way_out():
     assert len(seen) == 402
     for out, back in zip(seen[:201], reversed(seen[201:])):
         assert torch.equal(out, back)
-
-
-def peak_bytes(function):
-    """Largest sum of live allocations that ``function`` makes on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    level = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak
 
 
 def test_peak_memory_does_not_grow_with_the_steps():
