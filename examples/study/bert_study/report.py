@@ -114,11 +114,9 @@ def _main_table(plan: Plan, text: Text, found: Results, models: Measurements) ->
         )
     header = ["model", "parameters, thousands", "learning rate", "validation loss, nats", "accuracy, %"]
     header += ["off the plateau at update", "diverged"]
-    return (
-        "\n## Loss at equal tokens\n\nMean ± standard deviation over the seeds, 15 % of the tokens masked.\n\n"
-        if plan.training.get("valid-mask-prob") == 0.15
-        else "\n## Loss at equal tokens\n\nMean ± standard deviation over the seeds.\n\n"
-    ) + _table(header, rows)
+    masked = plan.training.get("valid-mask-prob", plan.training.get("mask-prob", 0.15))
+    words = f"Mean ± standard deviation over the seeds, {100 * masked:g} % of the tokens masked."
+    return f"\n## Loss at equal tokens\n\n{words}\n\n" + _table(header, rows)
 
 
 def _cost_table(plan: Plan, found: Results, models: Measurements) -> str:
