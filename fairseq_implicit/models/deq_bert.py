@@ -312,8 +312,7 @@ def matched_ffn_dim(layers: int, dim: int, ffn_dim: int) -> int:
 def cost_report(cfg: DeqBertConfig, depth: nn.Module) -> str:
     """Parameters and cost of one update, in evaluations of the cell, beside those of the explicit encoder.
 
-    An evaluation costs 1, a product with the Jacobian 1, a full backward pass 2. The solver is counted at its whole
-    budget; what it really spends is logged.
+    The solver is counted at its whole budget; what it really spends is logged.
     """
     config = cfg.equilibrium()
     own = sum(parameter.numel() for parameter in depth.parameters())
@@ -325,16 +324,8 @@ def cost_report(cfg: DeqBertConfig, depth: nn.Module) -> str:
     dim = cfg.encoder_embed_dim
     twin_layer = 4 * dim * dim + 2 * dim * twin_ffn + 9 * dim + twin_ffn
     twin = cfg.encoder_layers * twin_layer
-    gradient, forward = config.gradient, config.solver.max_iter
-    steps = gradient.steps
-    cost, formula = {
-        "ift": (forward + 1 + gradient.adjoint.max_iter + 2, "solve + 1 + adjoint + 2"),
-        "neumann": (forward + 1 + steps - 1 + 2, "solve + 1 + (K - 1) + 2"),
-        "phantom": (forward + 3 * steps, "solve + 3 K"),
-        "jfb": (forward + 3, "solve + 3"),
-        "bptt": (3 * steps, "3 K"),
-        "reversible": (4 * forward, "4 x budget"),
-    }[gradient.kind]
+    gradient = config.gradient
+    cost, formula = gradient.update_cost(config.solver.max_iter, gradient.adjoint.max_iter)
     return (
         f"equilibrium depth: {own / 1e6:.2f} M parameters, {cell / 1e6:.2f} M of them in the cell's "
         f"{cfg.deq_cell_layers} layer(s); {cfg.encoder_layers} explicit layers have {twin / 1e6:.2f} M. "

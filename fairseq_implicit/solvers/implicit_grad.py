@@ -16,7 +16,7 @@ and cells shared between places all give the sums they should.
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,25 @@ class GradientConfig:
     def name(self) -> str:
         """The spelling that :func:`parse_gradient` reads."""
         return f"{self.kind}-{self.steps}" if self.kind in COUNTED else self.kind
+
+    def update_cost(self, forward: float, adjoint: float) -> Tuple[float, str]:
+        """Cost of one update in evaluations of the map, and how it is made up.
+
+        An evaluation costs 1, a product with the Jacobian 1, a full backward pass 2.
+
+        Args:
+            forward: evaluations of the forward solve.
+            adjoint: products with the Jacobian of the adjoint solve; only ``ift`` has one.
+        """
+        steps = self.steps
+        return {
+            "ift": (forward + 1 + adjoint + 2, "solve + 1 + adjoint + 2"),
+            "neumann": (forward + 1 + steps - 1 + 2, "solve + 1 + (K - 1) + 2"),
+            "phantom": (forward + 3 * steps, "solve + 3 K"),
+            "jfb": (forward + 3, "solve + 3"),
+            "bptt": (3 * steps, "3 K"),
+            "reversible": (4 * forward, "4 x budget"),
+        }[self.kind]
 
 
 def parse_gradient(name: str, **options) -> GradientConfig:

@@ -98,6 +98,8 @@ def test_cost_model():
     assert update_cost(cell, {}, 5) == 12 + 1 + 12 + 2
     assert update_cost(cell, {"deq-gradient": "phantom-4"}, 5) == 12 + 4 * 3
     assert update_cost({**cell, "evaluations_backward": 0.0}, {"deq-gradient": "bptt-12"}, 5) == 12 * 3
+    assert update_cost(cell, {"deq-gradient": "jfb"}, 5) == 12 + 3
+    assert update_cost(cell, {"deq-gradient": "reversible"}, 5) == 4 * 12
     warm = {"evaluations_forward": 4.0, "evaluations_backward": 0.0}
     flags = {"deq-warmup-updates": 10}
     assert cumulative_cost({10: warm, 15: cell}, flags) == {10: 10 * 12.0, 15: 10 * 12.0 + 5 * 27.0}

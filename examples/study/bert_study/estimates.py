@@ -9,6 +9,7 @@ from scipy import stats
 
 from bert_study.logs import Record
 from bert_study.plan import Comparison, Flags
+from fairseq_implicit.solvers.implicit_grad import parse_gradient
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,14 @@ def update_cost(record: Record, flags: Flags, update: int) -> float:
         record: metrics of the interval that ends at ``update``.
         flags: the run's.
     """
-    gradient = str(flags.get("deq-gradient", "ift"))
-    forward = record.get("evaluations_forward", record.get("evaluations", math.nan))
-    if (
-        "evaluations_forward" not in record
-        or gradient.startswith("bptt")
-        or update <= flags.get("deq-warmup-updates", 0)
-    ):
-        return 3 * forward
-    if gradient.startswith("phantom"):
-        return forward + 3 * int(gradient.split("-")[1])
-    # the solve, the tracked evaluation, the adjoint's products, the product with the parameters' Jacobian
-    return forward + 1 + record.get("evaluations_backward", 0.0) + 2
+    if "evaluations_forward" not in record:
+        return 3 * record.get("evaluations", math.nan)
+    forward = record["evaluations_forward"]
+    if update <= flags.get("deq-warmup-updates", 0):
+        return 3 * forward  # unrolled
+    # The damping does not change the cost, but reversible needs one below 1.
+    gradient = parse_gradient(flags.get("deq-gradient", "ift"), damping=0.5)
+    return gradient.update_cost(forward, record.get("evaluations_backward", 0.0))[0]
 
 
 def cumulative_cost(intervals: Dict[int, Record], flags: Flags) -> Dict[int, float]:
