@@ -142,9 +142,9 @@ def _positions_of(task) -> int:
         ValueError: the task knows no length.
     """
     positions = task.max_positions()
-    for settings in (task.cfg, getattr(task, "args", None)):
-        if positions is None and settings is not None:
-            positions = getattr(settings, "tokens_per_sample", None)
+    if positions is None:
+        settings = [each for each in (task.cfg, getattr(task, "args", None)) if each is not None]
+        positions = next((each.tokens_per_sample for each in settings if hasattr(each, "tokens_per_sample")), None)
     if positions is None:
         raise ValueError(f"the task {type(task).__name__} sets no length of its inputs: give --max-positions")
     return positions
