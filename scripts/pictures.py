@@ -26,9 +26,8 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("pictures")
 
-# Okabe and Ito's, which colour-blind readers tell apart too, without black (what was trained) and yellow (too pale),
-# and two more.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a3b1d", "#5b2a86")
+# Any two are 34 or more apart in CIELAB, and alternate between dark and light; black is left for what was trained.
+COLOURS = ("#0057b7", "#d9480f", "#008a5a", "#e377c2", "#4cc9f0", "#e6a800", "#6b3a1f", "#8d3fb0")
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p")  # one more than colours: the same colour comes with another
 FEW = 40  # points of a line, up to which each is marked
@@ -113,7 +112,10 @@ def line(axes, x: Sequence[float], y: Sequence[float], number: int, label: str, 
 
 
 def whole_numbers(axis) -> None:
-    """Ticks at whole numbers only: of updates, samples, evaluations."""
+    """Ticks at whole numbers only: of updates, samples, evaluations; for an axis that has been drawn on."""
+    low, high = axis.get_data_interval()
+    if high - low < 1:  # matplotlib would divide what lies between two of them
+        axis.axes.set(**{f"{axis.axis_name}lim": (low - 1, high + 1)})
     axis.set_major_locator(MaxNLocator(nbins=MOST_TICKS, integer=True, steps=[1, 2, 5, 10]))
 
 
@@ -148,17 +150,17 @@ def logarithmic(axis, counts: bool = False) -> None:
 
 
 def log_ticks(low: float, high: float, counts: bool) -> List[float]:
-    """Two to ten ticks for numbers from ``low`` to ``high``; where fewer than two lie between, those beside join."""
+    """Two to ten ticks for numbers from ``low`` to ``high``; where fewer than two are near, those beside join."""
     if counts:
         exponents = range(max(0, math.floor(math.log2(low)) - 1), math.ceil(math.log2(high)) + 2)
         series = [2.0**exponent for exponent in exponents]
     else:
         exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         series = [float(f"{digit}e{exponent}") for exponent in exponents for digit in (1, 2, 5)]
-    inside = [tick for tick in series if low <= tick <= high]
+    inside = [tick for tick in series if low / 1.25 <= tick <= high * 1.25]
     if len(inside) < 2:
         below, above = [tick for tick in series if tick < low], [tick for tick in series if tick > high]
-        inside = [*below[-1:], *inside, *above[:1]]
+        inside = sorted({*below[-1:], *inside, *above[:1]})
     if len(inside) > MOST_TICKS and not counts:
         inside = [tick for tick in inside if f"{tick:e}".startswith("1.0")]
     return inside[:: math.ceil(len(inside) / MOST_TICKS)]

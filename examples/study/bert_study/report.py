@@ -249,6 +249,7 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
         for level, word in ((text.unigram, "unigram"), (text.bigram, "bigram")):
             panels[0].axhline(level, color="grey", linestyle=":", linewidth=1)
             at = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            at["bbox"] = dict(facecolor="white", edgecolor="none", alpha=0.7, pad=1)  # curves pass below the words
             panels[0].annotate(f"{word} entropy", (0.99, level), **at)
         figure.legend(*panels[1].get_legend_handles_labels(), fontsize=8, loc="outside right upper", handlelength=4)
         pictures.save(figure, os.path.join(folder, f"curves-{axis}.png"))
