@@ -15,7 +15,7 @@ from fairseq import checkpoint_utils, utils
 
 import fairseq_implicit  # noqa: F401  (registers models, task and criterion)
 
-SHORT = 8  # batches, without --all
+SHORT = 4  # batches, without --all
 
 
 class Opened(NamedTuple):
