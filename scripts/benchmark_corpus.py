@@ -135,8 +135,9 @@ def main() -> None:
         start = work / "start.txt"
         start.write_text("one line\n" * 2)
         size = arguments.text.stat().st_size / 1e6
+        shown = f"{size:.1f} MB" if size >= 1 else f"{1e3 * size:.1f} kB"
         print(
-            f"text {f'{size:.1f} MB' if size >= 1 else f'{1e3 * size:.1f} kB'}, unigram dictionary of {arguments.dictionary_size}; {platform.machine()}, "
+            f"text {shown}, unigram dictionary of {arguments.dictionary_size}; {platform.machine()}, "
             f"{os.cpu_count()} core{'s' if os.cpu_count() != 1 else ''}, sentencepiece {sentencepiece.__version__}"
         )
         alone = encoding_speed(model, arguments.text)
@@ -161,8 +162,8 @@ def main() -> None:
                     if not filecmp.cmp(whole / "two-steps" / file, other / file, shallow=False):
                         sys.exit(f"{other / file} differs from the two-step route's")
         print(
-            "\nnet: without start-up (–: too little of it to measure, take more text); of spm: share of sentencepiece's "
-            "own speed per process; all files are equal"
+            "\nnet: without start-up (–: too little of it to measure, take more text); of spm: share of "
+            "sentencepiece's own speed per process; all files are equal"
         )
         if arguments.pile:
             text, file = reader_speed(arguments.pile)

@@ -67,10 +67,9 @@ def _opening(path: str) -> Iterator[None]:
 
 
 def _unopened(path: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split()).split(". ")[0]  # torch goes on with advice to load it unsafely
     return ValueError(
-        f"checkpoint {path} cannot be opened ({type(error).__name__}: {reason[:200]}): is it whole, and of this "
-        "project?"
+        f"checkpoint {path} cannot be opened ({type(error).__name__}: {reason}): is it whole, and of this project?"
     )
 
 

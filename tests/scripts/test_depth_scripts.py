@@ -1,7 +1,9 @@
 """The dial and the trajectory, on checkpoints that fairseq-train has just written."""
 
 import argparse
+import io
 import re
+import tarfile
 
 import pytest
 import torch
@@ -49,7 +51,8 @@ def test_dial_of_a_stack(checkpoints, toy_data, monkeypatch, capsys, tmp_path):
     )  # fmt: skip
     found = rows(output)
     assert found["as trained"] == found["rk2, 1 step"]
-    assert [found[f"{scheme}, {n} step{'s' * (n > 1)}"][1] for scheme in ("euler", "rk2") for n in (1, 2)] == [2, 4, 4, 8]
+    labels = [f"{scheme}, {steps}" for scheme in ("euler", "rk2") for steps in ("1 step", "2 steps")]
+    assert [found[label][1] for label in labels] == [2, 4, 4, 8]
     # Half the time per block, or twice the steps: the same solve, of twice the cost.
     assert found["rk2, layers cut in 2, 1 step"] == pytest.approx(found["rk2, 2 steps"], abs=2e-4)
     assert found["bosh3, tolerance 1e-2"][1] == 8 and picture.stat().st_size > 10000
@@ -145,7 +148,16 @@ def test_a_few_batches_are_spread_over_the_subset(checkpoints, toy_data):
     assert torch.equal(whole, validation.batches(task, "valid", 1, 4)[1]["net_input"]["src_tokens"])
 
 
+def legacy_archive():
+    """What torch's message would have the reader load unsafely."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"))
+    return buffer.getvalue()
+
+
 HOSTILE = {
+    "archive": legacy_archive(),
     "text": b"epoch 3, loss 2.71\n" * 9,
     "zeros": bytes(4096),
     "list": [1, 2],
@@ -159,8 +171,9 @@ def test_what_is_no_checkpoint_is_one_sentence(kind, monkeypatch, capsys, tmp_pa
     path, content = tmp_path / "checkpoint_best.pt", HOSTILE[kind]
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     for script, name in ((depth_sweep, "depth_sweep"), (plot_trajectory, "plot_trajectory")):
-        with pytest.raises(SystemExit, match=f"^{name}: .*checkpoint {path} [^\n]*$"):
+        with pytest.raises(SystemExit, match=f"^{name}: .*checkpoint {path} [^\n]*$") as raised:
             run(script, monkeypatch, capsys, path, tmp_path)
+        assert "weights_only=False" not in str(raised.value)
 
 
 def test_wrong_input_is_one_sentence(monkeypatch, tmp_path):

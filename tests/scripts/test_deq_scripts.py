@@ -72,7 +72,7 @@ def test_bridge_says_what_it_cannot_read_or_write(equilibrium, monkeypatch, caps
         run(convert_tied, monkeypatch, capsys, tmp_path / "damaged.pt", tmp_path / "ode.pt")
     monkeypatch.setattr(convert_tied, "tied_from_deq", lambda checkpoint: checkpoint)
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"^convert_tied: .*file/ode\.pt cannot be written: [^\n]*Not a directory[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^convert_tied: .*file/ode\.pt cannot be written: [^\n]*Not a directory"):
         run(convert_tied, monkeypatch, capsys, equilibrium, tmp_path / "file" / "ode.pt")
 
     def full(*_):

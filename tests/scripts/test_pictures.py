@@ -174,5 +174,5 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
 def test_without_matplotlib_a_sentence_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     alone = runpy.run_path(pictures.__file__)
-    with pytest.raises(alone["PictureError"], match=r"pictures need matplotlib: pip install 'fairseq_implicit\[plots\]'"):
+    with pytest.raises(alone["PictureError"], match=r"need matplotlib: pip install 'fairseq_implicit\[plots\]'"):
         alone["check"]("losses.png")
