@@ -41,7 +41,7 @@ class PictureError(ValueError):
     """One sentence for the user: why there can be no picture, and what to do."""
 
 
-def check(path: str, flag: str = "--out") -> None:
+def check(path: str) -> None:
     """Finds out before the work is done whether a picture can be written to ``path``; makes its folder.
 
     Raises:
@@ -51,7 +51,7 @@ def check(path: str, flag: str = "--out") -> None:
         raise PictureError("pictures need matplotlib: pip install 'fairseq_implicit[plots]', or pip install matplotlib")
     ending = os.path.splitext(path)[1][1:].lower()
     if ending not in FigureCanvasBase.get_supported_filetypes():
-        raise PictureError(f"{flag} {path}: give the picture a name that ends in .png, .svg or .pdf")
+        raise PictureError(f"--out {path}: give the picture a name that ends in .png, .svg or .pdf")
     existed = os.path.lexists(path)
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -60,11 +60,11 @@ def check(path: str, flag: str = "--out") -> None:
         if not existed:
             os.remove(path)
     except OSError as error:
-        raise _unwritable(path, flag, error) from None
+        raise _unwritable(path, error) from None
 
 
-def _unwritable(path: str, flag: str, error: OSError) -> PictureError:
-    return PictureError(f"{flag} {path} cannot be written: {error.strerror or error}")
+def _unwritable(path: str, error: OSError) -> PictureError:
+    return PictureError(f"--out {path} cannot be written: {error.strerror or error}")
 
 
 def figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (8, 4.5)) -> Tuple["Figure", Any]:
@@ -78,14 +78,14 @@ def figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (8, 4.5)
     return found, axes
 
 
-def save(found: "Figure", path: str, flag: str = "--out") -> None:
+def save(found: "Figure", path: str) -> None:
     """Writes a figure, the same bytes for the same figure; makes its folder. Raises PictureError."""
     fit_fonts(found)
-    check(path, flag)
+    check(path)
     try:
         found.savefig(path, metadata={"Software": None} if path.lower().endswith(".png") else None)
     except OSError as error:
-        raise _unwritable(path, flag, error) from None
+        raise _unwritable(path, error) from None
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def line(axes, x: Sequence[float], y: Sequence[float], number: int, label: str, 
 def whole_numbers(axis) -> None:
     """Ticks at whole numbers only: of updates, samples, evaluations; for an axis that has been drawn on."""
     low, high = axis.get_data_interval()
-    if high - low < 1:  # matplotlib would divide what lies between two of them
+    if 0 <= high - low < 1:  # matplotlib would divide what lies between two of them
         axis.axes.set(**{f"{axis.axis_name}lim": (low - 1, high + 1)})
     axis.set_major_locator(MaxNLocator(nbins=MOST_TICKS, integer=True, steps=[1, 2, 5, 10]))
 
