@@ -69,8 +69,9 @@ def _unwritable(path: str, error: OSError) -> PictureError:
 
 def figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (8, 4.5)) -> Tuple["Figure", Any]:
     """An empty figure of ``size`` inches and its axes: one, or an array ``(columns,)`` or ``(rows, columns)``."""
-    # Titles and labels are the user's words: a dollar in them begins no formula.
-    matplotlib.rcParams["text.parse_math"] = False
+    # Titles and labels are the user's words: a dollar in them begins no formula. Ticks show the number itself, not what
+    # is to be added to another in a corner.
+    matplotlib.rcParams.update({"text.parse_math": False, "axes.formatter.useoffset": False})
     found = Figure(figsize=size, dpi=150, layout="constrained")
     axes = found.subplots(rows, columns)
     for one in found.axes:

@@ -61,6 +61,13 @@ def test_updates_are_whole_numbers(updates):
     assert all(float(label.replace("−", "-")).is_integer() for label in labels(axes.xaxis))
 
 
+def test_losses_that_hardly_differ_stand_at_their_ticks_in_full():
+    _, axes = pictures.figure()
+    pictures.line(axes, [2, 4], [6.48956, 6.48995], 0, "")
+    assert all(6.489 < float(label) < 6.491 for label in labels(axes.yaxis))
+    assert axes.yaxis.get_offset_text().get_text() == ""
+
+
 @pytest.mark.parametrize(
     "places, expected",
     [
