@@ -1,5 +1,6 @@
 """Every token of every split reaches the model in every epoch: counted behind fairseq's iterator, workers and ranks."""
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -75,13 +76,17 @@ def through_iterators(task, split, ranks, epochs=(1,), **batching):
 
 @pytest.mark.parametrize("mode", BREAK_MODES)
 def test_every_batch_size(folder, mode):
+    """Each size with one or two ranks; ``EXHAUSTIVE=1 bash scripts/test.sh …`` with both, and with workers too."""
     task = task_on(folder, mode)
+    exhaustive = "EXHAUSTIVE" in os.environ
     for split in ("train", "valid"):
         task.load_dataset(split)
-        for size in range(1, 10):
-            found = through_iterators(task, split, 1 + size % 2, max_sentences=size)
-            assert found == [expected(task, split)], (split, size)
-        assert through_iterators(task, split, 2, max_tokens=100) == [expected(task, split)], split
+        for size in range(1, 11):
+            batching = dict(max_sentences=size) if size < 10 else dict(max_tokens=100)
+            for ranks in (1, 2) if exhaustive else (1 + size % 2,):
+                for workers in (0, 2) if exhaustive else (0,):
+                    found = through_iterators(task, split, ranks, num_workers=workers, **batching)
+                    assert found == [expected(task, split)], (split, batching, ranks, workers)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
