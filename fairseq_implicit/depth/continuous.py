@@ -16,18 +16,18 @@ from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.depth.stack import state_rms
 from fairseq_implicit.fields.field import Field, Increment
-from fairseq_implicit.fields.time_conditioned import InterpolatedField
 from fairseq_implicit.solvers.adaptive import (
     STEP_CONTROLS,
     AdaptiveConfig,
     AdaptiveResult,
+    Piece,
     mean_square,
     solve_adaptive,
     valid_weight,
 )
 from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
 from fairseq_implicit.solvers.jacobian import frobenius_finite_difference
-from fairseq_implicit.solvers.reversible import solve_reversible
+from fairseq_implicit.solvers.reversible import LARGEST_STATE, solve_reversible
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
 from fairseq_implicit.solvers.sensitivity import solve_adjoint
 from fairseq_implicit.solvers.status import Status
@@ -52,9 +52,12 @@ class ContinuousConfig:
         absolute_tolerance: ``None``: the same as ``tolerance``.
         steps: fixed steps over the whole depth.
         max_evaluations: per sample and solve.
-        first_step: first trial step of adaptive solves, ``None``: the whole depth.
+        first_step: first trial step of adaptive solves; ``None``: one layer, beyond which an error estimate is not to
+            be trusted before it has been seen to be small.
         backend: see :mod:`fairseq_implicit.solvers.backends`.
-        step_control: ``sample``, ``batch``, or ``auto``: ``sample`` wherever the field can.
+        step_control: ``sample``, ``batch``, or ``auto``: in evaluation always ``sample``, so that batch mates change no
+            answer (with a library each sample is then solved by itself); in training ``sample`` where field and back
+            end can.
         gradient: one of ``GRADIENTS``.
         kinetic_energy, jacobian, local_error: weights of the regularisers, 0 for none.
         random_steps: ``(low, high)`` of the number of fixed steps drawn at each update, or ``None``.
@@ -175,9 +178,8 @@ class ContinuousConfig:
     def solve(self, step_control: str) -> AdaptiveConfig:
         """The adaptive solve."""
         absolute = self.tolerance if self.absolute_tolerance is None else self.absolute_tolerance
-        return AdaptiveConfig(
-            self.scheme, self.tolerance, absolute, self.max_evaluations, step_control, self.first_step
-        )
+        first_step = 1.0 if self.first_step is None else self.first_step
+        return AdaptiveConfig(self.scheme, self.tolerance, absolute, self.max_evaluations, step_control, first_step)
 
     def explicit(self, steps: int) -> ExplicitConfig:
         """One of ``steps`` fixed steps, with a float32 state around half-precision fields as in adaptive solves."""
@@ -223,22 +225,26 @@ class ContinuousDepth(nn.Module):
         self.field = field
         self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
-        one_time = isinstance(field, InterpolatedField)
-        if one_time and config.step_control == "sample":
+        if field.piecewise and config.step_control == "sample":
             raise ValueError(
                 "--ode-step-control sample gives every sample its own time, but weights interpolated along the depth "
-                "need one for the batch: use batch or auto"
+                "need one for the batch in training: use batch, or auto (sample in evaluation)"
             )
-        if one_time and config.gradient == "torchdyn-adjoint":
+        if field.piecewise and config.gradient == "torchdyn-adjoint":
             raise ValueError(
                 "--ode-gradient torchdyn-adjoint fails on weights that act at some depths only: use --ode-gradient "
                 "adjoint with --ode-backend own, or --ode-depth-weights embedding"
             )
-        self.step_control = config.step_control
-        if config.step_control == "auto":
-            self.step_control = "batch" if one_time else "sample"
         self._backward_evaluations = 0.0
         self._warned = False
+
+    @property
+    def step_control(self) -> str:
+        """``sample`` or ``batch``: that of a solve in the present mode, training or evaluation."""
+        if self.config.step_control != "auto":
+            return self.config.step_control
+        one_step = self.field.piecewise or self.config.backend != "own"
+        return "batch" if self.training and one_step else "sample"
 
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
@@ -252,7 +258,8 @@ class ContinuousDepth(nn.Module):
                 of libraries and memory-free gradients only the first and last.
 
         Raises:
-            ArithmeticError: the field returned non-finite values, or steps shrank to nothing.
+            ArithmeticError: non-finite values, a state beyond the range of the reversible scheme, or steps that shrank
+                to nothing.
         """
         valid = None if padding_mask is None else ~padding_mask
         f = self.field.prepare(x, padding_mask)
@@ -283,21 +290,20 @@ class ContinuousDepth(nn.Module):
         config = self.config
         solve = config.solve(self.step_control)
         training = torch.is_grad_enabled()
-        if config.gradient == "adjoint" and training:
+        if config.backend != "own":
+            alone = solve.step_control == "sample"
+            result = self._solve_alone(x, valid) if alone else self._solve_with_library(f, x, valid)
+        elif config.gradient == "adjoint" and training:
             result = solve_adjoint(
-                f, x, config.duration, solve, self._trained(), valid, on_backward=self._note_backward
-            )
-        elif config.gradient == "torchdyn-adjoint" and training:
-            result = solve_torchdyn_adjoint(
-                f, x, config.duration, solve, self._trained(), on_backward=self._note_backward
-            )
-        elif config.backend != "own":
-            result = solve_with(config.backend, f, x, config.duration, solve, valid)
+                f, x, config.duration, solve, self._trained(), valid, on_backward=self._note_backward,
+                pieces=self.field.pieces(f, config.duration),
+            )  # fmt: skip
         else:
             recompute = config.gradient == "checkpoint-step"
             result = solve_adaptive(
-                f, x, config.duration, solve, valid, keep_states=keep, penalties=penalised, recompute=recompute
-            )
+                f, x, config.duration, solve, valid, keep_states=keep, penalties=penalised, recompute=recompute,
+                pieces=self.field.pieces(f, config.duration),
+            )  # fmt: skip
             if recompute and training:
                 self._note_backward(result.field_calls)
         self._check(result)
@@ -314,13 +320,44 @@ class ContinuousDepth(nn.Module):
             local_error=result.local_error,
         )
 
+    def _solve_with_library(self, f: Increment, x: Tensor, valid: Optional[Tensor]) -> AdaptiveResult:
+        config = self.config
+        solve = config.solve("batch")
+        if config.gradient == "torchdyn-adjoint" and torch.is_grad_enabled():
+            return solve_torchdyn_adjoint(
+                f, x, config.duration, solve, self._trained(), on_backward=self._note_backward
+            )
+        pieces = self.field.pieces(f, config.duration)
+        return solve_with(config.backend, f, x, config.duration, solve, valid, pieces=pieces)
+
+    def _solve_alone(self, x: Tensor, valid: Optional[Tensor]) -> AdaptiveResult:
+        """Each sample in a solve of its own over its real tokens: the libraries have one step for all and, torchdyn,
+        padding in its norm."""
+        state, results = x.clone(), []
+        for row in range(len(x)):
+            real = torch.ones_like(x[row, :, 0], dtype=torch.bool) if valid is None else valid[row]
+            mine = x[row : row + 1, real]
+            f = self.field.prepare(mine)
+            # A row of nothing but padding is no sample.
+            results.append(self._solve_with_library(f, mine, None) if mine.numel() else AdaptiveResult(mine, 0))
+            state[row, real] = results[-1].state[0]
+        return AdaptiveResult(
+            state=state,
+            evaluations=torch.tensor([one.evaluations for one in results], device=x.device),
+            status=Status.worst(one.status for one in results),
+            accepted=torch.tensor([one.accepted for one in results], device=x.device),
+            rejected=torch.tensor([one.rejected for one in results], device=x.device),
+            field_calls=sum(one.field_calls for one in results),
+            reached=tuple(at for one in results for at in one.reached),
+        )
+
     def _check(self, result: AdaptiveResult) -> None:
         if result.status is Status.NON_FINITE:
             raise ArithmeticError(
                 f"the field returned non-finite values at depth {min(result.reached or (0.0,)):.3g} of "
                 f"{self.config.duration:g}: the model has diverged; lower --lr, or continue from an earlier checkpoint"
             )
-        if result.status is Status.STAGNATED:
+        if result.status is Status.STEP_UNDERFLOW:
             raise ArithmeticError(
                 f"the steps shrank to nothing at depth {min(result.reached or (0.0,)):.3g} of "
                 f"{self.config.duration:g}: the field is not smooth at this tolerance; raise --ode-tolerance"
@@ -342,16 +379,23 @@ class ContinuousDepth(nn.Module):
         steps = self.random_steps.draw() if draws else config.steps
         if config.reversible:
             result = solve_reversible(f, x, config.duration, steps, self._trained())
+            if result.status is Status.NON_FINITE:
+                raise ArithmeticError(
+                    f"the reversible solve met non-finite values or a state beyond {LARGEST_STATE:g}: the model has "
+                    "diverged; lower --lr, take more --ode-steps, or another --ode-scheme with --ode-gradient "
+                    "checkpoint-step"
+                )
             ends = ((x, result.state), (0.0, config.duration)) if keep else ((), ())
             backward = float(steps + 1) if torch.is_grad_enabled() else 0.0
             return _Trajectory(result.state, result.evaluations, steps, 0, backward, 0.0, *ends)
         one_step = config.explicit(steps)
         h, state, evaluations = one_step.total_time, x, 0
         states, times = [x], [0.0]
-        jumps = isinstance(self.field, InterpolatedField) and self.field.interpolation == "constant"
+        pieces = self.field.pieces(f, config.duration)
+        jumps = not all(piece.continues for piece in pieces[1:])
         energy = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) if penalised else None
         for step in range(steps):
-            step_field = _from_the_left(f, (step + 1) * h, h) if jumps else f
+            step_field = _from_the_left(f, pieces, (step + 1) * h, h) if jumps else f
             result = solve_explicit(step_field, state, one_step, t0=step * h, field_dtype=x.dtype)
             evaluations += result.evaluations
             if penalised:
@@ -400,10 +444,11 @@ class ContinuousDepth(nn.Module):
         }
 
 
-def _from_the_left(f: Increment, end: float, h: float) -> Increment:
+def _from_the_left(f: Increment, pieces: Sequence[Piece], end: float, h: float) -> Increment:
     """``f`` for one step: weights that jump at its end are those before the jump for all its stages."""
-    last = end - 1e-6 * h
-    return lambda t, z: f(min(t, last), z)
+    before = end - 1e-6 * h
+    left = next(piece.field for piece in pieces if piece.end > before)
+    return lambda t, z: left(t, z) if t > before else f(t, z)
 
 
 def _mean(counts: Union[int, Tensor]) -> Union[int, Tensor]:

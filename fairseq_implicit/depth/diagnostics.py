@@ -117,7 +117,8 @@ def _units(depth: ContinuousDepth, x: Tensor, padding_mask: Optional[Tensor]) ->
         states.append(solve_adaptive(f, states[-1], unit, fine, valid, start=index * unit).state)
     evaluations = torch.zeros(x.shape[0], device=x.device)
     if config.adaptive:
-        result = solve_adaptive(f, x, config.duration, config.solve(depth.step_control), valid)
+        pieces = depth.field.pieces(f, config.duration)
+        result = solve_adaptive(f, x, config.duration, config.solve(depth.step_control), valid, pieces=pieces)
         evaluations = evaluations + result.evaluations
     else:
         evaluations = evaluations + depth(x, padding_mask).statistics["evaluations"]

@@ -331,7 +331,7 @@ class BlockStack(nn.Module):
             start=float(block),
             recompute=self.config.gradient == "checkpoint-step",
         )
-        if result.status in (Status.NON_FINITE, Status.STAGNATED):
+        if result.status in (Status.NON_FINITE, Status.STEP_UNDERFLOW):
             raise ArithmeticError(
                 f"the adaptive solve of block {block} failed ({result.status.value}): the model has diverged, or its "
                 "tolerance is too small"

@@ -1,8 +1,10 @@
 """The contract between what is integrated (a field) and how it is integrated (a solver)."""
 
-from typing import Callable, Iterator, Optional, Union
+from typing import Callable, Iterator, Optional, Tuple, Union
 
 from torch import Tensor, nn
+
+from fairseq_implicit.solvers.adaptive import Piece
 
 #: ``f(t, z) -> dz``: deterministic, free of side effects, zero at padded positions.
 Increment = Callable[[Union[float, Tensor], Tensor], Tensor]
@@ -14,7 +16,13 @@ class Field(nn.Module):
     ``prepare`` makes everything that stays constant during one solve (dropout masks, attention bias, injection
     projections) and returns the increment ``f(t, z)``. Nothing is kept on the module between calls, so two solves
     may be open before either backward.
+
+    Attributes:
+        piecewise: whether other weights act at other depths. Such a field has several pieces, and in training mode its
+            increment takes one time for all samples; elsewhere an increment takes a ``(batch,)`` tensor of times, too.
     """
+
+    piecewise = False
 
     def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
         """Fix one solve's constants.
@@ -24,6 +32,14 @@ class Field(nn.Module):
             padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is no padding.
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a field must return its increment there")
+
+    def pieces(self, f: Increment, end: float) -> Tuple[Piece, ...]:
+        """``f`` from t = 0 to ``end``, cut at the times where it is not smooth.
+
+        Args:
+            f: what ``prepare`` returned.
+        """
+        return (Piece(f, end),)
 
     def residual_projections(self) -> Iterator[nn.Linear]:
         """The linear maps whose output is added to the state: their initialisation is scaled by the depth."""

@@ -8,7 +8,8 @@ later.
 """
 
 import math
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from functools import partial
+from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.func import functional_call
 
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.solvers.adaptive import Piece
 
 Time = Union[float, Tensor]
 
@@ -122,7 +124,10 @@ class InterpolatedField(Field):
 
     At ``t = k T / knots`` the field is exactly knot ``k``; between two knots its weights are interpolated (``linear``)
     or those of the earlier one (``constant``); after the last knot they stay. Noise is drawn once, as for one layer.
-    All samples share one time: an adaptive solver needs batch step control.
+    The field has a kink or a jump in time at every knot: see ``pieces``.
+
+    In evaluation mode the increment takes a ``(batch,)`` tensor of times and evaluates the samples of each time by
+    themselves. In training mode, where the noise belongs to the whole batch, all samples share one time.
 
     Args:
         config: of each knot, any kind.
@@ -133,6 +138,8 @@ class InterpolatedField(Field):
     Raises:
         ValueError: no knots or an unknown interpolation.
     """
+
+    piecewise = True
 
     def __init__(self, config: TransformerFieldConfig, duration: float, knots: int, interpolation: str = "linear"):
         super().__init__()
@@ -147,46 +154,86 @@ class InterpolatedField(Field):
         # Each knot is a field of its own and names its own projections.
         return iter(())
 
-    def position(self, t: Time) -> Tuple[int, float]:
-        """The knot at or before ``t`` and the share of the next one, in [0, 1).
+    def position(self, t: float, knot: Optional[int] = None) -> Tuple[int, float]:
+        """The knot at or before ``t`` and the share of the next one, in [0, 1].
 
-        Raises:
-            ValueError: several times.
+        Args:
+            knot: the knot to take, at whatever side of it or of the next one ``t`` lies.
         """
-        if isinstance(t, Tensor):
-            if t.numel() != 1:
-                raise ValueError(
-                    "weights interpolated along the depth cannot differ between the samples of a batch: use "
-                    "--ode-step-control batch"
-                )
-            t = float(t)
         place = t * self.per_unit
         # Sums of step sizes miss a knot by rounding; there the weights must be the knot's own.
         nearest = round(place)
         place = float(nearest) if abs(place - nearest) < 1e-9 * len(self.knots) else place
-        knot = min(max(math.floor(place), 0), len(self.knots) - 1)
+        if knot is None:
+            knot = min(max(math.floor(place), 0), len(self.knots) - 1)
         share = place - knot if self.interpolation == "linear" and knot < len(self.knots) - 1 else 0.0
-        return knot, max(share, 0.0)
+        return knot, min(max(share, 0.0), 1.0)
 
-    def weights(self, t: Time) -> Dict[str, Tensor]:
+    def weights(self, t: float) -> Dict[str, Tensor]:
         """Name to weight of the transformer field at time ``t``, with gradient to the knots."""
-        knot, share = self.position(t)
+        return self.weights_at(*self.position(t))
+
+    def weights_at(self, knot: int, share: float) -> Dict[str, Tensor]:
+        """The same between ``knot``, at a share of 0, and the next one."""
         here = dict(self.knots[knot].named_parameters())
         if share == 0.0:
             return here
         following = dict(self.knots[knot + 1].named_parameters())
         return {name: torch.lerp(weight, following[name], share) for name, weight in here.items()}
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
+    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> "PreparedInterpolation":
+        return PreparedInterpolation(self, x, padding_mask)
+
+    def pieces(self, f: "PreparedInterpolation", end: float) -> Tuple[Piece, ...]:
+        """From knot to knot; after the last one the weights stay."""
+        inner = [knot / self.per_unit for knot in range(1, len(self.knots))]
+        ends = [at for at in inner if at < end] + [end]
+        continues = self.interpolation == "linear"
+        return tuple(Piece(f.after(knot), at, continues) for knot, at in enumerate(ends))
+
+
+class PreparedInterpolation:
+    """One solve's increment ``f(t, z)`` of an :class:`InterpolatedField`."""
+
+    def __init__(self, field: InterpolatedField, x: Tensor, padding_mask: Optional[Tensor]):
+        self._field, self._x, self._padding_mask = field, x, padding_mask
         # The noise is that of the first knot, whose weights are replaced for the length of one evaluation.
-        evaluation = _Evaluation(self.knots[0])
-        prepared = self.knots[0].prepare(x, padding_mask)
+        self._template = field.knots[0]
+        self._evaluation = _Evaluation(self._template)
+        self._prepared = self._template.prepare(x, padding_mask)
 
-        def f(t: Time, z: Tensor) -> Tensor:
-            weights = {f"template.{name}": weight for name, weight in self.weights(t).items()}
-            return functional_call(evaluation, weights, (prepared, t, z))
+    def __call__(self, t: Time, z: Tensor) -> Tensor:
+        return self._each_time(self._field.position, t, z)
 
-        return f
+    def after(self, knot: int) -> Increment:
+        """The increment between a knot and the next one, both included: at the later one not yet its jump."""
+        position = partial(self._field.position, knot=knot)
+        return lambda t, z: self._each_time(position, t, z)
+
+    def _each_time(self, position: Callable[[float], Tuple[int, float]], t: Time, z: Tensor) -> Tensor:
+        """The increment of each sample with the weights of its own time."""
+        times = t.detach().reshape(-1).tolist() if isinstance(t, Tensor) else [t]
+        if len(times) == 1:
+            return self._at(position(times[0]), self._prepared, z)
+        if self._field.training:
+            raise ValueError(
+                "weights interpolated along the depth need one time for the whole batch in training: use "
+                "--ode-step-control batch or auto"
+            )
+        rows_at: Dict[Tuple[int, float], List[int]] = {}
+        for row, place in enumerate(map(position, times)):
+            rows_at.setdefault(place, []).append(row)
+        found = []
+        for place, rows in rows_at.items():
+            rows = torch.tensor(rows, device=z.device)
+            padding = None if self._padding_mask is None else self._padding_mask[rows]
+            found.append(self._at(place, self._template.prepare(self._x[rows], padding), z[rows]))
+        order = torch.tensor([row for rows in rows_at.values() for row in rows], device=z.device)
+        return torch.cat(found)[order.argsort()]
+
+    def _at(self, place: Tuple[int, float], prepared: Increment, z: Tensor) -> Tensor:
+        weights = {f"template.{name}": weight for name, weight in self._field.weights_at(*place).items()}
+        return functional_call(self._evaluation, weights, (prepared, z))
 
 
 class _Evaluation(nn.Module):
@@ -196,5 +243,6 @@ class _Evaluation(nn.Module):
         super().__init__()
         self.template = template
 
-    def forward(self, prepared: Increment, t: Time, z: Tensor) -> Tensor:
-        return prepared(t, z)
+    def forward(self, prepared: Increment, z: Tensor) -> Tensor:
+        # With its weights given, the template is autonomous.
+        return prepared(0.0, z)

@@ -1,7 +1,11 @@
 """Adaptive explicit Runge-Kutta: embedded pairs, PI step control, one step size per sample.
 
-The first trial step is the whole interval, so a smooth block costs one step (bosh3: 4 evaluations, dopri5 and tsit5: 7)
-instead of the two evaluations that starting-step heuristics spend before they begin.
+The first trial step is the whole interval unless told otherwise, so a block of unit depth costs one step (bosh3: 4
+evaluations, dopri5 and tsit5: 7) instead of the two evaluations that starting-step heuristics spend before they begin.
+Over a depth of many layers an error estimate is worth little at such a step: there the caller gives the first step.
+
+An error estimate supposes a smooth field. One with kinks or jumps in time (weights interpolated between knots) is
+handed over as its smooth pieces, and steps end where a piece does: a step across a kink can miss it altogether.
 
 Sources: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, II.4 (error norm, step control);
 Gustafsson, ACM TOMS 17 (1991) (PI control); Pal et al., arXiv 2105.03918 (the error estimate as a regulariser).
@@ -10,7 +14,7 @@ Gustafsson, ACM TOMS 17 (1991) (PI control); Pal et al., arXiv 2105.03918 (the e
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Callable, List, Optional, Sequence, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -29,6 +33,20 @@ SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 Time = Union[float, Tensor]
 Field = Callable[[Time, Tensor], Tensor]
+
+
+class Piece(NamedTuple):
+    """A field on a stretch of time where it is smooth, both ends included.
+
+    Attributes:
+        field: ``f(t, z)`` for the times of the stretch.
+        end: the time at which the stretch ends.
+        continues: whether the field starts with the value that the piece before it ends with (a kink, not a jump).
+    """
+
+    field: Field
+    end: float
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class AdaptiveResult(SolveResult):
         local_error: ``(batch,)``, with gradient, the sum over accepted steps of the rms error estimate.
         accepted_steps: ``(time, step)`` of each accepted step under batch control, the grid that a later
             solve can replay; empty under sample control.
+        piece_states: the state at the end of each piece of the field when they were asked for.
     """
 
     accepted: Union[int, Tensor] = 0
@@ -96,6 +115,7 @@ class AdaptiveResult(SolveResult):
     energy: Optional[Tensor] = None
     local_error: Optional[Tensor] = None
     accepted_steps: Sequence[Tuple[float, float]] = ()
+    piece_states: Sequence[Tensor] = ()
 
 
 @lru_cache(maxsize=None)
@@ -109,7 +129,8 @@ def embedded_pair(scheme: str) -> Tuple[Tableau, Tuple[float, ...], int]:
     tableau = get_tableau(scheme)
     if tableau.b_hat is None or not tableau.first_same_as_last:
         raise ValueError(
-            f"'{scheme}' has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}."
+            f"'{scheme}' has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}, or take "
+            "fixed steps with --ode-tolerance 0."
         )
     weights = tuple(b - b_hat for b, b_hat in zip(tableau.b_values, tableau.b_hat_values))
     return tableau, weights, min(tableau.order, tableau.embedded_order) + 1
@@ -196,18 +217,36 @@ def embedded_step(g: Field, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor
 
 @dataclass
 class _Progress:
-    """Step control of one sample (of the whole batch under batch control). Times in the units of the interval."""
+    """Step control of one sample (of the whole batch under batch control). Times in the units of the interval.
+
+    ``h`` is the step to try, ``wish`` the one that the error asks for where the end of a piece does not cut it.
+    """
 
     t: float
-    h: float
+    wish: float
+    h: float = 0.0
     previous_ratio: float = 1.0
     after_rejection: bool = False
-    evaluations: int = 1
+    evaluations: int = 0
     accepted: int = 0
     rejected: int = 0
     largest_ratio: float = 0.0
     status: Optional[Status] = None
     steps: List[Tuple[float, float]] = field(default_factory=list)
+
+    def enter(self, end: float) -> None:
+        """Go on over the piece that ends there, unless the solve of this sample has failed."""
+        if self.status in (None, Status.CONVERGED):
+            self.status, self.h = None, min(self.wish, end - self.t)
+
+    def spend(self, evaluations: int, next_trial: int, limit: int) -> None:
+        """Count evaluations, or stop where they and the next trial are not within the limit."""
+        if self.status is not None:
+            return
+        if self.evaluations + evaluations + next_trial > limit:
+            self.status = Status.BUDGET_SPENT
+        else:
+            self.evaluations += evaluations
 
     def record(self, ratio: float, end: float, exponent: int, stages: int, smallest: float) -> bool:
         """Takes the scaled error of a trial and chooses the next step. Returns whether the trial is accepted."""
@@ -224,22 +263,24 @@ class _Progress:
             self.after_rejection = True
             self.h *= max(SMALLEST_FACTOR, SAFETY * ratio ** (-1.0 / exponent))
             if self.h < smallest:
-                self.status = Status.STAGNATED
+                self.status = Status.STEP_UNDERFLOW
                 self.largest_ratio = max(self.largest_ratio, ratio)
             return False
         self.accepted += 1
         self.steps.append((self.t, self.h))
         self.largest_ratio = max(self.largest_ratio, ratio)
-        at_end = self.t + self.h >= end - smallest
-        self.t = end if at_end else self.t + self.h
-        if at_end:
-            self.h, self.status = 0.0, Status.CONVERGED
-            return True
         ratio = max(ratio, 1e-8)
         factor = SAFETY * ratio ** (-0.7 / exponent) * self.previous_ratio ** (0.4 / exponent)
         factor = min(1.0 if self.after_rejection else LARGEST_FACTOR, max(SMALLEST_FACTOR, factor))
-        self.h = min(self.h * factor, end - self.t)
+        # A step that the end of a piece cut short says nothing against the longer one that was wished for.
+        cut = self.h < self.wish and not self.after_rejection
+        self.wish = max(self.h * factor, self.wish if cut else 0.0)
         self.previous_ratio, self.after_rejection = max(ratio, 1e-4), False
+        if self.t + self.h >= end - smallest:
+            self.t, self.h, self.status = end, 0.0, Status.CONVERGED
+        else:
+            self.t += self.h
+            self.h = min(self.wish, end - self.t)
         return True
 
 
@@ -254,6 +295,8 @@ def solve_adaptive(
     penalties: bool = False,
     recompute: bool = False,
     on_trial: Optional[Callable[[bool, float], None]] = None,
+    pieces: Sequence[Piece] = (),
+    keep_piece_states: bool = False,
 ) -> AdaptiveResult:
     """Integrates ``dy/dt = f(t, y)`` from ``start`` to ``start + duration``.
 
@@ -266,6 +309,9 @@ def solve_adaptive(
         recompute: keep only the state at each step for the backward pass and evaluate the stages again there: exact
             gradients, memory of one step instead of ``stages`` times all steps.
         on_trial: called with ``(accepted, step)`` after each trial; batch control only.
+        pieces: ``f`` cut at the times where it is not smooth; empty: it is smooth. Every sample ends a step at the end
+            of each piece and waits there for the others, so that all of them are always in the same piece.
+        keep_piece_states: return the states at the ends of the pieces.
 
     Returns:
         the state with its costs. A solve that runs out of evaluations or into non-finite values returns the last
@@ -275,9 +321,8 @@ def solve_adaptive(
         ValueError: the tolerance is below the rounding floor of the state.
     """
     tableau, _, exponent = embedded_pair(config.scheme)
-    stages, end, rows = tableau.stages, start + duration, y.shape[0]
-    returned_dtype = y.dtype
-    g, dtype = in_state_precision(f, y.dtype)
+    stages, rows, returned_dtype = tableau.stages, y.shape[0], y.dtype
+    dtype = torch.promote_types(y.dtype, torch.float32)
     check_tolerance(config, dtype)
     y = y.to(dtype)
     weight = valid_weight(valid, y)
@@ -287,7 +332,7 @@ def solve_adaptive(
     progress = [_Progress(start, first_step) for _ in range(rows if per_sample else 1)]
     recompute = recompute and torch.is_grad_enabled()
 
-    def trial(t, h, y, k1):
+    def trial(g, t, h, y, k1):
         y_new, k_new, error = embedded_step(g, config.scheme, t, h, y, k1)
         with torch.no_grad():
             scale = torch.maximum(y.abs(), y_new.abs()).mul_(config.rtol).add_(config.atol)
@@ -298,56 +343,63 @@ def solve_adaptive(
         energy = (mean_square(k1, weight) + mean_square(k_new, weight)) * (0.5 * h)
         return y_new, k_new, ratio, energy, (mean_square(error, weight) + torch.finfo(dtype).tiny).sqrt()
 
-    k1 = g(start, y)
-    calls = 1
-    finite = torch.isfinite(k1).flatten(1).all(1).tolist()
-    for row, one in enumerate(progress):
-        if not (finite[row] if per_sample else all(finite)):
-            one.status = Status.NON_FINITE
+    calls, k1 = 0, None
     energy = local_error = y.new_zeros(rows) if penalties else None
     states: List[Tensor] = [y]
     times: List[Time] = [start]
-    while True:
+    piece_states: List[Tensor] = []
+    for piece in pieces or (Piece(f, start + duration),):
+        g, _ = in_state_precision(piece.field, returned_dtype)
+        anew = k1 is None or not piece.continues
         for one in progress:
-            if one.status is None and one.evaluations + stages - 1 > config.max_evaluations:
-                one.status = Status.BUDGET_SPENT
-        active = [one.status is None for one in progress]
-        if not any(active):
-            break
-        t, h = _times_and_steps(progress, active, y)
-        if recompute:
-            new = checkpoint(trial, t, h, y, k1, use_reentrant=False, preserve_rng_state=False)
-        else:
-            new = trial(t, h, y, k1)
-        calls += stages - 1
-        ratios = new[2].tolist()
-        if not per_sample:
-            ratios = [math.nan if any(map(math.isnan, ratios)) else max(ratios)]
-        broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios)]
-        accepted = [False] * len(progress)
-        for row, one in enumerate(progress):
-            # A trial with non-finite numbers in one sample is dropped for all: kept in the graph, they would
-            # reach every parameter's gradient as 0 * nan. The others repeat their step unchanged, free of charge.
-            if active[row] and (broken[row] or not any(broken)):
-                step = one.h
-                accepted[row] = one.record(ratios[row], end, exponent, stages, smallest)
-                if on_trial is not None:
-                    on_trial(accepted[row], step)
-        if not any(accepted):
-            continue
-        if all(accepted):
-            y, k1 = new[0], new[1]
-        else:
-            chosen = torch.tensor(accepted, device=y.device).view(-1, 1, 1)
-            y, k1 = torch.where(chosen, new[0], y), torch.where(chosen, new[1], k1)
-        if penalties:
-            mask = torch.tensor(accepted, device=y.device)
-            energy = torch.where(mask, energy + new[3], energy)
-            local_error = torch.where(mask, local_error + new[4], local_error)
-        if keep_states:
-            states.append(y)
-            reached = {one.t for one in progress}
-            times.append(reached.pop() if len(reached) == 1 else y.new_tensor([one.t for one in progress]))
+            one.enter(piece.end)
+            one.spend(int(anew), stages - 1, config.max_evaluations)
+        if anew and any(one.status is None for one in progress):
+            k1 = g(start, y)
+            calls += 1
+            finite = torch.isfinite(k1).flatten(1).all(1).tolist()
+            for row, one in enumerate(progress):
+                if one.status is None and not (finite[row] if per_sample else all(finite)):
+                    one.status = Status.NON_FINITE
+        while any(active := [one.status is None for one in progress]):
+            t, h = _times_and_steps(progress, active, y)
+            if recompute:
+                new = checkpoint(trial, g, t, h, y, k1, use_reentrant=False, preserve_rng_state=False)
+            else:
+                new = trial(g, t, h, y, k1)
+            calls += stages - 1
+            ratios = new[2].tolist()
+            if not per_sample:
+                ratios = [math.nan if any(map(math.isnan, ratios)) else max(ratios)]
+            broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios)]
+            accepted = [False] * len(progress)
+            for row, one in enumerate(progress):
+                # A trial with non-finite numbers in one sample is dropped for all: kept in the graph, they would
+                # reach every parameter's gradient as 0 * nan. The others repeat their step unchanged, free of charge.
+                if active[row] and (broken[row] or not any(broken)):
+                    step = one.h
+                    accepted[row] = one.record(ratios[row], piece.end, exponent, stages, smallest)
+                    one.spend(0, stages - 1, config.max_evaluations)
+                    if on_trial is not None:
+                        on_trial(accepted[row], step)
+            if not any(accepted):
+                continue
+            if all(accepted):
+                y, k1 = new[0], new[1]
+            else:
+                chosen = torch.tensor(accepted, device=y.device).view(-1, 1, 1)
+                y, k1 = torch.where(chosen, new[0], y), torch.where(chosen, new[1], k1)
+            if penalties:
+                mask = torch.tensor(accepted, device=y.device)
+                energy = torch.where(mask, energy + new[3], energy)
+                local_error = torch.where(mask, local_error + new[4], local_error)
+            if keep_states:
+                states.append(y)
+                reached = {one.t for one in progress}
+                times.append(reached.pop() if len(reached) == 1 else y.new_tensor([one.t for one in progress]))
+        if keep_piece_states:
+            piece_states.append(y)
+        start = piece.end
 
     if not per_sample:
         progress = progress * rows
@@ -355,7 +407,7 @@ def solve_adaptive(
         state=y.to(returned_dtype),
         evaluations=_per_sample([one.evaluations for one in progress], y),
         residual=y.new_tensor([one.largest_ratio for one in progress]),
-        status=_worst(one.status for one in progress),
+        status=Status.worst(one.status for one in progress),
         accepted=_per_sample([one.accepted for one in progress], y),
         rejected=_per_sample([one.rejected for one in progress], y),
         field_calls=calls,
@@ -365,6 +417,7 @@ def solve_adaptive(
         energy=energy,
         local_error=local_error,
         accepted_steps=() if per_sample else tuple(progress[0].steps) if progress else (),
+        piece_states=piece_states,
     )
 
 
@@ -378,8 +431,3 @@ def _times_and_steps(progress: List[_Progress], active: List[bool], y: Tensor) -
 
 def _per_sample(counts: List[int], like: Tensor) -> Union[int, Tensor]:
     return counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=like.device)
-
-
-def _worst(statuses) -> Status:
-    order = (Status.NON_FINITE, Status.STAGNATED, Status.BUDGET_SPENT, Status.CONVERGED)
-    return min(statuses, key=order.index)

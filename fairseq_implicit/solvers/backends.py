@@ -1,24 +1,29 @@
 """torchdyn and torchdiffeq behind the contract of the own adaptive loop.
 
 Both libraries are optional and imported on first use. What they lack is added around the field: a limit on evaluations
-that returns the last accepted state, a check for non-finite values (torchdyn loops for ever on NaN), counts of accepted
-and rejected steps, a float32 state around half-precision fields, times that start at 0 (torchdyn can lose the last
-point of an interval that does not) and, for torchdiffeq, the error norm per sample over valid tokens.
+that returns the last accepted state, a check for non-finite values (torchdyn loops for ever on NaN) that tries smaller
+steps before it gives up, an end of a step wherever the field is not smooth, counts of accepted and rejected steps, a
+float32 state around half-precision fields, times that start at 0 (torchdyn can lose the last point of an interval that
+does not) and, for torchdiffeq, the error norm per sample over valid tokens.
 
 Only ``torchdyn.numerics`` is touched, with a fresh solver object per solve: its tableau is cast in place to the dtype
 of the state, so that one half-precision solve would spoil every later one.
 """
 
 import importlib
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.solvers.adaptive import (
+    LARGEST_FACTOR,
+    SMALLEST_FACTOR,
+    SMALLEST_STEP_IN_ROUNDING_UNITS,
     AdaptiveConfig,
     AdaptiveResult,
     Field,
+    Piece,
     check_tolerance,
     in_state_precision,
     mean_square,
@@ -76,6 +81,7 @@ def solve_with(
     config: AdaptiveConfig,
     valid: Optional[Tensor] = None,
     start: float = 0.0,
+    pieces: Sequence[Piece] = (),
     **options,
 ) -> AdaptiveResult:
     """Integrates like :func:`solve_adaptive`, with the back end of that name.
@@ -84,6 +90,7 @@ def solve_with(
     not of each sample, and it chooses its first step itself. torchdiffeq takes the first step that the own loop takes.
 
     Args:
+        pieces: ``f`` cut at the times where it is not smooth; the libraries solve one after the other.
         options: further options of :func:`solve_adaptive`, for the back end ``own`` only.
 
     Raises:
@@ -91,17 +98,19 @@ def solve_with(
     """
     check_backend(backend, config.scheme)
     if backend == "own":
-        return solve_adaptive(f, y, duration, config, valid=valid, start=start, **options)
+        return solve_adaptive(f, y, duration, config, valid=valid, start=start, pieces=pieces, **options)
     if options:
         raise ValueError(f"{', '.join(sorted(options))}: only the back end own offers this, not {backend}.")
-    g, dtype = in_state_precision(f, y.dtype)
+    dtype = torch.promote_types(y.dtype, torch.float32)
     check_tolerance(config, dtype)
-    state = y.to(dtype)
-    probe = _Probe(g, start, config.max_evaluations, state)
+    probe = _Probe(start, config.max_evaluations, y.to(dtype))
     integrate = _torchdyn if backend == "torchdyn" else _torchdiffeq
+    smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * duration
     status = Status.CONVERGED
     try:
-        probe.accept(duration, integrate(probe, state, duration, config, valid))
+        for piece in pieces or (Piece(f, start + duration),):
+            probe.g, _ = in_state_precision(piece.field, y.dtype)
+            _cover(integrate, probe, piece.end, config, valid, smallest)
     except _Stopped as stopped:
         status = stopped.status
     return AdaptiveResult(
@@ -111,8 +120,36 @@ def solve_with(
         accepted=probe.accepted,
         rejected=probe.trials - probe.accepted,
         field_calls=probe.evaluations,
-        reached=(start + probe.last_time,) * y.shape[0],
+        reached=(probe.last_time,) * y.shape[0],
     )
+
+
+def _cover(
+    integrate: Callable, probe: "_Probe", end: float, config: AdaptiveConfig, valid: Optional[Tensor], smallest: float
+) -> None:
+    """Let a library integrate from where the probe stands to ``end``.
+
+    Raises:
+        _Stopped: non-finite values however small the step, or another ending before ``end``.
+    """
+    length = end - probe.last_time
+    while probe.last_time < end:
+        rest = end - probe.last_time
+        length = length if rest - length > smallest else rest
+        probe.begin(length)
+        try:
+            state = integrate(probe, probe.last_state, length, config, valid)
+        except _Stopped as stopped:
+            # A trial step that overshoots says nothing about the field: the own loop, too, tries a smaller one. The
+            # first call is at the state itself, where no smaller step helps.
+            length = SMALLEST_FACTOR * min(probe.step, length)
+            if stopped.status is not Status.NON_FINITE or probe.calls == 1 or length < smallest:
+                raise
+            continue
+        probe.accept(length, state)
+        if length == rest:
+            probe.last_time = end
+        length *= LARGEST_FACTOR
 
 
 class _Stopped(ArithmeticError):
@@ -129,22 +166,29 @@ class _Stopped(ArithmeticError):
 class _Probe:
     """The field as the libraries call it: times from 0 and 0-dim, counted, limited, checked for non-finite values."""
 
-    def __init__(self, g: Field, start: float, limit: int, state: Tensor):
-        self.g, self.start, self.limit = g, start, limit
-        self.last_state, self.last_time = state, 0.0
+    def __init__(self, start: float, limit: int, state: Tensor):
+        self.start, self.limit = start, limit
+        self.last_state, self.last_time = state, start
         self.evaluations = self.accepted = self.trials = 0
+        self.begin(0.0)
+
+    def begin(self, length: float) -> None:
+        """The library is about to integrate from the last state on, in its own times from 0 to ``length``."""
+        self.start, self.step, self.calls = self.last_time, length, 0
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         if self.evaluations >= self.limit:
             raise _Stopped(Status.BUDGET_SPENT)
         self.evaluations += 1
+        self.calls += 1
         dz = self.g(self.start + t.reshape(()), z)
         if not torch.isfinite(dz).all():
             raise _Stopped(Status.NON_FINITE)
         return dz
 
     def accept(self, t: float, state: Tensor) -> None:
-        self.last_time, self.last_state = t, state
+        """A new state at the time ``t`` after the start of the library's interval."""
+        self.last_time, self.last_state = self.start + t, state
 
 
 def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> nn.Module:
@@ -152,17 +196,21 @@ def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> 
     _module("torchdyn")
     solver = importlib.import_module("torchdyn.numerics.solvers.ode").str_to_solver(scheme, y.dtype)
     library_step = solver.step
-    smallest = 16 * torch.finfo(y.dtype).eps * duration
+    smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(y.dtype).eps * duration
+    known = None
 
     def step(f, x, t, dt, k1=None, args=None):
-        if probe.trials == 0 or x is not probe.last_state:
+        nonlocal known
+        if x is not known:
             # The library hands a new state on only once it has accepted it.
-            probe.accepted += probe.trials > 0
+            probe.accepted += known is not None
             probe.accept(float(t.detach()), x)
-        elif probe.trials and float(dt) < smallest:
+            known = x
+        elif float(dt) < smallest:
             # The library has no smallest step: a stuck error estimate would spend the whole budget here.
-            raise _Stopped(Status.STAGNATED)
+            raise _Stopped(Status.STEP_UNDERFLOW)
         probe.trials += 1
+        probe.step = float(dt.detach())
         return library_step(f, x, t, dt, k1=k1, args=args)
 
     solver.step = step
@@ -196,6 +244,7 @@ def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConf
     def on_step(t, state, dt):
         probe.accept(float(t.detach()), state)
         probe.trials += 1
+        probe.step = float(dt.detach())
 
     field.callback_step, field.callback_accept_step = on_step, on_accept
     end = torch.tensor([duration], dtype=torch.float64, device=y.device)
@@ -210,7 +259,7 @@ def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConf
         states = odeint(field, y, span, rtol=config.rtol, atol=config.atol, method=config.scheme, options=options)
     except AssertionError as error:
         if "underflow" in str(error):
-            raise _Stopped(Status.STAGNATED) from error
+            raise _Stopped(Status.STEP_UNDERFLOW) from error
         raise
     return states[-1]
 
@@ -247,7 +296,8 @@ def solve_torchdyn_adjoint(
             f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use --ode-gradient adjoint instead."
         )
     gather = importlib.import_module("torchdyn.numerics.sensitivity")._gather_odefunc_adjoint
-    probe = _Probe(lambda t, z: f(t, z).to(y.dtype), start, config.max_evaluations, y)
+    probe = _Probe(start, config.max_evaluations, y)
+    probe.g = lambda t, z: f(t, z).to(y.dtype)
     with torch.enable_grad():
         z = y.detach().requires_grad_()
         wanted = tuple(p for p in parameters if p.requires_grad)
@@ -264,7 +314,7 @@ def solve_torchdyn_adjoint(
         _, states = solve.apply(flat, y, y.new_tensor([0.0, duration]))
     except _Stopped as stopped:
         raise ArithmeticError(
-            f"The forward solve stopped at depth {start + probe.last_time:.3g} of {start + duration:g} "
+            f"The forward solve stopped at depth {probe.last_time:.3g} of {start + duration:g} "
             f"({stopped.status.value}), so torchdyn's adjoint has no end point to start from: raise "
             "--ode-max-evaluations or --ode-tolerance, or use --ode-gradient autograd."
         ) from None

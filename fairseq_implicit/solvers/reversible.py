@@ -21,10 +21,12 @@ from torch import Tensor
 
 from fairseq_implicit.solvers.adaptive import Field, in_state_precision
 from fairseq_implicit.solvers.sensitivity import Surroundings, accumulate
-from fairseq_implicit.solvers.status import SolveResult
+from fairseq_implicit.solvers.status import SolveResult, Status
 
-# 64-bit integers in units of 2^-44: a resolution of 6e-14 for states up to 5e5.
+# 64-bit integers in units of 2^-44: a resolution of 6e-14, and sums that wrap beyond 5.2e5. A step adds up to five
+# terms, so that none can wrap unnoticed while each of them stays below this.
 UNITS = float(2**44)
+LARGEST_STATE = 1e5
 
 
 def solve_reversible(
@@ -34,8 +36,12 @@ def solve_reversible(
 
     Args:
         f: field, deterministic during the solve and in the backward pass.
-        y: ``(batch, time, dim)``, magnitudes below 5e5.
+        y: ``(batch, time, dim)``, magnitudes below ``LARGEST_STATE``.
         parameters: every tensor with gradient that ``f`` reads, other than its arguments: those left out receive none.
+
+    Returns:
+        the state; with ``Status.NON_FINITE``, and NaN for each sample of which a state or an increment on the way was
+        not finite or beyond ``LARGEST_STATE``. Reading that is the one synchronisation of the solve.
 
     Raises:
         ValueError: fewer than one step.
@@ -43,8 +49,26 @@ def solve_reversible(
     if steps < 1:
         raise ValueError(f"The reversible scheme needs at least one step, got {steps}.")
     g, dtype = in_state_precision(f, y.dtype)
-    state = _ReversibleHeun.apply(g, y.to(dtype), duration / steps, steps, start, *parameters)
-    return SolveResult(state.to(y.dtype), steps + 1)
+    extremes = _Extremes(y)
+    state = _ReversibleHeun.apply(g, y.to(dtype), duration / steps, steps, start, extremes, *parameters)
+    kept = extremes.largest < LARGEST_STATE
+    status = Status.COMPLETED if bool(kept.all()) else Status.NON_FINITE
+    if status is Status.NON_FINITE:
+        state = state.masked_fill(~kept.view(-1, 1, 1), float("nan"))
+    return SolveResult(state.to(y.dtype), steps + 1, status=status)
+
+
+class _Extremes:
+    """The largest magnitude that each sample has met, ``(batch,)``, NaN once anything was NaN.
+
+    Integers have no NaN: whatever is converted to them is seen here before.
+    """
+
+    def __init__(self, y: Tensor):
+        self.largest = torch.zeros(y.shape[0], dtype=torch.float64, device=y.device)
+
+    def see(self, x: Tensor) -> None:
+        self.largest = torch.maximum(self.largest, x.detach().abs().flatten(1).amax(1).double())
 
 
 def _integers(x: Tensor) -> Tensor:
@@ -57,17 +81,27 @@ def _numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _ReversibleHeun(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g: Callable, y: Tensor, h: float, steps: int, start: float, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx, g: Callable, y: Tensor, h: float, steps: int, start: float, extremes: _Extremes, *parameters: Tensor
+    ) -> Tensor:
         ctx.surroundings = Surroundings(y.device)
         dtype = y.dtype
-        exact = _integers(y)
-        companion = exact
-        half = _integers(g(start, _numbers(companion, dtype)) * (h / 2))
+
+        def half_increment(t: float, z: Tensor) -> Tensor:
+            extremes.see(z)
+            increment = g(t, z) * (h / 2)
+            extremes.see(increment)
+            return _integers(increment)
+
+        extremes.see(y)
+        exact = companion = _integers(y)
+        half = half_increment(start, _numbers(companion, dtype))
         for n in range(1, steps + 1):
             companion = 2 * exact - companion + 2 * half
-            following = _integers(g(start + n * h, _numbers(companion, dtype)) * (h / 2))
+            following = half_increment(start + n * h, _numbers(companion, dtype))
             exact = exact + half + following
             half = following
+            extremes.see(_numbers(exact, dtype))
         ctx.save_for_backward(exact, companion, *parameters)
         ctx.g, ctx.h, ctx.steps, ctx.start = g, h, steps, start
         return _numbers(exact, dtype)
@@ -106,4 +140,5 @@ class _ReversibleHeun(torch.autograd.Function):
             to_y, to_companion, to_half = to_y + 2 * to_companion, -to_companion, to_y + 2 * to_companion
         to_y = to_y + to_companion + pull_back(to_half)
         gradients = iter(totals)
-        return (None, to_y, None, None, None) + tuple(next(gradients) if p.requires_grad else None for p in parameters)
+        to_parameters = tuple(next(gradients) if p.requires_grad else None for p in parameters)
+        return (None, to_y, None, None, None, None) + to_parameters

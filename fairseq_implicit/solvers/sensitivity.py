@@ -4,7 +4,8 @@ Optimise-then-discretise: with a(T) the gradient of the loss, the state and its 
 
     dy/dt = f(t, y),    da/dt = -(∂f/∂y)ᵀ a,    dL/dθ = ∫ (∂f/∂θ)ᵀ a dt
 
-(Pontryagin; Chen et al., arXiv 1806.07366). Memory does not grow with the steps, but the gradient is exact only to the
+(Pontryagin; Chen et al., arXiv 1806.07366). Memory does not grow with the steps (one state is kept at the end of each
+smooth piece of the field), but the gradient is exact only to the
 tolerance and only where the flow can be run backward: on strongly contracting fields the reconstructed state drifts
 away (Gholami et al., arXiv 1902.10298). Recomputation (``solve_adaptive(recompute=True)``) is exact; prefer it where it
 fits.
@@ -24,6 +25,7 @@ from fairseq_implicit.solvers.adaptive import (
     AdaptiveConfig,
     AdaptiveResult,
     Field,
+    Piece,
     embedded_pair,
     in_state_precision,
     solve_adaptive,
@@ -67,6 +69,7 @@ def solve_adjoint(
     valid: Optional[Tensor] = None,
     start: float = 0.0,
     on_backward: Optional[Callable[[int], None]] = None,
+    pieces: Sequence[Piece] = (),
 ) -> AdaptiveResult:
     """:func:`solve_adaptive` with the gradient of the continuous adjoint.
 
@@ -78,34 +81,43 @@ def solve_adjoint(
         ArithmeticError: in the backward pass, when the adjoint solve does not reach the start of the interval.
     """
     results: List[AdaptiveResult] = []
-    state = _ContinuousAdjoint.apply(f, y, duration, config, valid, start, on_backward, results, *parameters)
+    pieces = tuple(pieces) or (Piece(f, start + duration),)
+    state = _ContinuousAdjoint.apply(pieces, y, duration, config, valid, start, on_backward, results, *parameters)
     return replace(results[0], state=state)
 
 
 class _ContinuousAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, f, y, duration, config, valid, start, on_backward, results, *parameters):
+    def forward(ctx, pieces, y, duration, config, valid, start, on_backward, results, *parameters):
         ctx.surroundings = Surroundings(y.device)
-        result = solve_adaptive(f, y, duration, config, valid=valid, start=start)
-        results.append(replace(result, state=None))
-        ctx.save_for_backward(result.state, *parameters)
-        ctx.f, ctx.duration, ctx.config, ctx.valid, ctx.start = f, duration, config, valid, start
+        result = solve_adaptive(
+            pieces[0].field, y, duration, config, valid=valid, start=start, pieces=pieces, keep_piece_states=True
+        )
+        results.append(replace(result, state=None, piece_states=()))
+        ctx.save_for_backward(*(state.to(y.dtype) for state in result.piece_states), *parameters)
+        ctx.pieces, ctx.config, ctx.valid, ctx.start = pieces, config, valid, start
         ctx.on_backward, ctx.status = on_backward, result.status
         return result.state
 
     @staticmethod
     def backward(ctx, gradient):
-        state, *parameters = ctx.saved_tensors
         if ctx.status is not Status.CONVERGED:
             raise ArithmeticError(
                 f"The forward solve stopped early ({ctx.status.value}), so the adjoint has no end point to start "
                 f"from: raise --ode-max-evaluations or --ode-tolerance, or use --ode-gradient checkpoint-step."
             )
+        states, parameters = ctx.saved_tensors[: len(ctx.pieces)], ctx.saved_tensors[len(ctx.pieces) :]
         wanted = [p for p in parameters if p.requires_grad]
+        totals: List[Optional[Tensor]] = [None] * len(wanted)
+        to_state, evaluations = gradient, 0
+        starts = (ctx.start,) + tuple(piece.end for piece in ctx.pieces[:-1])
         with ctx.surroundings:
-            to_state, totals, evaluations = _integrate_backward(
-                ctx.f, state, gradient, ctx.duration, ctx.config, ctx.valid, ctx.start, wanted
-            )
+            for piece, start, state in reversed(list(zip(ctx.pieces, starts, states))):
+                to_state, parts, spent = _integrate_backward(
+                    piece.field, state, to_state, piece.end - start, ctx.config, ctx.valid, start, wanted
+                )
+                accumulate(totals, parts)
+                evaluations += spent
         if ctx.on_backward is not None:
             ctx.on_backward(evaluations)
         gradients = iter(totals)

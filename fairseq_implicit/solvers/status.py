@@ -2,19 +2,25 @@
 
 import enum
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Iterable, Optional, Union
 
 from torch import Tensor
 
 
 class Status(enum.Enum):
-    """How a solve ended. The value is the sentence that users read."""
+    """How a solve ended, from best to worst. The value is the sentence that users read."""
 
     COMPLETED = "every prescribed step was taken"
-    CONVERGED = "the residual of every sample fell below the tolerance"
-    BUDGET_SPENT = "the evaluation budget was spent before every sample met the tolerance"
+    CONVERGED = "every sample met the tolerance"
     STAGNATED = "the residual stopped falling before every sample met the tolerance"
-    NON_FINITE = "the field returned non-finite values; the last finite state is returned"
+    BUDGET_SPENT = "the evaluation budget was spent before every sample met the tolerance"
+    STEP_UNDERFLOW = "the steps shrank to nothing before they met the tolerance"
+    NON_FINITE = "the field or the state left the range of finite numbers"
+
+    @classmethod
+    def worst(cls, statuses: Iterable["Status"]) -> "Status":
+        """The ending of several solves: that of the worst one; ``COMPLETED`` where there is none."""
+        return max(statuses, key=list(cls).index, default=cls.COMPLETED)
 
 
 @dataclass(frozen=True)

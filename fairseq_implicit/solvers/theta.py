@@ -25,9 +25,6 @@ Field = Callable[[Union[float, Tensor], Tensor], Tensor]
 
 SCHEMES = ("theta", "implicit-midpoint")
 
-# Worst first: the status of a solve is that of its worst step.
-_SEVERITY = (Status.NON_FINITE, Status.BUDGET_SPENT, Status.STAGNATED, Status.CONVERGED, Status.COMPLETED)
-
 
 @dataclass(frozen=True)
 class ThetaConfig:
@@ -112,7 +109,7 @@ def solve_theta(
         evaluations = evaluations + solved.solve.evaluations + explicit
         residual = solved.solve.residual if residual is None else torch.maximum(residual, solved.solve.residual)
         converged = solved.solve.converged if converged is None else converged & solved.solve.converged
-        status = min(status, solved.solve.status, key=_SEVERITY.index)
+        status = Status.worst((status, solved.solve.status))
     return ThetaResult(z, evaluations, residual, status, converged)
 
 

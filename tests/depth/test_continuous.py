@@ -123,13 +123,140 @@ def test_interpolated_field_reaches_the_gradients_of_both_knots():
     torch.testing.assert_close(ratio, torch.full_like(ratio, 0.25 / 0.75))
 
 
-def test_interpolated_field_needs_one_time():
+@pytest.mark.parametrize("interpolation", ("linear", "constant"))
+def test_interpolated_field_takes_one_time_per_sample_in_evaluation(interpolation):
+    field = interpolated(interpolation=interpolation).eval()
+    y = torch.cat([states(), states()[1:]])
+    padding = torch.arange(5)[None] >= torch.tensor([5, 3, 4, 5, 1])[:, None]
+    f = field.prepare(y, padding)
+    times = torch.tensor([0.25, 2.5, 1.0, 0.25, 3.0], dtype=torch.float64)
+    together = f(times, y)
+    assert not together[padding].any()
+    for row, t in enumerate(times.tolist()):
+        torch.testing.assert_close(together[row], f(t, y)[row], rtol=0, atol=1e-12)
+
+
+def test_interpolated_field_needs_one_time_in_training():
     y = states()
     with pytest.raises(ValueError, match="--ode-step-control batch"):
         interpolated().prepare(y)(torch.tensor([0.0, 1.0, 2.0]), y)
-    assert depth(interpolated()).step_control == "batch" and depth(embedded()).step_control == "sample"
-    with pytest.raises(ValueError, match="need one for the batch"):
+    with pytest.raises(ValueError, match="need one for the batch in training"):
         depth(interpolated(), step_control="sample")
+
+
+def test_step_control_follows_the_mode_unless_it_is_chosen():
+    pytest.importorskip("torchdiffeq")
+    for field, settings, training in (
+        (embedded(), {}, "sample"),
+        (interpolated(), {}, "batch"),
+        (embedded(), {"backend": "torchdiffeq"}, "batch"),
+    ):
+        module = depth(field, **settings)
+        assert module.step_control == training and module.eval().step_control == "sample"
+        assert depth(field, **settings, step_control="batch").eval().step_control == "batch"
+
+
+@pytest.mark.parametrize("interpolation", ("linear", "constant"))
+def test_pieces_are_the_field_from_knot_to_knot(interpolation):
+    field = interpolated(interpolation=interpolation).eval()
+    y = states()
+    f = field.prepare(y)
+    pieces = field.pieces(f, 3.0)
+    assert [piece.end for piece in pieces] == [1.0, 2.0, 3.0]
+    for start, piece in enumerate(pieces):
+        for t in (start, start + 0.3):
+            assert torch.equal(piece.field(float(t), y), f(float(t), y))
+        before = start if interpolation == "constant" else piece.end
+        assert torch.equal(piece.field(piece.end, y), f(float(before), y)), "an end belongs to both of its pieces"
+    assert all(piece.continues == (interpolation == "linear") for piece in pieces)
+    assert len(embedded().pieces(f, 3.0)) == 1
+
+
+@pytest.mark.parametrize("gradient", ("autograd", "checkpoint-step", "adjoint", "torchdyn", "torchdiffeq"))
+@pytest.mark.parametrize("interpolation", ("linear", "constant"))
+def test_every_knot_is_trained_from_the_start(interpolation, gradient):
+    """However loose the tolerance: weights that no step reads would get no gradient, and with DDP end the training."""
+    settings = {"gradient": gradient}
+    if gradient.startswith("torch"):
+        pytest.importorskip("torchdyn.numerics" if gradient == "torchdyn" else gradient)
+        settings = {"backend": gradient}
+    field = interpolated(knots=9, interpolation=interpolation)
+    module = depth(field, tolerance=0.5, **settings).train()
+    module(states()).state.square().sum().backward()
+    for knot, one in enumerate(field.knots):
+        missing = [name for name, p in one.named_parameters() if p.grad is None or not p.grad.any()]
+        # A key's bias has no influence in itself.
+        assert not missing, (knot, missing)
+
+
+@pytest.mark.parametrize("scheme", ("bosh3", "dopri5", "tsit5"))
+@pytest.mark.parametrize("interpolation", ("linear", "constant"))
+def test_knots_keep_the_tolerance_as_well_as_a_smooth_field(interpolation, scheme):
+    field, y = interpolated(interpolation=interpolation).eval(), states()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+        exact = depth(field, tolerance=0.0, scheme="rk4", steps=240, final_norm=False)(y).state
+        for tolerance in (1e-3, 1e-5):
+            found = depth(field, tolerance=tolerance, scheme=scheme, final_norm=False).eval()(y)
+            assert (found.state - exact).abs().max() < 25 * tolerance
+            assert found.statistics["steps"] >= 3
+
+
+def test_fine_fixed_steps_do_not_step_over_a_jump():
+    """A step that ends at a jump keeps the weights before it however small it is."""
+    field, y = interpolated(interpolation="constant").eval(), states(1, 1)
+    with torch.no_grad():
+        reference = depth(field, tolerance=1e-9, scheme="dopri5", final_norm=False).eval()(y).state
+        fine = depth(field, tolerance=0.0, scheme="heun2", steps=1050, final_norm=False)(y).state
+    torch.testing.assert_close(fine, reference, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", ({}, {"backend": "torchdyn"}, {"backend": "torchdiffeq"}))
+@pytest.mark.parametrize("make", (embedded, interpolated, lambda: interpolated(interpolation="constant")))
+def test_batch_mates_and_padding_change_no_answer_in_evaluation(make, settings):
+    if settings:
+        pytest.importorskip("torchdyn.numerics" if settings["backend"] == "torchdyn" else "torchdiffeq")
+    field = make()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            parameter.mul_(2.0)
+    module = depth(field, tolerance=1e-2, **settings).eval()
+    y = states(batch=4) * torch.tensor([0.2, 1.0, 4.0, 1.0]).double().view(-1, 1, 1)
+    lengths = (5, 2, 4, 0)
+    padding = torch.arange(5)[None] >= torch.tensor(lengths)[:, None]
+    y = y.masked_fill(padding.unsqueeze(-1), 0.0)
+    with torch.no_grad():
+        together = module(y[:3], padding[:3]).state
+        if settings:
+            assert torch.equal(module(y, padding).state[:3], together), "a row of padding is no sample"
+        for row, length in enumerate(lengths[:3]):
+            alone = module(y[row : row + 1, :length]).state[0]
+            torch.testing.assert_close(together[row, :length], alone, rtol=0, atol=1e-9)
+        shared = depth(field, tolerance=1e-2, step_control="batch", **settings).eval()(y[:3], padding[:3]).state
+    assert (shared - together).abs().max() > 1e-5, "one step for all is another answer, and stays to be asked for"
+
+
+def test_first_step_is_one_layer():
+    """Over the whole depth an error estimate of high order is far too small: 20 to 40 times the tolerance."""
+    torch.manual_seed(0)
+    field = DepthEmbeddedField(shape(), 12.0).double().eval()
+    with torch.no_grad():
+        for parameter in field.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+        y = states()
+
+        def solve(**settings):
+            return ContinuousDepth(ContinuousConfig(DIM, 12.0, final_norm=False, **settings), field).eval()(y).state
+
+        exact = solve(tolerance=1e-9, max_evaluations=5000)
+        for scheme in ("bosh3", "dopri5", "tsit5"):
+            error = (solve(scheme=scheme, tolerance=1e-2) - exact).square().mean((1, 2)).sqrt().max()
+            assert error < 4e-2
+        whole = solve(scheme="dopri5", tolerance=1e-2, first_step=12.0)
+        assert (whole - exact).square().mean((1, 2)).sqrt().max() > 1e-1, "as it was, for those who ask for it"
 
 
 @pytest.mark.parametrize("make", (embedded, interpolated))
@@ -310,6 +437,10 @@ def test_non_finite_field_is_an_error():
         field.attention.out.bias.fill_(float("nan"))
     with pytest.raises(ArithmeticError, match="non-finite values at depth 0 of 3.*lower --lr"):
         depth(field)(states())
+    reversible = depth(field, scheme="reversible-heun", gradient="reversible", tolerance=0.0, steps=3)
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode), pytest.raises(ArithmeticError, match="non-finite.*more --ode-steps"):
+            reversible.train(mode)(states())
 
 
 @pytest.mark.parametrize(
@@ -317,7 +448,7 @@ def test_non_finite_field_is_an_error():
     (
         ({"duration": 0.0}, "--ode-time 0.0"),
         ({"tolerance": -1.0}, "--ode-tolerance -1.0"),
-        ({"scheme": "rk4"}, "'rk4' has no embedded error estimate"),
+        ({"scheme": "rk4"}, "'rk4' has no embedded error estimate.*or take fixed steps with --ode-tolerance 0"),
         ({"scheme": "rk5", "tolerance": 0.0}, "unknown scheme 'rk5'"),
         ({"scheme": "reversible-heun", "tolerance": 0.0}, "belong together"),
         ({"scheme": "rk4", "tolerance": 0.0, "gradient": "reversible"}, "belong together"),

@@ -69,13 +69,35 @@ def test_initialisation_starts_autonomous_and_scales_by_the_depth(task):
     assert knots[3].feed_forward.fc2.weight.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.05)
 
 
-def test_padding_and_batch_mates_change_no_answer(task, tokens):
-    model = build(task, ode_tolerance=1e-4).eval()
+@pytest.mark.parametrize("weights", ("embedding", "linear", "constant"))
+def test_padding_and_batch_mates_change_no_answer(task, tokens, weights):
+    model = build(task, ode_tolerance=1e-4, ode_depth_weights=weights).eval()
     with torch.no_grad():
+        for parameter in model.encoder.depth.field.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8.0)
         together = model(tokens, features_only=True)[0]
         for row, length in enumerate((12, 9, 5)):
             alone = model(tokens[row : row + 1, :length], features_only=True)[0]
-            torch.testing.assert_close(together[row, :length], alone[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(together[row, :length], alone[0], rtol=0, atol=5e-6)
+
+
+def test_every_weight_of_a_fresh_model_with_knots_has_a_gradient(task, tokens):
+    model = build(task, ode_depth_weights="linear", encoder_layers=12).train()
+    model(tokens)[0].square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_a_contracting_field_in_the_reversible_scheme_is_said(task, tokens, caplog):
+    reversible = dict(
+        ode_depth_weights="linear", ode_tolerance=0.0, ode_scheme="reversible-heun", ode_gradient="reversible"
+    )
+    build(task, **reversible)
+    assert "post-norm" not in caplog.text
+    model = build(task, **reversible, ode_field="post-norm", encoder_layers=24).eval()
+    assert "however many --ode-steps; use --ode-field pre-norm" in caplog.text
+    with torch.no_grad(), pytest.raises(ArithmeticError, match="state beyond 100000"):
+        model(tokens)
 
 
 def test_model_pickles_deep_copies_and_builds_from_omegaconf(task, tokens):

@@ -72,12 +72,14 @@ def test_dial_of_a_continuum(checkpoints, toy_data, monkeypatch, capsys):
 def test_trajectory_as_table_picture_and_tensorboard(checkpoints, toy_data, monkeypatch, capsys, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for name in ("ode", "neural"):
+    # The neural ODE (bosh3, two layers) tries one layer first: two steps of three evaluations, and one to begin with.
+    for name, evaluations in (("ode", 4), ("neural", 7)):
         picture, board = tmp_path / f"{name}.png", tmp_path / name
         output = run(
             plot_trajectory, monkeypatch, capsys, checkpoints[name], toy_data, "--out", picture, "--tensorboard", board
         )
-        assert "evaluations per sample: mean 4.0, 4 to 4" in output and picture.stat().st_size > 10000
+        assert f"evaluations per sample: mean {evaluations}.0, {evaluations} to {evaluations}" in output
+        assert picture.stat().st_size > 10000
         events = EventAccumulator(str(board)).Reload()
         assert [event.step for event in events.Scalars("trajectory/cosine")] == [1, 2]
         assert len(events.Scalars("trajectory/state_rms")) == 3 and events.Tags()["images"] == ["trajectory"]

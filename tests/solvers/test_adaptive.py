@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
-from fairseq_implicit.solvers.adaptive import PAIRS, AdaptiveConfig, embedded_step, solve_adaptive
+from fairseq_implicit.solvers.adaptive import PAIRS, AdaptiveConfig, Piece, embedded_step, solve_adaptive
 from fairseq_implicit.solvers.status import Status
 
 ROTATION = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
@@ -241,6 +241,78 @@ def test_nan_that_appears_on_the_way_keeps_the_last_finite_state():
     result = solve_adaptive(field, torch.zeros(1, 1, 1, dtype=torch.float64), 1.0, AdaptiveConfig("bosh3"))
     assert result.status is Status.NON_FINITE
     assert result.state.item() == pytest.approx(result.reached[0]) and 0.4 < result.reached[0] <= 0.5
+
+
+def kinked(jump):
+    """A rotation whose speed has a kink or a jump at t = 0.7 and 1.1, as pieces, and the angle at t = 2."""
+    speeds = [lambda t: 1 + t, lambda t: 1.7 - 3 * (t - 0.7) + jump, lambda t: 0.5 + 2 * (t - 1.1) - jump]
+    angle = 0.7 + 0.245 + 0.4 * (1.7 + jump) - 1.5 * 0.16 + 0.9 * (0.5 - jump) + 0.81
+
+    def turning(speed):
+        return lambda t, z: speed(torch.as_tensor(t, dtype=z.dtype).reshape(-1, 1, 1)) * (z @ ROTATION)
+
+    ends = (0.7, 1.1, 2.0)
+    return [Piece(turning(speed), end, jump == 0.0) for speed, end in zip(speeds, ends)], angle
+
+
+@pytest.mark.parametrize("jump", (0.0, 4.0))
+@pytest.mark.parametrize("control", ("sample", "batch"))
+@pytest.mark.parametrize("scheme, stages", (("bosh3", 4), ("dopri5", 7), ("tsit5", 7)))
+def test_steps_end_where_the_field_is_not_smooth(scheme, stages, control, jump):
+    pieces, angle = kinked(jump)
+    torch.manual_seed(0)
+    y = torch.randn(3, 2, 2, dtype=torch.float64) * torch.tensor([0.01, 1.0, 30.0]).double().view(-1, 1, 1)
+    for tolerance in (1e-4, 1e-6):
+        config = AdaptiveConfig(scheme, tolerance, tolerance, 100000, control)
+        result = solve_adaptive(None, y, 2.0, config, pieces=pieces, keep_states=True, keep_piece_states=True)
+        assert result.status is Status.CONVERGED and result.reached == (2.0,) * 3
+        exact = y @ torch.matrix_exp(ROTATION * angle)
+        scale = 1 + y.abs().amax((1, 2), keepdim=True)
+        assert ((result.state - exact) / scale).abs().max() < 10 * tolerance
+        starts = 3 if jump else 1
+        assert result.field_calls == starts + (stages - 1) * ((result.field_calls - starts) // (stages - 1))
+        trials = torch.as_tensor(result.accepted) + torch.as_tensor(result.rejected)
+        assert torch.equal(torch.as_tensor(result.evaluations), starts + (stages - 1) * trials)
+        for end, state in zip((0.7, 1.1), result.piece_states):
+            assert any(t is not None and torch.equal(state, kept) for t, kept in zip(result.times, result.states)), end
+    assert len(result.piece_states) == 3 and torch.equal(result.piece_states[-1], result.state)
+
+
+def test_the_end_of_a_piece_does_not_shorten_the_steps_of_the_next():
+    """A short piece costs one short step and no slow recovery after it (of three steps, were it to begin there)."""
+    ends = [end + short for end in range(1, 8) for short in (0.0, 1e-4)] + [8.0]
+    torch.manual_seed(0)
+    y = torch.randn(1, 3, 2, dtype=torch.float64)
+    config = AdaptiveConfig("dopri5", 1e-6, 1e-6, first_step=0.3)
+    plain = solve_adaptive(rotation, y, 8.0, config)
+    cut = solve_adaptive(None, y, 8.0, config, pieces=[Piece(rotation, end, True) for end in ends])
+    assert cut.accepted <= plain.accepted + 2 * len(ends)
+
+
+@pytest.mark.parametrize("jump", (0.0, 4.0))
+def test_pieces_share_one_limit_of_evaluations(jump):
+    pieces, _ = kinked(jump)
+    y = torch.ones(2, 1, 2, dtype=torch.float64) * torch.tensor([0.01, 1.0]).double().view(-1, 1, 1)
+    whole = solve_adaptive(None, y, 2.0, AdaptiveConfig("bosh3", 1e-5, 1e-5), pieces=pieces).evaluations
+    assert whole[0] < whole[1]
+    for limit in range(4, int(whole[1]), 7):
+        result = solve_adaptive(None, y, 2.0, AdaptiveConfig("bosh3", 1e-5, 1e-5, limit), pieces=pieces)
+        assert result.status is Status.BUDGET_SPENT and result.reached[1] < 2.0
+        assert torch.as_tensor(result.evaluations).max() <= limit
+        assert (result.reached[0] == 2.0) == (limit >= whole[0]), "one sample's end is not its neighbour's"
+
+
+def test_recomputation_evaluates_the_piece_that_was_evaluated():
+    pieces, _ = kinked(0.0)
+    y = torch.randn(2, 1, 2, dtype=torch.float64, requires_grad=True)
+    config = AdaptiveConfig("bosh3", 1e-5, 1e-5)
+    gradients = [
+        torch.autograd.grad(
+            solve_adaptive(None, y, 2.0, config, pieces=pieces, recompute=recompute).state.sum(), y
+        )[0]
+        for recompute in (False, True)
+    ]  # fmt: skip
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
-from fairseq_implicit.solvers.adaptive import AdaptiveConfig, embedded_step, solve_adaptive
+from fairseq_implicit.solvers.adaptive import AdaptiveConfig, Piece, embedded_step, solve_adaptive
 from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
 from fairseq_implicit.solvers.status import Status
@@ -136,6 +136,53 @@ def test_endings(backend, scheme, state):
     broken = solve_with(backend, lambda t, z: z * float("nan"), state, 1.0, config)
     assert broken.status is Status.NON_FINITE
     torch.testing.assert_close(broken.state, state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend, scheme", LIBRARY_PAIRS)
+def test_overshooting_trial_steps_are_no_broken_field(backend, scheme):
+    """The first trial leaves every range (as in the own loop, whose first trial is the whole interval here, too)."""
+    needs(backend)
+    y = torch.full((1, 1, 1), 30.0, dtype=torch.float64, requires_grad=True)
+    result = solve_with(backend, lambda t, z: -(z**3), y, 1.0, AdaptiveConfig(scheme, 1e-6, 1e-6, 5000))
+    assert result.status is Status.CONVERGED and result.reached == (1.0,)
+    exact = (1 / 900 + 2.0) ** -0.5
+    assert result.state.item() == pytest.approx(exact, abs=1e-4)
+    (gradient,) = torch.autograd.grad(result.state, y)
+    assert gradient.item() == pytest.approx(exact**3 / 27000, rel=2e-2)
+
+
+@pytest.mark.parametrize("backend, scheme", LIBRARY_PAIRS)
+def test_a_field_that_breaks_on_the_way_keeps_the_last_finite_state(backend, scheme):
+    needs(backend)
+
+    def field(t, z):
+        return torch.ones_like(z) if t <= 0.5 else z * float("nan")
+
+    y = torch.zeros(1, 1, 1, dtype=torch.float64)
+    result = solve_with(backend, field, y, 1.0, AdaptiveConfig(scheme, 1e-6, 1e-6))
+    assert result.status is Status.NON_FINITE and 0.4 < result.reached[0] <= 0.5
+    assert result.state.item() == pytest.approx(result.reached[0])
+
+
+@pytest.mark.parametrize("backend, scheme", LIBRARY_PAIRS)
+def test_libraries_end_a_step_at_each_kink(backend, scheme):
+    needs(backend)
+    times = []
+
+    def piece(k):
+        def field(t, z):
+            assert k <= float(t) <= k + 1
+            times.append(float(t))
+            return torch.full_like(z, float(k))
+
+        return Piece(field, k + 1.0)
+
+    y = torch.zeros(2, 1, 1, dtype=torch.float64)
+    config = AdaptiveConfig(scheme, 1e-6, 1e-6)
+    result = solve_with(backend, None, y, 3.0, config, pieces=[piece(k) for k in range(3)])
+    assert result.status is Status.CONVERGED and result.reached == (3.0, 3.0)
+    torch.testing.assert_close(result.state, torch.full_like(y, 3.0), rtol=0, atol=1e-12)
+    assert result.evaluations == len(times) and {1.0, 2.0, 3.0} <= set(times)
 
 
 @pytest.mark.parametrize("backend, scheme", (("torchdyn", "tsit5"), ("torchdiffeq", "dopri5")))

@@ -7,6 +7,7 @@ import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.solvers.reversible import solve_reversible
+from fairseq_implicit.solvers.status import Status
 from scripts.side_by_side import peak_bytes
 
 ROTATION = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
@@ -118,6 +119,34 @@ def test_frozen_parameters_and_autocast():
     state.sum().backward()
     assert seen == {torch.bfloat16}, "the backward pass evaluates the field in the precision of the forward pass"
     assert field.feed_forward.fc1.weight.grad is None and field.feed_forward.fc2.weight.grad is not None
+
+
+@pytest.mark.parametrize("where", ("start", "way", "end"))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), 1e7))
+def test_what_fixed_point_numbers_cannot_hold_is_not_finite(where, bad):
+    """As an integer NaN would be a number like any other, and a large one would wrap around to a small one."""
+    time = {"start": 0.0, "way": 0.5, "end": 1.0}[where]
+
+    def field(t, z):
+        dz = -z
+        return torch.cat([dz[:1], dz[1:] + bad]) if t == time else dz
+
+    y = torch.ones(2, 1, 3, dtype=torch.float64)
+    with torch.no_grad():
+        result = solve_reversible(field, y, 1.0, 4)
+    assert result.status is Status.NON_FINITE
+    assert result.state[1].isnan().all(), "no finite number may stand for it"
+    torch.testing.assert_close(result.state[:1], written_out(lambda t, z: -z, y[:1], 1.0, 4), rtol=0, atol=1e-10)
+
+
+def test_a_state_that_outgrows_the_fixed_point_numbers():
+    y = torch.ones(1, 1, 2, dtype=torch.float64)
+    grown = solve_reversible(lambda t, z: 5 * z, y, 2.0, 40)
+    assert grown.status is Status.COMPLETED
+    torch.testing.assert_close(grown.state, written_out(lambda t, z: 5 * z, y, 2.0, 40), rtol=1e-9, atol=0)
+    for duration in (3.0, 4.0, 8.0):
+        lost = solve_reversible(lambda t, z: 5 * z, y, duration, 80)
+        assert lost.status is Status.NON_FINITE and lost.state.isnan().all()
 
 
 def test_no_steps():
