@@ -101,6 +101,7 @@ logged() {
     local log=$1 pattern=$2 status=0
     shift 2
     exec 6> >(
+        exec 8>&- # the folder's lock is for those who write into it
         tee -a "$log" | { grep --line-buffered -E "$pattern" || true; } |
             sed -u -E 's/^([^|]*\| INFO \| [a-z_.]+ \| |INFO:[a-z_.]+:)/   /'
     )

@@ -37,31 +37,38 @@ what_now() { # FOLDER: what can be done with the checkpoints in FOLDER/checkpoin
 
 # --- one owner of a folder
 
+alive() { kill -0 "$1" 2>/dev/null || ps -p "$1" >/dev/null 2>&1; } # `kill` may not touch another user's process
+
 # claim FOLDER: makes FOLDER, and makes it this script's own until the script and all that it started have ended. The
 # owner stands in FOLDER/.lock; where there is flock the kernel knows whether it is alive, elsewhere its number tells.
 claim() {
-    local lock=$1/.lock pid host since status=2
+    local lock=$1/.lock pid='' host='' since='' ended='' status=2
     mkdir -p -- "$1"
     if command -v flock >/dev/null; then
         exec 8>>"$lock"
         status=0
         flock -n 8 2>/dev/null || status=$? # 1: held by another; other numbers: a file system without locks
     fi
-    read -r pid host since 2>/dev/null <"$lock" || true
-    if [ $status -gt 1 ] && [ -n "${pid:-}" ]; then
-        status=1
-        if [ "$host" = "$(uname -n)" ] && ! kill -0 "$pid" 2>/dev/null; then status=0; fi
+    { read -r pid host since <"$lock"; } 2>/dev/null || true
+    if [ -z "$pid" ] || { [ "$host" = "$(uname -n)" ] && ! alive "$pid"; }; then ended=yes; fi
+    if [ $status -gt 1 ]; then
+        if [ -n "$ended" ]; then status=0; fi
+    elif [ $status -eq 1 ] && [ -n "$ended" ]; then # what that script had started is about to end, or goes on without it
+        sleep 1
+        if flock -n 8; then status=0; fi
     fi
-    if [ $status -eq 1 ]; then
-        exec 8>&-
-        if [ "$host" = "$(uname -n)" ] && ! kill -0 "$pid" 2>/dev/null; then # killed, but not what it had started
-            pid=$(find -L /proc/[0-9]*/fd -maxdepth 1 -samefile "$lock" 2>/dev/null | cut -d / -f 3 | sort -un | tr "\n" " ") || true
+    if [ $status -ne 0 ]; then
+        if [ -n "$ended" ]; then
+            exec 8>&-
+            pid=$(find -L /proc/[0-9]*/fd -maxdepth 1 -samefile "$lock" 2>/dev/null | cut -d / -f 3 | sort -un) || true
+            pid=${pid//$'\n'/, }
         fi
-        fail "$recipe: $1 is in use by process $pid on $host since $since: wait for it, stop it, or choose another folder"
+        fail "$recipe: $1 is in use by process ${pid:-?} on ${host:-?} since ${since:-?}: wait for it, stop it, or choose" \
+            "another folder"
     fi
     echo "$$ $(uname -n) $(date '+%Y-%m-%d %H:%M:%S')" >"$lock"
     claimed=$(absolute "$1")/.lock
-    trap ': >"$claimed"' EXIT
+    trap '{ : >"$claimed"; } 2>/dev/null || true' EXIT
 }
 
 # --- signals

@@ -24,7 +24,7 @@ set -euo pipefail
 usage='usage: CORPUS=... OUT=... bash examples/pretraining/slurm_array.sh submit'
 stage=${1:?$usage}
 # SLURM runs a copy of this file from a folder of its own, so that `submit` says where the checkout is.
-root=${2:-$(cd "$(dirname "$0")/../.." && pwd)}
+root=${2:-$(CDPATH="" cd "$(dirname "$0")/../.." && pwd)}
 source "$root/scripts/recipe.sh"
 recipe=slurm_array
 : "${CORPUS:?$usage}" "${OUT:?$usage}"
