@@ -2,7 +2,7 @@
 
 ``register()`` runs once, when the package is imported, which fairseq does before it loads a checkpoint or parses the
 plugin's flags: in ``fairseq-train``, in every rank, in ``fairseq-validate``, ``fairseq-preprocess``,
-``fairseq-hydra-train`` and the hub. It puts wrappers around seven functions of fairseq, each of which calls the
+``fairseq-hydra-train`` and the hub. It puts wrappers around eight functions of fairseq, each of which calls the
 original and changes nothing for models and tasks that never meet the gap.
 """
 
@@ -30,6 +30,7 @@ from fairseq.data import iterators
 from fairseq.distributed.utils import _TensorPlaceholder
 from fairseq.file_io import PathManager
 from fairseq.logging import progress_bar
+from fairseq.models.ema import EMA
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def register() -> None:
     _wrap(PathManager, "copy", _copy)
     _wrap(binarizer.FileBinarizer, "multiprocess_dataset", _multiprocess_dataset)
     _wrap(nan_detector.NanDetector, "add_hooks", _add_hooks)
+    _wrap(EMA, "__init__", _average_weights)
     _wrap(progress_bar.BaseProgressBar, "_format_stats", _format_stats)
     atexit.register(finish_buffers)
 
@@ -309,6 +311,19 @@ def _add_hooks(original, detector, module):
     detector.backward = backward
     if backward:
         detector.bhooks.append(module.register_full_backward_hook(detector.bhook_fn))
+
+
+# --- averages of weights ----------------------------------------------------------------------------------------------
+
+
+def _average_weights(original, ema, model, config, device=None, skip_keys=None):
+    """``--store-ema`` copies counters (whole numbers, which have no average) where it would fail to average them."""
+    counters = {
+        name
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and not value.is_floating_point()
+    }
+    original(ema, model, config, device, counters.union(skip_keys or ()))
 
 
 # --- progress bars ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 import torch
+from fairseq.dataclass.configs import EMAConfig
 from fairseq.models import MODEL_REGISTRY
+from fairseq.models.ema import build_ema
 
 from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel, matched_ffn_dim
 from fairseq_implicit.models.presets import SIZES
@@ -222,3 +224,21 @@ def test_no_flag_is_dead():
             assert DeqBertConfig(**{item.name: value}).equilibrium() != reference, item.name
         except ValueError:
             pass  # it contradicts the defaults, so it is read
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_an_average_of_the_weights_keeps_the_clock_exactly(task, fp32):
+    model = build(task)
+    ema = build_ema(model, EMAConfig(store_ema=True, ema_decay=0.9, ema_fp32=fp32), None)
+    updates = model.encoder.depth.updates
+    updates.set_num_updates(2**24 + 1)  # beyond what float32 counts
+    updates.set_num_updates(0)
+    weight = model.encoder.depth.cell.layers[0].feed_forward.fc1.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    ema.step(model, 1)
+    averaged = ema.get_model().encoder.depth
+    assert averaged.updates.value == updates.value == 2**24 + 1
+    torch.testing.assert_close(averaged.cell.layers[0].feed_forward.fc1.weight, before + 0.1)
+    assert ema.get_model().state_dict()["encoder.depth.updates.earlier"].dtype == torch.int64
