@@ -360,6 +360,10 @@ class _Iteration:
                 f_z = torch.where(self.real, f_z, 0.0)
             residual = f_z - z
             remaining, any_diverged, ending, diverged = self._judge(rows, z, f_z, residual)
+            if any_diverged:
+                # Remembered to the end, wherever the solve went afterwards; a step that left the numbers is no fault
+                # of the field's.
+                rows.broken = rows.broken | (diverged & rows.recent[-1].isinf() & z.isfinite().flatten(1).all(1))
             if remaining == 0 or count == config.max_iter:
                 break
 
@@ -433,10 +437,9 @@ class _Iteration:
         highest, lowest = rows.recent.amax(0), rows.recent.amin(0)
         flat = highest.isfinite() & (highest < STAGNATION_SPREAD * lowest) & (lowest < STAGNATION_MARGIN * tol)
         stalled = rows.active & flat & ~reached
-        diverged = rows.active & ~reached & ~(metric <= DIVERGENCE_FACTOR * rows.first)
+        diverged = rows.active & ~reached & ~(finite & (metric <= DIVERGENCE_FACTOR * rows.first))
         # A first evaluation that is not finite leaves nothing to return to.
         hopeless = diverged & rows.best_residual.isinf() & ~finite
-        rows.broken = torch.where(rows.active, ~finite, rows.broken)
         rows.converged = rows.converged | reached
         rows.stalled = rows.stalled | stalled
         if config.freeze:

@@ -207,6 +207,20 @@ def test_a_sample_broken_from_the_start_keeps_its_start_and_stops(method):
     assert result.residual[1].isinf()
 
 
+@pytest.mark.parametrize("budget", [5, 6])
+@pytest.mark.parametrize("criterion", ["relative", "absolute"])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_status_does_not_depend_on_which_evaluation_was_the_last(method, fault, criterion, budget):
+    def finite_at_its_start_only(z):
+        return torch.where((z == 0).flatten(1).all(1)[:, None, None], z + 1, fault)
+
+    start = offsets(2, TIME, DIM) * 0
+    result = solve(finite_at_its_start_only, start, FixedPointConfig(method, budget, 1e-6, criterion))
+    assert result.status is Status.NON_FINITE
+    assert torch.equal(result.state, start)
+
+
 def test_a_divergence_restarts_picard_with_halved_damping():
     # f(z) = b - 2z: Picard multiplies the error by -2, half damping by -1/2.
     bias = offsets(2, 1, 2)
