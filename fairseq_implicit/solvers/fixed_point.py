@@ -464,19 +464,24 @@ class _Iteration:
         return remaining, any_diverged, all_ending, diverged
 
     def _foresee(self, rows: _Rows, acceleration: Anderson, following: Tensor) -> int:
-        """End the rows of an affine map whose mixture is known to meet the tolerance; how many go on."""
-        norm, mixed_residual = acceleration.mixture()
-        if self.scale is not None:
-            norm = norm / (self.scale.double() + _TINY)
-        reached = rows.active & (norm < self.tol)
-        remaining, any_reached = torch.stack([(rows.active & ~reached).sum(), reached.sum()]).tolist()
-        if any_reached:
-            state = following - mixed_residual()
-            rows.best = torch.where(reached[:, None, None], state, rows.best)
-            rows.best_residual = torch.where(reached, norm, rows.best_residual)
-            rows.converged = rows.converged | reached
-            rows.active = rows.active & ~reached
-        return remaining
+        """End the rows of an affine map whose mixture meets the tolerance; how many go on.
+
+        The Gram matrix says cheaply which rows may have ended: rounding in it, amplified by large weights, can pass
+        for convergence. Only the mixed residual itself decides.
+        """
+        scale = 1.0 if self.scale is None else self.scale.double() + _TINY
+        promising = rows.active & (acceleration.expected_residual() / scale < self.tol)
+        remaining, any_promising = torch.stack([rows.active.sum(), promising.sum()]).tolist()
+        if not any_promising:
+            return remaining
+        mixed_residual = acceleration.mixed_residual()
+        norm = sample_norm(mixed_residual) / scale
+        reached = promising & (norm < self.tol)
+        rows.best = torch.where(reached[:, None, None], following - mixed_residual, rows.best)
+        rows.best_residual = torch.where(reached, norm, rows.best_residual)
+        rows.converged = rows.converged | reached
+        rows.active = rows.active & ~reached
+        return int(rows.active.sum())
 
     def _keep(self, chosen: Tensor) -> None:
         self.real = None if self.real is None else self.real[chosen]

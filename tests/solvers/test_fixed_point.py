@@ -393,3 +393,22 @@ def test_torchdeq_finds_the_same_points(solver, method):
     )[:3]
     ours = solve(f, torch.zeros_like(bias), FixedPointConfig(method, 100, 1e-10))
     assert torch.allclose(ours.state, reference.view_as(bias), atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_a_foreseen_end_of_an_affine_solve_is_a_true_one(seed):
+    # Two eigenvalues: after two residuals the least squares problem is solved exactly, and rounding in the Gram matrix,
+    # times weights of a hundred, is all that is left of its minimum.
+    torch.manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(128, 128, dtype=torch.float64))[0]
+    matrix = (basis * torch.tensor([0.99, 0.0], dtype=torch.float64).repeat(64)) @ basis.T
+    g = torch.randn(1, 8, 16)
+
+    def f(w):
+        return (w.reshape(1, 128) @ matrix.T.to(w.dtype)).reshape(1, 8, 16) + g.to(w.dtype)
+
+    result = solve(f, g, FixedPointConfig("anderson", 60, 1e-3), scale=sample_norm(g), linear=True)
+    state = result.state.double()
+    true = sample_norm(f(state) - state) / sample_norm(g)
+    assert result.converged.all() and true < 1.1e-3
+    torch.testing.assert_close(result.residual.double(), true, rtol=0.1, atol=1e-6)
