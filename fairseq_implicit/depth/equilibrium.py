@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
@@ -28,8 +29,6 @@ ESTIMATORS = ("finite-difference", "double-backward")
 INITIAL_STATES = ("zero", "input")
 
 RADIUS_STEPS = 20  # products with the Jacobian per estimate of the spectral radius
-ALARM_RESIDUAL = 0.05  # mean relative residual above which training is warned
-ALARM_INTERVAL = 100  # updates between two warnings
 ACCEPTED_SHARE = 0.95  # share of samples that must converge at update 0
 
 
@@ -168,7 +167,7 @@ class EquilibriumDepth(nn.Module):
         self.measured_at = -1
         self.spectral_radius = 0.0
         self.jacobian_norm = 0.0
-        self.alarmed_at = -ALARM_INTERVAL
+        self.alarm = ResidualAlarm()
 
     def phase(self) -> Phase:
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
@@ -189,6 +188,7 @@ class EquilibriumDepth(nn.Module):
 
         Raises:
             NonConvergentCellError: at update 0 of training, when the cell does not converge.
+            ArithmeticError: the cell returned non-finite values.
             ValueError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         try:
@@ -209,6 +209,7 @@ class EquilibriumDepth(nn.Module):
             if self.training and not self.checked and self.updates.value == 0:
                 self._check_convergence(cell, x, valid)
             found = self._solve(cell, x, valid, phase)
+            refuse_non_finite(found.solve.status, "the equilibrium")
             penalties = self._penalties(cell, found, valid, phase)
             if self.training:
                 self._monitor(cell, found, valid)
@@ -301,8 +302,7 @@ class EquilibriumDepth(nn.Module):
             mean = float(found.solve.residual.mean())
             # A network that is being unrolled is not asked to converge yet.
             solving = found.point is not None and self.config.solver.criterion == "relative"
-            if solving and not mean <= ALARM_RESIDUAL and update - self.alarmed_at >= ALARM_INTERVAL:
-                self.alarmed_at = update
+            if solving and self.alarm.due(update, mean):
                 logger.warning(
                     "update %d: the mean residual %.3f of the equilibrium is above %.2f (%s); raise the budget, or "
                     "strengthen the contraction: a larger injection gain, a Jacobian penalty, a smaller learning rate",
@@ -322,6 +322,7 @@ class EquilibriumDepth(nn.Module):
         self.checked = True
         config = self.config
         result = solve(cell, self._initial_state(x), config.solver, valid)
+        refuse_non_finite(result.status, "the equilibrium")
         self._measure(cell, result.state, valid)
         evaluations, residual, share = torch.stack(
             [result.evaluations.double().mean(), result.residual.double().mean(), result.converged.double().mean()]

@@ -440,3 +440,13 @@ def test_the_gain_starts_where_asked_and_stays_above_its_floor():
 def test_impossible_configurations_are_refused_in_a_sentence(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_cell_that_returns_non_finite_values_is_an_error(training):
+    module = depth(solver=FixedPointConfig("anderson", 20, 1e-6), monitor_interval=0)
+    module.updates.set_num_updates(5)
+    with torch.no_grad():
+        module.cell.layers[0].feed_forward.fc1.weight[0, 0] = math.nan
+    with pytest.raises(ArithmeticError, match="the equilibrium failed .*non-finite.* has diverged"):
+        module.train(training)(embedding())
