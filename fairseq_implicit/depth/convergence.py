@@ -21,14 +21,19 @@ def refuse_non_finite(status: Status, what: str) -> None:
 
 
 class ResidualAlarm:
-    """When to warn of solves that end far from their tolerance: at most once in ``ALARM_INTERVAL`` updates."""
+    """When to warn of residuals that are too large: at most once in ``ALARM_INTERVAL`` updates.
 
-    def __init__(self):
+    Args:
+        bound: largest residual that is not worth a word.
+    """
+
+    def __init__(self, bound: float = ALARM_RESIDUAL):
+        self.bound = bound
         self._last = -ALARM_INTERVAL
 
     def due(self, update: int, residual: float) -> bool:
-        """Whether to warn now of ``residual``, the batch's mean relative residual, at this number of updates."""
-        if residual <= ALARM_RESIDUAL or update - self._last < ALARM_INTERVAL:
+        """Whether to warn now of ``residual`` at this number of updates."""
+        if residual <= self.bound or update - self._last < ALARM_INTERVAL:
             return False
         self._last = update
         return True

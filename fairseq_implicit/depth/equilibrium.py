@@ -29,6 +29,7 @@ ESTIMATORS = ("finite-difference", "double-backward")
 INITIAL_STATES = ("zero", "input")
 
 RADIUS_STEPS = 20  # products with the Jacobian per estimate of the spectral radius
+REVERSIBLE_ERROR = 0.01  # estimated relative error of a reversible gradient above which training is warned
 ACCEPTED_SHARE = 0.95  # share of samples that must converge at update 0
 
 
@@ -141,8 +142,9 @@ class EquilibriumDepth(nn.Module):
     - ``evaluations_forward``, ``…_p95``, ``…_max``: evaluations of the cell that the solver spent, over the samples
       of the batch; the tracked evaluations after it are not counted.
     - ``residual``, ``converged_share``: of the forward solve, over the samples.
-    - ``evaluations_backward``, ``…_p95``, ``…_max``, ``adjoint_residual``, ``adjoint_fallbacks`` (samples): of the
-      *previous* backward pass, the only one known when the batch is logged; 0 before the first.
+    - ``evaluations_backward``, ``…_p95``, ``…_max``, ``adjoint_residual`` (of the reversible iteration an estimate of
+      the gradient's error), ``adjoint_fallbacks`` (samples): of the *previous* backward pass, the only one known when
+      the batch is logged; 0 before the first.
     - ``spectral_radius``, ``jacobian_norm`` (‖J‖_F / √N): measured every ``monitor_interval`` updates and repeated
       in between; 0 before the first measurement of a run.
     - ``injection_gain`` (0 without residual injection), ``evaluation_budget``.
@@ -168,12 +170,14 @@ class EquilibriumDepth(nn.Module):
         self.spectral_radius = 0.0
         self.jacobian_norm = 0.0
         self.alarm = ResidualAlarm()
+        self.gradient_alarm = ResidualAlarm(REVERSIBLE_ERROR)
 
     def phase(self) -> Phase:
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
         config = self.config
         if not self.training:
             return Phase(config.evaluation or config.solver, config.gradient, 0.0)
+        config.gradient.check_budget(config.solver.max_iter + config.phases.budget_jitter)
         return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
 
     def forward(
@@ -243,7 +247,8 @@ class EquilibriumDepth(nn.Module):
         return x if self.config.initial_state == "input" else torch.zeros_like(x)
 
     def _solve(self, cell: CellMap, x: Tensor, valid: Optional[Tensor], phase: Phase) -> Equilibrium:
-        f = cell
+        f = cell.severed() if phase.gradient.kind == "reversible" else cell
+        leaves = f.depends_on
         if self.config.recompute and torch.is_grad_enabled():
             # All noise was drawn when the cell was prepared, so there is no random state to restore.
             def f(z: Tensor) -> Tensor:
@@ -258,7 +263,8 @@ class EquilibriumDepth(nn.Module):
             phase.gradient,
             valid,
             self.adjoint,
-            depends_on=cell.depends_on,
+            depends_on=leaves,
+            sources=cell.depends_on,
             capture=self.config.correction if self.training else (),
         )
 
@@ -298,6 +304,17 @@ class EquilibriumDepth(nn.Module):
         update, interval = self.updates.value, self.config.monitor_interval
         if interval and update % interval == 0 and self.measured_at != update:
             self._measure(cell, (found.state if found.point is None else found.point).detach(), valid)
+        if self.config.gradient.kind == "reversible":
+            # Of the previous backward pass, as all that is known of backward passes.
+            error = float(torch.as_tensor(self.adjoint.residual).max())
+            if self.gradient_alarm.due(update, error):
+                logger.warning(
+                    "update %d: the reversible iteration did not come back to its start, and the gradient is wrong by "
+                    "an estimated %.2g of its size; lower the budget (--deq-max-iter) or the damping "
+                    "(--deq-gradient-damping), or take --deq-gradient ift",
+                    update,
+                    error,
+                )
         if not found.solve.converged.all():
             mean = float(found.solve.residual.mean())
             # A network that is being unrolled is not asked to converge yet.

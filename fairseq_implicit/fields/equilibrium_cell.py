@@ -10,6 +10,7 @@ pre-norm cell without one has spectral radius 1 whatever its weights, and iterat
 Norms are not moved outside the map for the same reason.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Callable, List, Optional, Tuple
@@ -115,13 +116,26 @@ class CellMap:
 
     @property
     def depends_on(self) -> Tuple[Tensor, ...]:
-        """The tensors with a gradient that an evaluation uses, none of them computed from another.
+        """The tensors with a gradient that an evaluation uses; of a :meth:`severed` map none is computed from another.
 
         The injection's own parameters are not among them: they act through what was injected.
         """
         used = [self.cell.layers] if self.cell.final_norm is None else [self.cell.layers, self.cell.final_norm]
         injected = [tensor for tensor in (self._added, self._qkv) if tensor is not None]
         return (*injected, *(parameter for module in used for parameter in module.parameters()))
+
+    def severed(self) -> "CellMap":
+        """The same map, its graph cut where the injection enters.
+
+        The input may itself come from this cell's parameters (a depth applied twice): gradients in both the parameters
+        and the injection would then count the way through the input twice.
+        """
+        twin = copy.copy(self)
+        twin._added, twin._qkv = (
+            None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+            for tensor in (self._added, self._qkv)
+        )
+        return twin
 
     def rows(self, index: Tensor) -> Optional["CellMap"]:
         """The same map for some samples; ``None`` where noise was drawn for the whole batch."""

@@ -450,3 +450,47 @@ def test_a_cell_that_returns_non_finite_values_is_an_error(training):
         module.cell.layers[0].feed_forward.fc1.weight[0, 0] = math.nan
     with pytest.raises(ArithmeticError, match="the equilibrium failed .*non-finite.* has diverged"):
         module.train(training)(embedding())
+
+
+@pytest.mark.parametrize("name", ["ift", "reversible"])
+@pytest.mark.parametrize("qkv", [False, True])
+def test_a_depth_applied_twice_in_series_has_the_gradient_of_both_passes(name, qkv):
+    damping = 0.5 if name == "reversible" else 1.0
+    solver = FixedPointConfig("anderson", 60, 1e-12) if name == "reversible" else SHARP
+
+    def grads(gradient, solver):
+        module = depth(cell=cell(injection=InjectionConfig(qkv=qkv)), gradient=gradient, solver=solver)
+        x = embedding().requires_grad_()
+        (module.eval()(module(x).state).state * embedding(seed=9)).sum().backward()
+        return torch.cat([x.grad.flatten(), *(parameter.grad.flatten() for parameter in module.parameters())])
+
+    ours = grads(parse_gradient(name, damping=damping, adjoint=SHARP), solver)
+    unrolled = grads(parse_gradient("bptt-60"), SHARP)
+    assert (ours - unrolled).norm() / unrolled.norm() < 1e-4, "what 60 evaluations leave; a way counted twice is half"
+
+
+def test_a_wrong_reversible_gradient_is_warned_of(caplog):
+    gradient = GradientConfig("reversible", damping=0.5)
+    hard = cell(injection=InjectionConfig(gain=0.1))
+    sloppy = depth(cell=hard, gradient=gradient, solver=FixedPointConfig(max_iter=60))
+    sound = depth(gradient=gradient, solver=FixedPointConfig(max_iter=30))
+    for module in (sound, sloppy):
+        caplog.clear()
+        for update in range(3):
+            module.updates.set_num_updates(update)
+            out = module.train()(embedding())
+            (out.state * embedding(seed=9)).sum().backward()
+        found = [record.getMessage() for record in caplog.records if "reversible" in record.getMessage()]
+        wrong = float(out.statistics["adjoint_residual"])
+        if module is sound:
+            assert 0 < wrong < 1e-6 and not found
+        else:
+            assert wrong > 0.01 and len(found) == 1 and found[0].startswith("update 1: the reversible iteration")
+
+
+def test_a_reversible_budget_that_cannot_be_inverted_names_its_flag():
+    gradient = GradientConfig("reversible", damping=0.9)
+    module = depth(gradient=gradient, solver=FixedPointConfig(max_iter=40), phases=PhaseConfig(warmup_updates=5))
+    with pytest.raises(ValueError, match="--deq-max-iter: 40 evaluations .* damping 0.9 cannot be inverted"):
+        module.train()(embedding())
+    assert module.eval()(embedding()).state.isfinite().all()
