@@ -494,3 +494,19 @@ def test_a_reversible_budget_that_cannot_be_inverted_names_its_flag():
     with pytest.raises(ValueError, match="--deq-max-iter: 40 evaluations .* damping 0.9 cannot be inverted"):
         module.train()(embedding())
     assert module.eval()(embedding()).state.isfinite().all()
+
+
+@pytest.mark.parametrize("kind, layers", KINDS)
+def test_the_double_backward_penalty_has_finite_gradients_in_float16_beside_padding(kind, layers):
+    phases = PhaseConfig(jacobian_weight=1.0)
+    module = depth(
+        cell=cell(kind, layers), double=False, solver=FixedPointConfig(), gradient=GradientConfig(), phases=phases,
+        jacobian_estimator="double-backward", monitor_interval=0,
+    ).half()  # fmt: skip
+    module.updates.set_num_updates(1)
+    x = embedding().half().masked_fill(PADDING[..., None], 0.0).requires_grad_()
+    penalty = module.train()(x, PADDING).penalties["jacobian_penalty"]
+    penalty.backward()
+    assert 0 < penalty < 10 and x.grad.isfinite().all()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name

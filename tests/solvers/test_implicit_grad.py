@@ -163,7 +163,8 @@ def test_the_reversible_way_back_estimates_its_own_error(gain, std, damping, bud
     """Against the same iteration unrolled: where float64 has lost the start, the record says how much it matters."""
     cell, u = ToyCell(gain=gain, std=std), toy_input()
     record = AdjointRecord()
-    ours = gradients(cell, u, exact("reversible", damping=damping), FixedPointConfig(max_iter=budget), record=record)
+    gradient = exact("reversible", damping=damping)
+    ours = gradients(cell, u, gradient, FixedPointConfig(max_iter=budget), record=record)
     u = u.clone().requires_grad_()
     cell.zero_grad()
     f, y = cell.map(u), torch.zeros_like(u)
