@@ -161,11 +161,16 @@ class ImplicitBertModel(FairseqEncoderModel):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
 
+    @property
+    def layers_in_series(self) -> int:
+        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
+        return self.args.encoder_layers
+
     def initialise(self, scheme: str) -> None:
         """N(0, ``--encoder-init-std``), zero biases.
 
-        ``depth-scaled`` divides residual projections by the root of their number, ``identity`` sets them to 0.
-        Modules that need another start define ``initialise()``; it is called last.
+        ``depth-scaled`` divides residual projections by the root of their number in :attr:`layers_in_series`,
+        ``identity`` sets them to 0. Modules that need another start define ``initialise()``; it is called last.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -183,7 +188,7 @@ class ImplicitBertModel(FairseqEncoderModel):
             fields = [found for found in (list(field.residual_projections()) for field in everything) if found]
             projections = [projection for found in fields for projection in found]
             # With tied blocks the same weights act in every block.
-            repeats = self.args.encoder_layers / len(fields) if fields else 1.0
+            repeats = self.layers_in_series / len(fields) if fields else 1.0
             with torch.no_grad():
                 divisor = math.sqrt(max(1.0, len(projections) * repeats)) if scheme == "depth-scaled" else math.inf
                 for projection in projections:

@@ -56,8 +56,8 @@ class ImplicitBertConfig(FairseqDataclass):
         default="depth-scaled",
         metadata={
             "help": "plain: N(0, --encoder-init-std) everywhere; depth-scaled: residual projections divided by the "
-            "root of their number; identity: residual projections 0, so that every block starts as the identity "
-            "and an equilibrium cell as its injection"
+            "root of their number (in an equilibrium cell, of the cell's own); identity: residual projections 0, so "
+            "that every block starts as the identity and an equilibrium cell as its injection"
         },
     )
     encoder_init_std: float = field(

@@ -72,7 +72,7 @@ def test_small_weights_contract_like_one_over_one_plus_the_gain(kind):
 @pytest.mark.parametrize("kind", ["post-norm", "pre-norm"])
 def test_a_cell_that_starts_as_its_injection_contracts_whatever_the_scale_of_its_weights(kind):
     torch.manual_seed(0)
-    start = EquilibriumCell(cell(kind, injection=InjectionConfig(gain=0.5), initial_std=1.0, initial_identity=True))
+    start = EquilibriumCell(cell(kind, injection=InjectionConfig(gain=0.5), initial_std=1.0, start="identity"))
     f, x = start.double().prepare(embedding()), embedding()
     with torch.no_grad():
         result = solve(f, torch.zeros_like(x), FixedPointConfig("anderson", 50, 1e-12))

@@ -242,3 +242,33 @@ def test_an_average_of_the_weights_keeps_the_clock_exactly(task, fp32):
     assert averaged.updates.value == updates.value == 2**24 + 1
     torch.testing.assert_close(averaged.cell.layers[0].feed_forward.fc1.weight, before + 0.1)
     assert ema.get_model().state_dict()["encoder.depth.updates.earlier"].dtype == torch.int64
+
+
+def scales(model):
+    """Standard deviations of the attention's output and of fc2: of the first prelude layer and of the cell."""
+    depth = model.encoder.depth
+    return [
+        linear.weight.std().item()
+        for layer in (depth.prelude[0], depth.cell.layers[0])
+        for linear in (layer.attention.out, layer.feed_forward.fc2)
+    ]
+
+
+WIDE = dict(encoder_embed_dim=64, encoder_ffn_embed_dim=1024, deq_prelude_layers=1, deq_coda_layers=2)
+
+
+@pytest.mark.parametrize(
+    "start, expected",
+    [
+        ("plain", [0.02] * 4),
+        # Of eight residual branches two are the cell's, whose fc2 is also four times as wide as usual.
+        ("depth-scaled", [0.02 / 8**0.5, 0.02 / 8**0.5, 0.02 / 2**0.5, 0.02 / 2**0.5 / 2]),
+        ("identity", [0.0] * 4),
+    ],
+)
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_each_start_means_what_its_help_says_whatever_the_explicit_twin_has(task, start, expected, weight_norm):
+    for layers in (1, 48):
+        model = build(task, encoder_layers=layers, encoder_init=start, deq_weight_norm=weight_norm, **WIDE)
+        assert scales(model) == pytest.approx(expected, rel=0.03)
+        assert model.encoder.depth.cell.layers[0].feed_forward.fc1.weight.std().item() == pytest.approx(0.02, rel=0.03)
