@@ -158,7 +158,9 @@ def test_reversible_gradient_is_that_of_the_same_iteration(damping):
     assert (flat(ours) - reference).norm() / reference.norm() < 1e-8
 
 
-@pytest.mark.parametrize("gain, std, damping, budget", [(1.0, 0.3, 0.5, 12), (0.1, 0.1, 0.9, 30), (0.02, 0.02, 0.5, 60)])
+@pytest.mark.parametrize(
+    "gain, std, damping, budget", [(1.0, 0.3, 0.5, 12), (0.1, 0.1, 0.9, 30), (0.02, 0.02, 0.5, 60)]
+)
 def test_the_reversible_way_back_estimates_its_own_error(gain, std, damping, budget):
     """Against the same iteration unrolled: where float64 has lost the start, the record says how much it matters."""
     cell, u = ToyCell(gain=gain, std=std), toy_input()
