@@ -139,9 +139,6 @@ class DeqBertConfig(ImplicitBertConfig):
         default=False, metadata={"help": "train a cell that does not converge at update 0"}
     )
     deq_seed: int = field(default=1, metadata={"help": "seed of the budget jitter and of the penalty's draws"})
-    checkpoint_activations: bool = field(
-        default=False, metadata={"help": "recompute the cell in the backward pass (phantom-K, jfb, bptt-K)"}
-    )
 
     def check(self) -> None:
         super().check()
