@@ -127,8 +127,8 @@ class ImplicitBertEncoder(FairseqEncoder):
         """Logits of ``features`` ``(batch, time, dim)``, or of its rows ``selected`` (flat indices) only."""
         if selected is not None:
             features = features.flatten(0, 1).index_select(0, selected)
-        # The depth may keep a float32 state around half-precision weights.
-        return self.lm_head(features.to(self.lm_head.dense.weight.dtype))
+        # The depth may keep a float32 state around half-precision weights; quantised matrices have no dtype to ask for.
+        return self.lm_head(features.to(self.lm_head.layer_norm.weight.dtype))
 
     def max_positions(self) -> int:
         """Longest input in tokens."""
@@ -250,7 +250,7 @@ class ImplicitBertModel(FairseqEncoderModel):
         )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
-            dtype = head.dense.weight.dtype
+            dtype = self.encoder.lm_head.layer_norm.weight.dtype
             x = head(x.to(dtype))
             extra["auxiliary"] = [(weight, head(state.to(dtype))) for weight, state in extra["auxiliary"]]
         return x, extra

@@ -9,6 +9,7 @@ import torch
 from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from omegaconf import OmegaConf
 
+from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel
 from fairseq_implicit.models.neural_ode_bert import NeuralOdeBertConfig, NeuralOdeBertModel
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 
@@ -237,6 +238,22 @@ def test_checkpoint_activations_is_the_gradient_checkpoint_step(task, tokens, mo
     assert flag[0] == named[0] < plain[0]
     for one, other in zip(flag[1], named[1]):
         assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize(
+    "model, config",
+    [(OdeBertModel, OdeBertConfig), (NeuralOdeBertModel, NeuralOdeBertConfig), (DeqBertModel, DeqBertConfig)],
+)
+def test_a_model_with_quantised_matrices_answers_nearly_the_same(task, tokens, model, config):
+    torch.manual_seed(0)
+    plain = model.build_model(config(**SHAPE), task).eval()
+    plain.register_classification_head("sentences", 2)
+    quantised = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, torch.qint8)
+    with torch.no_grad():
+        for options in ({}, dict(classification_head_name="sentences")):
+            exact = plain(tokens, **options)[0]
+            assert 0 < (quantised(tokens, **options)[0] - exact).norm() < 0.1 * exact.norm()
 
 
 def test_tolerance_below_the_floor_of_the_state(task, tokens):
