@@ -31,7 +31,7 @@ import fairseq_implicit  # noqa: E402, F401  (registers models, task and criteri
 from fairseq_implicit.depth.equilibrium import EquilibriumDepth  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError  # noqa: E402
 
-NAMES = ("loss", "correct", "sample_size", "evaluations_forward", "residual", "converged_share", "batches")
+NAMES = ("loss", "correct", "sample_size", "evaluations", "residual", "converged_share", "batches")
 
 
 class Row(NamedTuple):
@@ -76,7 +76,7 @@ def measure(model, criterion, samples, solver: Optional[FixedPointConfig], label
         solver.max_iter if solver is not None else trained.solver.max_iter,
         totals["loss"] / tokens,
         100.0 * totals["correct"] / tokens,
-        totals["evaluations_forward"] / batches,
+        totals["evaluations"] / batches,
         totals["residual"] / batches,
         100.0 * totals["converged_share"] / batches,
         seconds,

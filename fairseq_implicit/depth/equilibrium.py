@@ -139,7 +139,7 @@ class EquilibriumDepth(nn.Module):
 
     Statistics, the same names for every batch:
 
-    - ``evaluations_forward``, ``…_p95``, ``…_max``: evaluations of the cell that the solver spent, over the samples
+    - ``evaluations``, ``…_p95``, ``…_max``: evaluations of the cell that the solver spent, over the samples
       of the batch; the tracked evaluations after it are not counted.
     - ``residual``, ``converged_share``: of the forward solve, over the samples.
     - ``evaluations_backward``, ``…_p95``, ``…_max``, ``adjoint_residual`` (of the reversible iteration an estimate of
@@ -384,7 +384,7 @@ class EquilibriumDepth(nn.Module):
         budget = phase.solver.max_iter if phase.gradient.kind != "bptt" else phase.gradient.steps
         # The first ones are those that a line of text shows.
         return {
-            "evaluations_forward": forward.mean(),
+            "evaluations": forward.mean(),
             "evaluations_backward": backward.mean(),
             "residual": result.residual.float().mean(),
             "converged_share": result.converged.float().mean(),
@@ -394,8 +394,8 @@ class EquilibriumDepth(nn.Module):
             "evaluation_budget": float(budget),
             "jacobian_norm": self.jacobian_norm,
             "adjoint_residual": torch.as_tensor(adjoint.residual, dtype=torch.float32).mean(),
-            "evaluations_forward_p95": forward.quantile(0.95),
-            "evaluations_forward_max": forward.max(),
+            "evaluations_p95": forward.quantile(0.95),
+            "evaluations_max": forward.max(),
             "evaluations_backward_p95": backward.quantile(0.95),
             "evaluations_backward_max": backward.max(),
         }

@@ -243,11 +243,11 @@ def test_statistics_have_the_same_names_in_every_phase_and_mode():
 def test_the_phases_follow_the_update_number_and_evaluation_uses_the_full_solve():
     module = depth(phases=PhaseConfig(warmup_updates=2, warmup_steps=3))
     module.train().updates.set_num_updates(1)
-    assert float(module(embedding()).statistics["evaluations_forward"]) == 3
+    assert float(module(embedding()).statistics["evaluations"]) == 3
     module.eval()
     assert float(module(embedding()).statistics["converged_share"]) == 1.0
     module.train().updates.set_num_updates(2)
-    assert float(module(embedding()).statistics["evaluations_forward"]) > 5
+    assert float(module(embedding()).statistics["evaluations"]) > 5
 
 
 def test_backward_statistics_are_those_of_the_previous_pass():

@@ -67,7 +67,7 @@ def test_every_gradient_trains_every_parameter(task, tokens, gradient):
     logits, extra = model(tokens)
     logits.log_softmax(-1)[..., 5].sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert extra["statistics"]["evaluations_forward"] > 0
+    assert extra["statistics"]["evaluations"] > 0
 
 
 def test_hidden_states_are_time_first_and_start_with_the_embedding(task, tokens):
