@@ -453,15 +453,16 @@ class _Reversible(torch.autograd.Function):
             f_z, pulled = iteration.pull_back(z, g_y, gradients)
             y, g_z, g_y = iteration.unmix(y, f_z), g_z + pulled, (1 - iteration.damping) * g_y
         missed = torch.maximum(sample_norm(y - z0), sample_norm(z - z0)) / (size + _TINY)
-        if (size.isfinite() & ~missed.isfinite()).any():
+        entered = sample_norm(g)
+        wrong = missed * (sample_norm(g_z) + sample_norm(g_y)) / (entered + _TINY)
+        # A gradient that overflows on a right way back is the trainer's to see.
+        lost = size.isfinite() & entered.isfinite() & ~wrong.isfinite() & ~(missed < 1)
+        if lost.any():
             raise ArithmeticError(
-                f"the reversible iteration of {2 * iteration.steps} evaluations at damping {iteration.damping:g} came "
-                "back to a start that is not finite, so that there is no gradient: lower the budget "
-                "(--deq-max-iter) or the damping (--deq-gradient-damping), or take the gradient ift"
+                f"the reversible iteration of {2 * iteration.steps} evaluations at damping {iteration.damping:g} lost "
+                "its start on the way back, and its gradient is not finite: lower the budget (--deq-max-iter) or the "
+                "damping (--deq-gradient-damping), or take the gradient ift"
             )
-        arrived = (sample_norm(g_z) + sample_norm(g_y)) / (sample_norm(g) + _TINY)
-        # A gradient that overflows says nothing about the way back; it is the trainer's to see.
-        arrived = torch.where(arrived.isfinite(), arrived, 0.0)
         iteration.record.evaluations = 2 * iteration.steps
-        iteration.record.residual = missed * arrived
+        iteration.record.residual = torch.where(wrong.isfinite(), wrong, 0.0)
         return (None, (g_z + g_y).to(g.dtype), *gradients)

@@ -183,7 +183,7 @@ def _telemetry(found: Results) -> str:
     rows = []
     for result in found.values():
 
-        def mean(*names: str) -> Callable:
+        def mean(name: str) -> Callable:
             return lambda run: run.curve.mean(name, after=run.steady)
 
         rows.append(
