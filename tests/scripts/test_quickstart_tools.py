@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts import pictures
 from scripts.corpus_entropy import entropies
 from scripts.fill_masks import questions
 from scripts.plot_losses import plot, read_curves
@@ -119,7 +120,7 @@ def test_loss_curves_in_nats_with_the_later_record_of_a_resumed_run(tmp_path):
     assert updates == [1, 2, 3, 4, 5, 6]
     assert nats == pytest.approx([bits * math.log(2) for bits in (8, 8, 6, 6, 6, 6)])
     picture = tmp_path / "pictures/losses.png"
-    plot(curves, str(picture), unigram=5.0, title="a title")
+    pictures.save(plot(curves, unigram=5.0, title="a title"), str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
 
 
