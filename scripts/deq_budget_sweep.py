@@ -28,7 +28,7 @@ from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, Opti
 from scripts import pictures, validation  # noqa: E402
 from scripts.side_by_side import conditions, counted  # noqa: E402
 
-NAMES = ("loss", "correct", "sample_size", "evaluations_forward", "residual", "converged_share", "batches")
+NAMES = ("loss", "correct", "sample_size", "evaluations", "residual", "converged_share", "batches")
 BUDGETS = {False: "2,4,8", True: "1,2,3,4,6,8,12,16,24"}  # by --all
 
 
@@ -65,7 +65,7 @@ def measure(model, criterion, samples, solver: Optional[FixedPointConfig], label
         solver.max_iter if solver is not None else trained.solver.max_iter,
         totals["loss"] / tokens,
         100.0 * totals["correct"] / tokens,
-        totals["evaluations_forward"] / batches,
+        totals["evaluations"] / batches,
         totals["residual"] / batches,
         100.0 * totals["converged_share"] / batches,
         totals["seconds"],

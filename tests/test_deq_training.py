@@ -58,7 +58,7 @@ def test_dials_change_the_solve_and_not_the_weights(whole, toy_data, fairseq_val
     short = fairseq_validate(*common, "--model-overrides", "{'deq_eval_max_iter': 1}")
     assert picard["valid_loss"] == pytest.approx(exact["valid_loss"], abs=2e-3)
     assert exact["valid_residual"] <= 1e-5 < short["valid_residual"]
-    assert short["valid_evaluations_forward"] == 1
+    assert short["valid_evaluations"] == 1
 
 
 def test_a_cell_without_equilibrium_ends_the_run_with_its_sentence(toy_flags, fairseq_train, tmp_path):

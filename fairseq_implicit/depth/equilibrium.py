@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
@@ -28,8 +29,7 @@ ESTIMATORS = ("finite-difference", "double-backward")
 INITIAL_STATES = ("zero", "input")
 
 RADIUS_STEPS = 20  # products with the Jacobian per estimate of the spectral radius
-ALARM_RESIDUAL = 0.05  # mean relative residual above which training is warned
-ALARM_INTERVAL = 100  # updates between two warnings
+REVERSIBLE_ERROR = 0.01  # estimated relative error of a reversible gradient above which training is warned
 ACCEPTED_SHARE = 0.95  # share of samples that must converge at update 0
 
 
@@ -139,11 +139,12 @@ class EquilibriumDepth(nn.Module):
 
     Statistics, the same names for every batch:
 
-    - ``evaluations_forward``, ``…_p95``, ``…_max``: evaluations of the cell that the solver spent, over the samples
+    - ``evaluations``, ``…_p95``, ``…_max``: evaluations of the cell that the solver spent, over the samples
       of the batch; the tracked evaluations after it are not counted.
     - ``residual``, ``converged_share``: of the forward solve, over the samples.
-    - ``evaluations_backward``, ``…_p95``, ``…_max``, ``adjoint_residual``, ``adjoint_fallbacks`` (samples): of the
-      *previous* backward pass, the only one known when the batch is logged; 0 before the first.
+    - ``evaluations_backward``, ``…_p95``, ``…_max``, ``adjoint_residual`` (of the reversible iteration an estimate of
+      the gradient's error), ``adjoint_fallbacks`` (samples): of the *previous* backward pass, the only one known when
+      the batch is logged; 0 before the first.
     - ``spectral_radius``, ``jacobian_norm`` (‖J‖_F / √N): measured every ``monitor_interval`` updates and repeated
       in between; 0 before the first measurement of a run.
     - ``injection_gain`` (0 without residual injection), ``evaluation_budget``.
@@ -168,13 +169,15 @@ class EquilibriumDepth(nn.Module):
         self.measured_at = -1
         self.spectral_radius = 0.0
         self.jacobian_norm = 0.0
-        self.alarmed_at = -ALARM_INTERVAL
+        self.alarm = ResidualAlarm()
+        self.gradient_alarm = ResidualAlarm(REVERSIBLE_ERROR)
 
     def phase(self) -> Phase:
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
         config = self.config
         if not self.training:
             return Phase(config.evaluation or config.solver, config.gradient, 0.0)
+        config.gradient.check_budget(config.solver.max_iter + config.phases.budget_jitter)
         return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
 
     def forward(
@@ -189,6 +192,7 @@ class EquilibriumDepth(nn.Module):
 
         Raises:
             NonConvergentCellError: at update 0 of training, when the cell does not converge.
+            ArithmeticError: the cell returned non-finite values.
             ValueError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         try:
@@ -209,6 +213,7 @@ class EquilibriumDepth(nn.Module):
             if self.training and not self.checked and self.updates.value == 0:
                 self._check_convergence(cell, x, valid)
             found = self._solve(cell, x, valid, phase)
+            refuse_non_finite(found.solve.status, "the equilibrium")
             penalties = self._penalties(cell, found, valid, phase)
             if self.training:
                 self._monitor(cell, found, valid)
@@ -242,7 +247,8 @@ class EquilibriumDepth(nn.Module):
         return x if self.config.initial_state == "input" else torch.zeros_like(x)
 
     def _solve(self, cell: CellMap, x: Tensor, valid: Optional[Tensor], phase: Phase) -> Equilibrium:
-        f = cell
+        f = cell.severed() if phase.gradient.kind == "reversible" else cell
+        leaves = f.depends_on
         if self.config.recompute and torch.is_grad_enabled():
             # All noise was drawn when the cell was prepared, so there is no random state to restore.
             def f(z: Tensor) -> Tensor:
@@ -257,7 +263,8 @@ class EquilibriumDepth(nn.Module):
             phase.gradient,
             valid,
             self.adjoint,
-            depends_on=cell.depends_on,
+            depends_on=leaves,
+            sources=cell.depends_on,
             capture=self.config.correction if self.training else (),
         )
 
@@ -297,12 +304,22 @@ class EquilibriumDepth(nn.Module):
         update, interval = self.updates.value, self.config.monitor_interval
         if interval and update % interval == 0 and self.measured_at != update:
             self._measure(cell, (found.state if found.point is None else found.point).detach(), valid)
+        if self.config.gradient.kind == "reversible":
+            # Of the previous backward pass, as all that is known of backward passes.
+            error = float(torch.as_tensor(self.adjoint.residual).max())
+            if self.gradient_alarm.due(update, error):
+                logger.warning(
+                    "update %d: the reversible iteration did not come back to its start, and the gradient is wrong by "
+                    "an estimated %.2g of its size; lower the budget (--deq-max-iter) or the damping "
+                    "(--deq-gradient-damping), or take --deq-gradient ift",
+                    update,
+                    error,
+                )
         if not found.solve.converged.all():
             mean = float(found.solve.residual.mean())
             # A network that is being unrolled is not asked to converge yet.
             solving = found.point is not None and self.config.solver.criterion == "relative"
-            if solving and not mean <= ALARM_RESIDUAL and update - self.alarmed_at >= ALARM_INTERVAL:
-                self.alarmed_at = update
+            if solving and self.alarm.due(update, mean):
                 logger.warning(
                     "update %d: the mean residual %.3f of the equilibrium is above %.2f (%s); raise the budget, or "
                     "strengthen the contraction: a larger injection gain, a Jacobian penalty, a smaller learning rate",
@@ -322,6 +339,7 @@ class EquilibriumDepth(nn.Module):
         self.checked = True
         config = self.config
         result = solve(cell, self._initial_state(x), config.solver, valid)
+        refuse_non_finite(result.status, "the equilibrium")
         self._measure(cell, result.state, valid)
         evaluations, residual, share = torch.stack(
             [result.evaluations.double().mean(), result.residual.double().mean(), result.converged.double().mean()]
@@ -366,7 +384,7 @@ class EquilibriumDepth(nn.Module):
         budget = phase.solver.max_iter if phase.gradient.kind != "bptt" else phase.gradient.steps
         # The first ones are those that a line of text shows.
         return {
-            "evaluations_forward": forward.mean(),
+            "evaluations": forward.mean(),
             "evaluations_backward": backward.mean(),
             "residual": result.residual.float().mean(),
             "converged_share": result.converged.float().mean(),
@@ -376,8 +394,8 @@ class EquilibriumDepth(nn.Module):
             "evaluation_budget": float(budget),
             "jacobian_norm": self.jacobian_norm,
             "adjoint_residual": torch.as_tensor(adjoint.residual, dtype=torch.float32).mean(),
-            "evaluations_forward_p95": forward.quantile(0.95),
-            "evaluations_forward_max": forward.max(),
+            "evaluations_p95": forward.quantile(0.95),
+            "evaluations_max": forward.max(),
             "evaluations_backward_p95": backward.quantile(0.95),
             "evaluations_backward_max": backward.max(),
         }

@@ -1,15 +1,20 @@
 """A stack of blocks, each an implicit step: between the ordinary layer (θ = 0) and backward Euler (θ = 1)."""
 
+import logging
 from dataclasses import dataclass
 from typing import Callable, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
+from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.solvers.fixed_point import OptionError
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord
+from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,12 @@ class ImplicitStack(nn.Module):
         self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
         self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
         self.adjoints: List[AdjointRecord] = []
+        self.alarm = ResidualAlarm()
+        self.update = 0
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq before every update."""
+        self.update = num_updates
 
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
@@ -68,6 +79,7 @@ class ImplicitStack(nn.Module):
             return_hidden_states: collect the embedding and the state after each block (before the final norm).
 
         Raises:
+            ArithmeticError: a field returned non-finite values.
             ValueError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         theta = self.config.theta
@@ -76,7 +88,7 @@ class ImplicitStack(nn.Module):
         self.adjoints = [] if torch.is_grad_enabled() else self.adjoints
         records = self.adjoints if torch.is_grad_enabled() else None
         evaluations = torch.zeros(x.shape[0], device=x.device)
-        worst, converged = torch.zeros_like(evaluations), []
+        residuals, converged, unfinished = [], [], False
         state, hidden = x, [x] if return_hidden_states else None
         for block in range(self.config.layers):
             f = self.fields[block % len(self.fields)].prepare(state, padding_mask)
@@ -91,22 +103,42 @@ class ImplicitStack(nn.Module):
                     result = solve_theta(f, state, theta, float(block), valid, records)
                 except OptionError as error:
                     raise ValueError(f"--ode-theta-{error.option.replace('_', '-')}: {error.sentence}") from error
+                refuse_non_finite(result.status, f"implicit block {block}")
+                unfinished = unfinished or result.status in (Status.BUDGET_SPENT, Status.STAGNATED)
                 state = result.state
                 evaluations = evaluations + result.evaluations
                 if result.residual is not None:
-                    worst = torch.maximum(worst, result.residual.float())
+                    residuals.append(result.residual.float())
                     converged.append(result.converged)
             if hidden is not None:
                 hidden.append(state)
+        if self.training and unfinished:
+            self._warn(residuals)
         if self.final_norm is not None:
             state = self.final_norm(state)
         statistics: Dict[str, Union[float, Tensor]] = {
             "evaluations": evaluations.mean(),
-            "residual": worst.mean(),
+            "residual": torch.stack(residuals).amax(0).mean() if residuals else 0.0,
             "converged_share": torch.stack(converged).float().mean() if converged else 1.0,
             **backward,
         }
         return DepthOutput(state, hidden, statistics)
+
+    def _warn(self, residuals: List[Tensor]) -> None:
+        """Say which block ended how far from its tolerance, after one read of all of them."""
+        theta = self.config.theta
+        means = torch.stack(residuals).mean(1).tolist()
+        worst = max(range(len(means)), key=means.__getitem__)
+        if theta.solver.criterion == "relative" and self.alarm.due(self.update, means[worst]):
+            logger.warning(
+                "update %d: the mean residual %.3f of implicit block %d is above %.2f; raise --ode-theta-max-iter (now "
+                "%d), or take smaller steps: a larger --ode-steps, a smaller --ode-time",
+                self.update,
+                means[worst],
+                worst,
+                ALARM_RESIDUAL,
+                theta.solver.max_iter,
+            )
 
     def _backward_statistics(self) -> Dict[str, Tensor]:
         """Of the records that the previous backward pass has filled."""

@@ -10,6 +10,7 @@ pre-norm cell without one has spectral radius 1 whatever its weights, and iterat
 Norms are not moved outside the map for the same reason.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Callable, List, Optional, Tuple
@@ -22,6 +23,7 @@ from fairseq_implicit.fields.injection import Injection, InjectionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 
 NORM_PLACEMENTS = ("post-norm", "pre-norm")
+STARTS = ("depth-scaled", "identity", "plain")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,10 @@ class CellConfig:
         final_norm: end a pre-norm map with a norm. Only a map that is unrolled a fixed number of times may go without.
         weight_norm: learn direction and length of the rows of the layers' matrices apart.
         initial_std: standard deviation of the initial weights.
-        initial_identity: start with residual branches of 0, so that the map is its injection and norm alone.
+        start: ``plain``: that of all of them; ``depth-scaled``: that of the residual branches divided by the root of
+            their number in the map, whose stream begins with the injection and ends in the norm, and fc2's also by the
+            root of how much wider than 4 dim the feed-forward network is, so that widening it does not strengthen its
+            branch; ``identity``: residual branches of 0, so that the map is its injection and norm alone.
 
     Raises:
         ValueError: a shape or combination that has no meaning.
@@ -47,9 +52,11 @@ class CellConfig:
     final_norm: bool = True
     weight_norm: bool = False
     initial_std: float = 0.02
-    initial_identity: bool = False
+    start: str = "depth-scaled"
 
     def __post_init__(self):
+        if self.start not in STARTS:
+            raise ValueError(f"an equilibrium cell starts {', '.join(STARTS)}, not {self.start!r}")
         if self.layer.kind not in NORM_PLACEMENTS:
             raise ValueError(f"an equilibrium cell is one of {', '.join(NORM_PLACEMENTS)}, not {self.layer.kind!r}")
         if self.layers < 1:
@@ -115,13 +122,26 @@ class CellMap:
 
     @property
     def depends_on(self) -> Tuple[Tensor, ...]:
-        """The tensors with a gradient that an evaluation uses, none of them computed from another.
+        """The tensors with a gradient that an evaluation uses; of a :meth:`severed` map none is computed from another.
 
         The injection's own parameters are not among them: they act through what was injected.
         """
         used = [self.cell.layers] if self.cell.final_norm is None else [self.cell.layers, self.cell.final_norm]
         injected = [tensor for tensor in (self._added, self._qkv) if tensor is not None]
         return (*injected, *(parameter for module in used for parameter in module.parameters()))
+
+    def severed(self) -> "CellMap":
+        """The same map, its graph cut where the injection enters.
+
+        The input may itself come from this cell's parameters (a depth applied twice): gradients in both the parameters
+        and the injection would then count the way through the input twice.
+        """
+        twin = copy.copy(self)
+        twin._added, twin._qkv = (
+            None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
+            for tensor in (self._added, self._qkv)
+        )
+        return twin
 
     def rows(self, index: Tensor) -> Optional["CellMap"]:
         """The same map for some samples; ``None`` where noise was drawn for the whole batch."""
@@ -158,27 +178,29 @@ class EquilibriumCell(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Normal weights, zero biases; the residual branches scaled so that the map contracts at the start.
-
-        The attention's output and fc2 are divided by √(2 layers), as in a stack; fc2 also by the root of how much
-        wider than 4 dim the feed-forward network is, so that widening it does not strengthen its branch.
-        """
+        """Normal weights of the configured scales, zero biases."""
         config = self.config
-        residual = 0.0 if config.initial_identity else config.initial_std / math.sqrt(2 * config.layers)
-        widening = math.sqrt(max(1.0, config.layer.ffn_dim / (4 * config.layer.dim)))
+        attention = feed_forward = config.initial_std
+        if config.start == "depth-scaled":
+            attention = config.initial_std / math.sqrt(2 * config.layers)
+            feed_forward = attention / math.sqrt(max(1.0, config.layer.ffn_dim / (4 * config.layer.dim)))
+        elif config.start == "identity":
+            attention = feed_forward = 0.0
         for layer in self.layers:
             for linear, std in (
                 (layer.attention.qkv, config.initial_std),
-                (layer.attention.out, residual),
+                (layer.attention.out, attention),
                 (layer.feed_forward.fc1, config.initial_std),
-                (layer.feed_forward.fc2, residual / widening),
+                (layer.feed_forward.fc2, feed_forward),
             ):
-                # Assigned, not drawn in place: under weight norm the weight is computed from its parts.
-                drawn = torch.empty_like(linear.weight).normal_(std=std)
                 if parametrize.is_parametrized(linear, "weight"):
-                    linear.weight = drawn
+                    # Assigned, not drawn in place: the weight is computed from its rows' directions and lengths, and
+                    # rows of length 0 need a direction too.
+                    linear.weight = torch.empty_like(linear.weight).normal_(std=std or config.initial_std)
+                    if std == 0.0:
+                        linear.parametrizations.weight.original0.zero_()
                 else:
-                    linear.weight.copy_(drawn)
+                    linear.weight.normal_(std=std)
                 linear.bias.zero_()
         if self.injection.qkv is not None:
             self.injection.qkv.weight.normal_(std=config.initial_std)

@@ -50,9 +50,11 @@ class DepthEmbedding(nn.Module):
         """Start autonomous: the time changes nothing."""
         nn.init.zeros_(self.coefficients.weight)
 
-    def forward(self, t: Time) -> Tensor:
-        """``(1, outputs)`` for one time, a float or 0-dim tensor; ``(batch, outputs)`` for a ``(batch,)`` tensor."""
-        weight = self.coefficients.weight
+    def forward(self, t: Time, weight: Tensor) -> Tensor:
+        """``(1, outputs)`` for one time, a float or 0-dim tensor; ``(batch, outputs)`` for a ``(batch,)`` tensor.
+
+        ``weight`` is one of the field's, for dtype and device (its own may be quantised).
+        """
         # Angles in float32: half precision has no room for many turns.
         wide = torch.promote_types(weight.dtype, torch.float32)
         k = torch.arange(1, FREQUENCIES + 1, device=weight.device, dtype=wide)
@@ -107,7 +109,7 @@ class DepthEmbeddedField(TransformerField):
 
     def _modulated(self, t: Time) -> List["_Modulation"]:
         # (1 or batch, 1, norms * 2 * dim), split into scale and shift of each norm
-        parts = self.depth_embedding(t).unsqueeze(1).chunk(2 * self.norms, dim=-1)
+        parts = self.depth_embedding(t, self.attention_norm.weight).unsqueeze(1).chunk(2 * self.norms, dim=-1)
         return [_Modulation(scale, shift) for scale, shift in zip(parts[0::2], parts[1::2])]
 
 

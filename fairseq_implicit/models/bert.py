@@ -127,8 +127,8 @@ class ImplicitBertEncoder(FairseqEncoder):
         """Logits of ``features`` ``(batch, time, dim)``, or of its rows ``selected`` (flat indices) only."""
         if selected is not None:
             features = features.flatten(0, 1).index_select(0, selected)
-        # The depth may keep a float32 state around half-precision weights.
-        return self.lm_head(features.to(self.lm_head.dense.weight.dtype))
+        # The depth may keep a float32 state around half-precision weights; quantised matrices have no dtype to ask for.
+        return self.lm_head(features.to(self.lm_head.layer_norm.weight.dtype))
 
     def max_positions(self) -> int:
         """Longest input in tokens."""
@@ -188,11 +188,16 @@ class ImplicitBertModel(FairseqEncoderModel):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
 
+    @property
+    def layers_in_series(self) -> int:
+        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
+        return self.args.encoder_layers
+
     def initialise(self, scheme: str) -> None:
         """N(0, ``--encoder-init-std``), zero biases.
 
-        ``depth-scaled`` divides residual projections by the root of their number, ``identity`` sets them to 0.
-        Modules that need another start define ``initialise()``; it is called last.
+        ``depth-scaled`` divides residual projections by the root of their number in :attr:`layers_in_series`,
+        ``identity`` sets them to 0. Modules that need another start define ``initialise()``; it is called last.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -210,7 +215,7 @@ class ImplicitBertModel(FairseqEncoderModel):
             fields = [found for found in (list(field.residual_projections()) for field in everything) if found]
             projections = [projection for found in fields for projection in found]
             # With tied blocks the same weights act in every block.
-            repeats = self.args.encoder_layers / len(fields) if fields else 1.0
+            repeats = self.layers_in_series / len(fields) if fields else 1.0
             with torch.no_grad():
                 divisor = math.sqrt(max(1.0, len(projections) * repeats)) if scheme == "depth-scaled" else math.inf
                 for projection in projections:
@@ -245,7 +250,7 @@ class ImplicitBertModel(FairseqEncoderModel):
         )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
-            dtype = head.dense.weight.dtype
+            dtype = self.encoder.lm_head.layer_norm.weight.dtype
             x = head(x.to(dtype))
             extra["auxiliary"] = [(weight, head(state.to(dtype))) for weight, state in extra["auxiliary"]]
         return x, extra

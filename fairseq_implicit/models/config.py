@@ -46,6 +46,13 @@ class ImplicitBertConfig(FairseqDataclass):
     untie_weights_roberta: bool = field(
         default=False, metadata={"help": "an output matrix of its own instead of the token embedding's"}
     )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "recompute activations in the backward pass: those of each step (--ode-gradient checkpoint-step), "
+            "or those of an equilibrium cell (with phantom-K, jfb, bptt-K)"
+        },
+    )
     load_checkpoint_heads: bool = field(
         default=False, metadata={"help": "(re-)register and load the classification heads found in checkpoints"}
     )
@@ -56,8 +63,8 @@ class ImplicitBertConfig(FairseqDataclass):
         default="depth-scaled",
         metadata={
             "help": "plain: N(0, --encoder-init-std) everywhere; depth-scaled: residual projections divided by the "
-            "root of their number; identity: residual projections 0, so that every block starts as the identity "
-            "and an equilibrium cell as its injection"
+            "root of their number (in an equilibrium cell, of the cell's own); identity: residual projections 0, so "
+            "that every block starts as the identity and an equilibrium cell as its injection"
         },
     )
     encoder_init_std: float = field(
@@ -119,6 +126,20 @@ class ImplicitBertConfig(FairseqDataclass):
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
                 f"--encoder-embed-dim {self.encoder_embed_dim}"
             )
+
+    def recomputed(self, gradient: str) -> str:
+        """The ``--ode-gradient`` that ``--checkpoint-activations`` makes of ``gradient``.
+
+        Raises:
+            ValueError: the gradient keeps no activations.
+        """
+        if not self.checkpoint_activations or gradient.startswith("checkpoint-"):
+            return gradient
+        if gradient != "autograd":
+            raise ValueError(
+                f"--checkpoint-activations: --ode-gradient {gradient} keeps no activations to recompute: leave it out"
+            )
+        return "checkpoint-step"
 
     def transformer_field(self, kind: str) -> TransformerFieldConfig:
         """Shape and noise of a transformer field of one of :data:`fairseq_implicit.fields.transformer.KINDS`."""

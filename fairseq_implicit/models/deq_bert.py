@@ -139,9 +139,6 @@ class DeqBertConfig(ImplicitBertConfig):
         default=False, metadata={"help": "train a cell that does not converge at update 0"}
     )
     deq_seed: int = field(default=1, metadata={"help": "seed of the budget jitter and of the penalty's draws"})
-    checkpoint_activations: bool = field(
-        default=False, metadata={"help": "recompute the cell in the backward pass (phantom-K, jfb, bptt-K)"}
-    )
 
     def check(self) -> None:
         super().check()
@@ -266,7 +263,7 @@ class DeqBertConfig(ImplicitBertConfig):
             final_norm=not self.deq_no_final_norm,
             weight_norm=self.deq_weight_norm,
             initial_std=self.encoder_init_std,
-            initial_identity=self.encoder_init == "identity",
+            start=self.encoder_init,
         )
 
     def _correction(self) -> Tuple[int, ...]:
@@ -344,6 +341,10 @@ class DeqBertModel(ImplicitBertModel):
         depth = EquilibriumDepth(cfg.equilibrium())
         logger.info(cost_report(cfg, depth))
         return depth
+
+    @property
+    def layers_in_series(self) -> int:
+        return self.args.deq_prelude_layers + self.args.deq_cell_layers + self.args.deq_coda_layers
 
 
 VARIANTS: Dict[str, Dict[str, Any]] = {"": {}}

@@ -103,6 +103,8 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
                 f"--drop-path {self.drop_path} would skip the whole depth of a sample, because the depth is one solve: "
                 "set it to 0"
             )
+        if self.checkpoint_activations and self.ode_backend != "own":
+            raise ValueError(f"--checkpoint-activations needs --ode-backend own, not {self.ode_backend}")
         self.continuous()
 
     @property
@@ -136,7 +138,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             first_step=self.ode_first_step,
             backend=self.ode_backend,
             step_control=self.ode_step_control,
-            gradient=self.ode_gradient,
+            gradient=self.recomputed(self.ode_gradient),
             kinetic_energy=self.ode_kinetic_energy,
             jacobian=self.ode_jacobian,
             local_error=self.ode_local_error,

@@ -209,6 +209,11 @@ class OdeBertConfig(ImplicitBertConfig):
                 f"--ode-corrector {self.ode_corrector} count them: use it with --ode-history none and --ode-corrector "
                 "none or backward-euler"
             )
+        if self.ode_split > 1 and self.rk_norm:
+            raise ValueError(
+                f"--ode-split {self.ode_split} with --rk-norm normalises the state {self.ode_split} times in place of "
+                "each layer's once, which is another function: leave one of the two out"
+            )
         if self.is_implicit:
             self.implicit_stack()
             return
@@ -236,7 +241,7 @@ class OdeBertConfig(ImplicitBertConfig):
             "ode_random_steps", "ode_tolerance", "ode_coefficients", "ode_coefficient_start", "ode_coefficient_scope",
             "rk_norm", "ode_consistency_weight", "ode_second_order_weight", "ode_corrector", "ode_history",
             "ode_gradient", "ode_float32_state", "ode_residual_in_field", "encoder_layerdrop", "enc_calculate_num",
-            "rk_type", "enc_learnable_type", "alpha_type",
+            "rk_type", "enc_learnable_type", "alpha_type", "checkpoint_activations",
         )  # fmt: skip
         for item in dataclasses.fields(OdeBertConfig):
             if item.name in explicit_only and getattr(self, item.name) != item.default:
@@ -291,7 +296,7 @@ class OdeBertConfig(ImplicitBertConfig):
             start=coefficients.start,
             scope=coefficients.scope,
             stage_norm=self.rk_norm,
-            gradient=self.ode_gradient,
+            gradient=self.recomputed(self.ode_gradient),
             state_float32=self.ode_float32_state,
             residual_in_field=self.ode_residual_in_field,
             corrector=self.ode_corrector,

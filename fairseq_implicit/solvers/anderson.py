@@ -5,7 +5,7 @@ solving (GGᵀ/s + λI) y = 1 and α = y / Σy (Walker and Ni 2011). An absolute
 residuals shrink and turn the mixing into a plain average.
 """
 
-from typing import Callable, Optional, Tuple
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -46,16 +46,20 @@ class Anderson:
         mixed = self.values.combine(self.weights)
         return mixed if damping is None else mixed - (1 - damping) * self.residuals.combine(self.weights)
 
-    def mixture(self) -> Tuple[Tensor, Callable[[], Tensor]]:
-        """The norm of the mixed residual Σ αᵢ gᵢ of the last step, ``(batch,)``, and a call that makes the residual.
-
-        Where the map is affine it is the residual of the mixed state Σ αᵢ zᵢ.
-        """
+    def expected_residual(self) -> Tensor:
+        """The norm of :meth:`mixed_residual`, ``(batch,)``, as the Gram matrix has it: right to the rounding of the
+        largest residual in the window times the weights' squared norm."""
         weights = torch.where(self.present, self.weights, 0.0)
         gram = torch.where(self.present[:, :, None] & self.present[:, None, :], self.gram, 0.0)
         square = (weights[:, None, :] @ gram @ weights[:, :, None]).flatten()
+        return square.clamp(min=0.0).sqrt()
 
-        return square.clamp(min=0.0).sqrt(), lambda: self.residuals.combine(weights)
+    def mixed_residual(self) -> Tensor:
+        """Σ αᵢ gᵢ of the last step, ``(batch, time, dim)``.
+
+        Where the map is affine it is the residual of the mixed state Σ αᵢ zᵢ.
+        """
+        return self.residuals.combine(torch.where(self.present, self.weights, 0.0))
 
     def _weights(self, newest: int) -> Tensor:
         present = self.present

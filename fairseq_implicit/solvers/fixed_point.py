@@ -360,6 +360,10 @@ class _Iteration:
                 f_z = torch.where(self.real, f_z, 0.0)
             residual = f_z - z
             remaining, any_diverged, ending, diverged = self._judge(rows, z, f_z, residual)
+            if any_diverged:
+                # Remembered to the end, wherever the solve went afterwards; a step that left the numbers is no fault
+                # of the field's.
+                rows.broken = rows.broken | (diverged & rows.recent[-1].isinf() & z.isfinite().flatten(1).all(1))
             if remaining == 0 or count == config.max_iter:
                 break
 
@@ -433,10 +437,9 @@ class _Iteration:
         highest, lowest = rows.recent.amax(0), rows.recent.amin(0)
         flat = highest.isfinite() & (highest < STAGNATION_SPREAD * lowest) & (lowest < STAGNATION_MARGIN * tol)
         stalled = rows.active & flat & ~reached
-        diverged = rows.active & ~reached & ~(metric <= DIVERGENCE_FACTOR * rows.first)
+        diverged = rows.active & ~reached & ~(finite & (metric <= DIVERGENCE_FACTOR * rows.first))
         # A first evaluation that is not finite leaves nothing to return to.
         hopeless = diverged & rows.best_residual.isinf() & ~finite
-        rows.broken = torch.where(rows.active, ~finite, rows.broken)
         rows.converged = rows.converged | reached
         rows.stalled = rows.stalled | stalled
         if config.freeze:
@@ -461,19 +464,24 @@ class _Iteration:
         return remaining, any_diverged, all_ending, diverged
 
     def _foresee(self, rows: _Rows, acceleration: Anderson, following: Tensor) -> int:
-        """End the rows of an affine map whose mixture is known to meet the tolerance; how many go on."""
-        norm, mixed_residual = acceleration.mixture()
-        if self.scale is not None:
-            norm = norm / (self.scale.double() + _TINY)
-        reached = rows.active & (norm < self.tol)
-        remaining, any_reached = torch.stack([(rows.active & ~reached).sum(), reached.sum()]).tolist()
-        if any_reached:
-            state = following - mixed_residual()
-            rows.best = torch.where(reached[:, None, None], state, rows.best)
-            rows.best_residual = torch.where(reached, norm, rows.best_residual)
-            rows.converged = rows.converged | reached
-            rows.active = rows.active & ~reached
-        return remaining
+        """End the rows of an affine map whose mixture meets the tolerance; how many go on.
+
+        The Gram matrix says cheaply which rows may have ended: rounding in it, amplified by large weights, can pass
+        for convergence. Only the mixed residual itself decides.
+        """
+        scale = 1.0 if self.scale is None else self.scale.double() + _TINY
+        promising = rows.active & (acceleration.expected_residual() / scale < self.tol)
+        remaining, any_promising = torch.stack([rows.active.sum(), promising.sum()]).tolist()
+        if not any_promising:
+            return remaining
+        mixed_residual = acceleration.mixed_residual()
+        norm = sample_norm(mixed_residual) / scale
+        reached = promising & (norm < self.tol)
+        rows.best = torch.where(reached[:, None, None], following - mixed_residual, rows.best)
+        rows.best_residual = torch.where(reached, norm, rows.best_residual)
+        rows.converged = rows.converged | reached
+        rows.active = rows.active & ~reached
+        return int(rows.active.sum())
 
     def _keep(self, chosen: Tensor) -> None:
         self.real = None if self.real is None else self.real[chosen]

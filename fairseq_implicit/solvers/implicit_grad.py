@@ -14,6 +14,7 @@ The parameters' gradient always arises from ordinary tracked calls in the caller
 and cells shared between places all give the sums they should.
 """
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, Optional, Sequence, Tuple
@@ -37,6 +38,8 @@ KINDS = ("ift", "neumann", "phantom", "jfb", "bptt", "reversible")
 COUNTED = ("neumann", "phantom", "bptt")
 SPELLINGS = "ift, neumann-K, phantom-K, jfb, bptt-K or reversible"
 WITHOUT_SOLVER = ("bptt", "reversible")
+_ROUNDING = torch.finfo(torch.float64).eps / 2  # of the pair that the reversible iteration carries in any precision
+_TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,26 @@ class GradientConfig:
         """The spelling that :func:`parse_gradient` reads."""
         return f"{self.kind}-{self.steps}" if self.kind in COUNTED else self.kind
 
+    def check_budget(self, max_iter: int) -> None:
+        """Refuse a reversible iteration that divides by 1 − β so often that no digit of its start can come back.
+
+        For whoever trains: an answer is as good as ever. Whether one digit or all of them come back depends on the map
+        too, which the backward pass measures.
+
+        Raises:
+            OptionError: (1 / (1 − β))^steps times the rounding of float64 exceeds 1.
+        """
+        if self.kind != "reversible":
+            return
+        most = 2 * int(-math.log(_ROUNDING) / -math.log1p(-self.damping))
+        if max_iter // 2 > most // 2:
+            raise OptionError(
+                "max_iter",
+                f"{max_iter} evaluations of the reversible iteration at gradient damping {self.damping:g} cannot be "
+                f"inverted: rounding grows by {1 / (1 - self.damping):.3g} per step; give at most {most}, or a smaller "
+                "gradient damping.",
+            )
+
     def update_cost(self, forward: float, adjoint: float) -> Tuple[float, str]:
         """Cost of one update in evaluations of the map, and how it is made up.
 
@@ -128,7 +151,10 @@ class AdjointRecord:
 
     Attributes:
         evaluations: products with the Jacobian, per sample ``(batch,)``, or one number for all.
-        residual: relative residual of the adjoint equation, ``(batch,)``, or zero where none is solved.
+        residual: relative residual of the adjoint equation, ``(batch,)``; of the reversible iteration, how far the
+            start that it came back to is from the true one, relative to the state, times the share of the gradient's
+            norm that arrives there: an estimate of the gradient's relative error, within a factor of ten or so. Zero
+            where no equation is solved.
         fallbacks: samples whose adjoint stalled and took the Neumann sum.
     """
 
@@ -162,6 +188,7 @@ def equilibrium(
     valid: Optional[Tensor] = None,
     record: Optional[AdjointRecord] = None,
     depends_on: Sequence[Tensor] = (),
+    sources: Optional[Sequence[Tensor]] = None,
     capture: Sequence[int] = (),
 ) -> Equilibrium:
     """Solve ``z = f(z)`` and attach a gradient.
@@ -176,6 +203,8 @@ def equilibrium(
         record: filled by the backward pass.
         depends_on: every tensor that ``f`` depends on and whose gradient is wanted (parameters, injections), none of
             them computed from another; only ``reversible`` needs it, because it rebuilds its graph piece by piece.
+        sources: where the gradient of each of ``depends_on`` goes, where that is another tensor: what a leaf of ``f``
+            was detached from, so that the pieces of the graph end there.
         capture: evaluation numbers for ``iterates``.
 
     Raises:
@@ -185,7 +214,7 @@ def equilibrium(
     if gradient.kind == "bptt":
         return _unrolled(f, z0, solver, gradient, valid, capture, record)
     if gradient.kind == "reversible":
-        return _reversible(f, z0, solver, gradient, valid, depends_on, capture, record)
+        return _reversible(f, z0, solver, gradient, valid, depends_on, sources, capture, record)
 
     if gradient.kind == "ift" and torch.is_grad_enabled():
         # Said now, not in the middle of the backward pass.
@@ -331,17 +360,18 @@ def _unrolled(f, z0, solver, gradient, valid, capture, record) -> Equilibrium:
     return Equilibrium(z, _verdict(residual, gradient.steps, solver, field_dtype(z0), z), None, iterates)
 
 
-def _reversible(f, z0, solver, gradient, valid, depends_on, capture, record) -> Equilibrium:
+def _reversible(f, z0, solver, gradient, valid, depends_on, sources, capture, record) -> Equilibrium:
     if solver.max_iter < 2:
         raise OptionError("max_iter", "the reversible iteration evaluates twice per step; give at least 2.")
     if capture:
         raise OptionError("correction", "the reversible iteration keeps no iterates to correct; drop one of the two.")
     steps = solver.max_iter // 2
-    depends_on = tuple(tensor for tensor in depends_on if tensor.requires_grad)
+    pairs = [pair for pair in zip(depends_on, depends_on if sources is None else sources) if pair[0].requires_grad]
+    depends_on, sources = [tensor for tensor, _ in pairs], [source for _, source in pairs]
     if torch.is_grad_enabled() and not depends_on and not z0.requires_grad:
         raise ValueError("The reversible gradient needs depends_on: the tensors that the map depends on.")
     iteration = _ReversibleIteration(f, steps, gradient.damping, z0.dtype, depends_on, record)
-    state, last, f_last = _Reversible.apply(iteration, z0, *depends_on)
+    state, last, f_last = _Reversible.apply(iteration, z0, *sources)
     residual = _residual(last, f_last, solver, valid)
     return Equilibrium(state, _verdict(residual, 2 * steps, solver, field_dtype(z0), state), None, {})
 
@@ -351,7 +381,8 @@ class _ReversibleIteration:
     """``y' = (1−β) y + β f(z)``, ``z' = (1−β) z + β f(y')``, forward and back.
 
     The pair is held in float64: inverting divides by 1 − β at every step, and float32 loses all digits in six steps
-    at β = 0.8.
+    at β = 0.8. Float64 loses them too, later, the sooner the less the map contracts, so the way back is checked: see
+    ``AdjointRecord.residual``.
     """
 
     f: Callable[[Tensor], Tensor]
@@ -395,7 +426,7 @@ class _ReversibleIteration:
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, iteration: _ReversibleIteration, z0: Tensor, *depends_on: Tensor):
+    def forward(ctx, iteration: _ReversibleIteration, z0: Tensor, *sources: Tensor):
         iteration.remember_autocast(z0.device.type)
         y = z = z0.double()
         for _ in range(iteration.steps):
@@ -403,7 +434,7 @@ class _Reversible(torch.autograd.Function):
             f_y = iteration.evaluate(y.to(iteration.dtype))
             z = iteration.mix(z, f_y)
         ctx.iteration = iteration
-        ctx.save_for_backward(y, z)
+        ctx.save_for_backward(z0, y, z)
         last = y.to(iteration.dtype)
         ctx.mark_non_differentiable(last, f_y)
         return z.to(iteration.dtype), last, f_y
@@ -412,7 +443,8 @@ class _Reversible(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g: Tensor, *_):
         iteration = ctx.iteration
-        y, z = ctx.saved_tensors
+        z0, y, z = ctx.saved_tensors
+        size = sample_norm(z)
         g_z, g_y = g.double(), torch.zeros_like(y)
         gradients = [None] * len(iteration.depends_on)
         for _step in range(iteration.steps):
@@ -420,5 +452,17 @@ class _Reversible(torch.autograd.Function):
             z, g_y, g_z = iteration.unmix(z, f_y), g_y + pulled, (1 - iteration.damping) * g_z
             f_z, pulled = iteration.pull_back(z, g_y, gradients)
             y, g_z, g_y = iteration.unmix(y, f_z), g_z + pulled, (1 - iteration.damping) * g_y
+        missed = torch.maximum(sample_norm(y - z0), sample_norm(z - z0)) / (size + _TINY)
+        entered = sample_norm(g)
+        wrong = missed * (sample_norm(g_z) + sample_norm(g_y)) / (entered + _TINY)
+        # A gradient that overflows on a right way back is the trainer's to see.
+        lost = size.isfinite() & entered.isfinite() & ~wrong.isfinite() & ~(missed < 1)
+        if lost.any():
+            raise ArithmeticError(
+                f"the reversible iteration of {2 * iteration.steps} evaluations at damping {iteration.damping:g} lost "
+                "its start on the way back, and its gradient is not finite: lower the budget (--deq-max-iter) or the "
+                "damping (--deq-gradient-damping), or take the gradient ift"
+            )
         iteration.record.evaluations = 2 * iteration.steps
+        iteration.record.residual = torch.where(wrong.isfinite(), wrong, 0.0)
         return (None, (g_z + g_y).to(g.dtype), *gradients)

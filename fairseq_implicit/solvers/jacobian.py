@@ -72,14 +72,22 @@ def frobenius_double_backward(
 ) -> Tensor:
     """``‖J‖²_F / N`` by ``‖εᵀJ‖²``, differentiable through a second backward pass; 0-dim.
 
-    Attention runs in its unfused form here, because the fused kernels have no second derivative.
+    Attention runs in its unfused form here, because the fused kernels have no second derivative. What ``f`` gives at
+    valid tokens must not depend on the others.
 
     Raises:
         RuntimeError: part of ``f`` (a compiled or recomputed cell) cannot be differentiated with a graph; some such
             cells only say so when the estimate itself is differentiated. The finite-difference estimator fits all.
     """
+    point = z.detach()
+    if valid is not None:
+        # A layer norm's second derivative at a zero state is past float16's range, and 0 times infinity is NaN: the
+        # positions that are not valid stand at a point of variance 1, which no estimate sees.
+        signs = torch.ones_like(point[0, 0])
+        signs[1::2] = -1
+        point = torch.where(valid.unsqueeze(-1), point, signs)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        point = z.detach().requires_grad_()
+        point = point.requires_grad_()
         value = f(point)
         total = 0.0
         for _ in range(probes):

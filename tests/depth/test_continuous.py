@@ -62,7 +62,7 @@ def test_depth_embedding_moves_by_a_few_learning_rates_per_update():
     with torch.no_grad():
         embedding.coefficients.weight.fill_(1.0)
         times = torch.linspace(0, 3, 301, dtype=torch.float64)
-        moved = embedding(times)
+        moved = embedding(times, embedding.coefficients.weight)
     assert moved.abs().max() < 4
     assert (moved.diff(dim=0) / 0.01).abs().max() < 2 * 8 * torch.pi / 3
 

@@ -72,7 +72,7 @@ def test_small_weights_contract_like_one_over_one_plus_the_gain(kind):
 @pytest.mark.parametrize("kind", ["post-norm", "pre-norm"])
 def test_a_cell_that_starts_as_its_injection_contracts_whatever_the_scale_of_its_weights(kind):
     torch.manual_seed(0)
-    start = EquilibriumCell(cell(kind, injection=InjectionConfig(gain=0.5), initial_std=1.0, initial_identity=True))
+    start = EquilibriumCell(cell(kind, injection=InjectionConfig(gain=0.5), initial_std=1.0, start="identity"))
     f, x = start.double().prepare(embedding()), embedding()
     with torch.no_grad():
         result = solve(f, torch.zeros_like(x), FixedPointConfig("anderson", 50, 1e-12))
@@ -243,11 +243,11 @@ def test_statistics_have_the_same_names_in_every_phase_and_mode():
 def test_the_phases_follow_the_update_number_and_evaluation_uses_the_full_solve():
     module = depth(phases=PhaseConfig(warmup_updates=2, warmup_steps=3))
     module.train().updates.set_num_updates(1)
-    assert float(module(embedding()).statistics["evaluations_forward"]) == 3
+    assert float(module(embedding()).statistics["evaluations"]) == 3
     module.eval()
     assert float(module(embedding()).statistics["converged_share"]) == 1.0
     module.train().updates.set_num_updates(2)
-    assert float(module(embedding()).statistics["evaluations_forward"]) > 5
+    assert float(module(embedding()).statistics["evaluations"]) > 5
 
 
 def test_backward_statistics_are_those_of_the_previous_pass():
@@ -440,3 +440,73 @@ def test_the_gain_starts_where_asked_and_stays_above_its_floor():
 def test_impossible_configurations_are_refused_in_a_sentence(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_cell_that_returns_non_finite_values_is_an_error(training):
+    module = depth(solver=FixedPointConfig("anderson", 20, 1e-6), monitor_interval=0)
+    module.updates.set_num_updates(5)
+    with torch.no_grad():
+        module.cell.layers[0].feed_forward.fc1.weight[0, 0] = math.nan
+    with pytest.raises(ArithmeticError, match="the equilibrium failed .*non-finite.* has diverged"):
+        module.train(training)(embedding())
+
+
+@pytest.mark.parametrize("name", ["ift", "reversible"])
+@pytest.mark.parametrize("qkv", [False, True])
+def test_a_depth_applied_twice_in_series_has_the_gradient_of_both_passes(name, qkv):
+    damping = 0.5 if name == "reversible" else 1.0
+    solver = FixedPointConfig("anderson", 60, 1e-12) if name == "reversible" else SHARP
+
+    def grads(gradient, solver):
+        module = depth(cell=cell(injection=InjectionConfig(qkv=qkv)), gradient=gradient, solver=solver)
+        x = embedding().requires_grad_()
+        (module.eval()(module(x).state).state * embedding(seed=9)).sum().backward()
+        return torch.cat([x.grad.flatten(), *(parameter.grad.flatten() for parameter in module.parameters())])
+
+    ours = grads(parse_gradient(name, damping=damping, adjoint=SHARP), solver)
+    unrolled = grads(parse_gradient("bptt-60"), SHARP)
+    assert (ours - unrolled).norm() / unrolled.norm() < 1e-4, "what 60 evaluations leave; a way counted twice is half"
+
+
+def test_a_wrong_reversible_gradient_is_warned_of(caplog):
+    gradient = GradientConfig("reversible", damping=0.5)
+    hard = cell(injection=InjectionConfig(gain=0.1))
+    sloppy = depth(cell=hard, gradient=gradient, solver=FixedPointConfig(max_iter=60))
+    sound = depth(gradient=gradient, solver=FixedPointConfig(max_iter=30))
+    for module in (sound, sloppy):
+        caplog.clear()
+        for update in range(3):
+            module.updates.set_num_updates(update)
+            out = module.train()(embedding())
+            (out.state * embedding(seed=9)).sum().backward()
+        found = [record.getMessage() for record in caplog.records if "reversible" in record.getMessage()]
+        wrong = float(out.statistics["adjoint_residual"])
+        if module is sound:
+            assert 0 < wrong < 1e-6 and not found
+        else:
+            assert wrong > 0.01 and len(found) == 1 and found[0].startswith("update 1: the reversible iteration")
+
+
+def test_a_reversible_budget_that_cannot_be_inverted_names_its_flag():
+    gradient = GradientConfig("reversible", damping=0.9)
+    module = depth(gradient=gradient, solver=FixedPointConfig(max_iter=40), phases=PhaseConfig(warmup_updates=5))
+    with pytest.raises(ValueError, match="--deq-max-iter: 40 evaluations .* damping 0.9 cannot be inverted"):
+        module.train()(embedding())
+    assert module.eval()(embedding()).state.isfinite().all()
+
+
+@pytest.mark.parametrize("kind, layers", KINDS)
+def test_the_double_backward_penalty_has_finite_gradients_in_float16_beside_padding(kind, layers):
+    phases = PhaseConfig(jacobian_weight=1.0)
+    module = depth(
+        cell=cell(kind, layers), double=False, solver=FixedPointConfig(), gradient=GradientConfig(), phases=phases,
+        jacobian_estimator="double-backward", monitor_interval=0,
+    ).half()  # fmt: skip
+    module.updates.set_num_updates(1)
+    x = embedding().half().masked_fill(PADDING[..., None], 0.0).requires_grad_()
+    penalty = module.train()(x, PADDING).penalties["jacobian_penalty"]
+    penalty.backward()
+    assert 0 < penalty < 10 and x.grad.isfinite().all()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name

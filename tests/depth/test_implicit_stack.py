@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
+from fairseq_implicit.fields.field import Field
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
@@ -78,6 +79,50 @@ def test_exact_gradient_equals_unrolling_with_dropout_on(tied):
 
     implicit, unrolled = grads(EXACT), grads(parse_gradient("bptt-60"))
     assert (implicit - unrolled).norm() / unrolled.norm() < 1e-8
+
+
+class Affine(Field):
+    """``f(t, z) = rate z``; not a number away from the start where it is ``fragile``."""
+
+    def __init__(self, rate, fragile=False):
+        super().__init__()
+        self.rate, self.fragile = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64)), fragile
+
+    def prepare(self, x, padding_mask=None):
+        start = x.detach()
+
+        def f(t, z):
+            same = (z == start).flatten(1).all(1)[:, None, None] if self.fragile else torch.tensor(True)
+            return torch.where(same, self.rate * z, float("nan"))
+
+        return f
+
+
+def affine_stack(budget, *fields):
+    config = ImplicitStackConfig(len(fields), 16, ThetaConfig(solver=FixedPointConfig("picard", budget, 1e-6)))
+    return ImplicitStack(config, lambda layer: fields[layer])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_non_finite_values_of_a_field_are_an_error_that_names_the_block(training):
+    module = affine_stack(9, Affine(0.1), Affine(0.1, fragile=True)).train(training)
+    with pytest.raises(ArithmeticError, match="implicit block 1 failed .*non-finite.* has diverged"):
+        module(embedding())
+
+
+def test_blocks_far_from_their_tolerance_are_warned_of_in_training_now_and_then(caplog):
+    module = affine_stack(3, Affine(0.1), Affine(0.9)).train()
+    for update in range(150):
+        module.set_num_updates(update)
+        module(embedding())
+    found = [record.getMessage() for record in caplog.records]
+    assert len(found) == 2, "at updates 0 and 100"
+    assert found[1].startswith("update 100: the mean residual 0.2") and "of implicit block 1" in found[1]
+    assert "--ode-theta-max-iter (now 3)" in found[1]
+    caplog.clear()
+    module.eval()(embedding())
+    affine_stack(30, Affine(0.1)).train()(embedding())
+    assert not caplog.records
 
 
 def test_statistics_keep_their_names_and_follow_the_backward_pass():

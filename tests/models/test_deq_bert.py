@@ -7,7 +7,9 @@ import pickle
 
 import pytest
 import torch
+from fairseq.dataclass.configs import EMAConfig
 from fairseq.models import MODEL_REGISTRY
+from fairseq.models.ema import build_ema
 
 from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel, matched_ffn_dim
 from fairseq_implicit.models.presets import SIZES
@@ -65,7 +67,7 @@ def test_every_gradient_trains_every_parameter(task, tokens, gradient):
     logits, extra = model(tokens)
     logits.log_softmax(-1)[..., 5].sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert extra["statistics"]["evaluations_forward"] > 0
+    assert extra["statistics"]["evaluations"] > 0
 
 
 def test_hidden_states_are_time_first_and_start_with_the_embedding(task, tokens):
@@ -222,3 +224,51 @@ def test_no_flag_is_dead():
             assert DeqBertConfig(**{item.name: value}).equilibrium() != reference, item.name
         except ValueError:
             pass  # it contradicts the defaults, so it is read
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_an_average_of_the_weights_keeps_the_clock_exactly(task, fp32):
+    model = build(task)
+    ema = build_ema(model, EMAConfig(store_ema=True, ema_decay=0.9, ema_fp32=fp32), None)
+    updates = model.encoder.depth.updates
+    updates.set_num_updates(2**24 + 1)  # beyond what float32 counts
+    updates.set_num_updates(0)
+    weight = model.encoder.depth.cell.layers[0].feed_forward.fc1.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1.0)
+    ema.step(model, 1)
+    averaged = ema.get_model().encoder.depth
+    assert averaged.updates.value == updates.value == 2**24 + 1
+    torch.testing.assert_close(averaged.cell.layers[0].feed_forward.fc1.weight, before + 0.1)
+    assert ema.get_model().state_dict()["encoder.depth.updates.earlier"].dtype == torch.int64
+
+
+def scales(model):
+    """Standard deviations of the attention's output and of fc2: of the first prelude layer and of the cell."""
+    depth = model.encoder.depth
+    return [
+        linear.weight.std().item()
+        for layer in (depth.prelude[0], depth.cell.layers[0])
+        for linear in (layer.attention.out, layer.feed_forward.fc2)
+    ]
+
+
+WIDE = dict(encoder_embed_dim=64, encoder_ffn_embed_dim=1024, deq_prelude_layers=1, deq_coda_layers=2)
+
+
+@pytest.mark.parametrize(
+    "start, expected",
+    [
+        ("plain", [0.02] * 4),
+        # Of eight residual branches two are the cell's, whose fc2 is also four times as wide as usual.
+        ("depth-scaled", [0.02 / 8**0.5, 0.02 / 8**0.5, 0.02 / 2**0.5, 0.02 / 2**0.5 / 2]),
+        ("identity", [0.0] * 4),
+    ],
+)
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_each_start_means_what_its_help_says_whatever_the_explicit_twin_has(task, start, expected, weight_norm):
+    for layers in (1, 48):
+        model = build(task, encoder_layers=layers, encoder_init=start, deq_weight_norm=weight_norm, **WIDE)
+        assert scales(model) == pytest.approx(expected, rel=0.03)
+        assert model.encoder.depth.cell.layers[0].feed_forward.fc1.weight.std().item() == pytest.approx(0.02, rel=0.03)

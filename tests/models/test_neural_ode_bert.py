@@ -9,6 +9,7 @@ import torch
 from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from omegaconf import OmegaConf
 
+from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel
 from fairseq_implicit.models.neural_ode_bert import NeuralOdeBertConfig, NeuralOdeBertModel
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 
@@ -200,6 +201,10 @@ def test_adaptive_blocks_agree_with_fine_fixed_steps(task, tokens, scheme):
         (OdeBertModel, dict(ode_tolerance=1e-3, ode_scheme="bosh3", stage_dropout="independent"), "need 'shared'"),
         (OdeBertModel, dict(ode_split=0), "--ode-split 0"),
         (OdeBertModel, dict(ode_split=2, ode_history="dlcl"), "cuts layers in time"),
+        (OdeBertModel, dict(ode_split=2, rk_norm=True), "--ode-split 2 with --rk-norm normalises the state 2 times"),
+        (OdeBertModel, dict(ode_scheme="theta", checkpoint_activations=True), "--checkpoint-activations True belongs"),
+        (NeuralOdeBertModel, dict(ode_gradient="adjoint", checkpoint_activations=True), "adjoint keeps no activations"),
+        (NeuralOdeBertModel, dict(ode_backend="torchdyn", checkpoint_activations=True), "needs --ode-backend own"),
         (OdeBertModel, dict(ode_random_steps=[2]), "--ode-random-steps 2:"),
         (NeuralOdeBertModel, dict(ode_depth_weights="cubic"), "--ode-depth-weights 'cubic'"),
         (NeuralOdeBertModel, dict(ode_knots=3), "--ode-knots belongs to"),
@@ -214,6 +219,63 @@ def test_impossible_settings(task, model, settings, sentence):
     config = OdeBertConfig if model is OdeBertModel else NeuralOdeBertConfig
     with pytest.raises(ValueError, match=sentence):
         model.build_model(config(**{**SHAPE, **settings}), task)
+
+
+@pytest.mark.parametrize(
+    "model, settings",
+    [
+        (OdeBertModel, dict(ode_scheme="rk4")),
+        (OdeBertModel, dict(ode_scheme="bosh3", ode_tolerance=1e-3)),
+        (NeuralOdeBertModel, dict(ode_tolerance=1e-3)),
+        (NeuralOdeBertModel, dict(ode_tolerance=0.0)),
+    ],
+)
+def test_checkpoint_activations_is_the_gradient_checkpoint_step(task, tokens, model, settings):
+    class Saved:
+        """Bytes of what the forward pass keeps."""
+
+        def __enter__(self):
+            self.bytes = 0
+            self.hooks = torch.autograd.graph.saved_tensors_hooks(self.count, lambda kept: kept)
+            self.hooks.__enter__()
+            return self
+
+        def count(self, tensor):
+            self.bytes += tensor.numel() * tensor.element_size()
+            return tensor
+
+        def __exit__(self, *error):
+            self.hooks.__exit__(*error)
+
+    def run(**more):
+        torch.manual_seed(0)
+        config = (OdeBertConfig if model is OdeBertModel else NeuralOdeBertConfig)(**{**SHAPE, **settings, **more})
+        built = model.build_model(config, task).train()
+        with Saved() as saved:
+            loss = built(tokens)[0].square().sum()
+        loss.backward()
+        return saved.bytes, [parameter.grad for parameter in built.parameters()]
+
+    plain, flag, named = run(), run(checkpoint_activations=True), run(ode_gradient="checkpoint-step")
+    assert flag[0] == named[0] < plain[0]
+    for one, other in zip(flag[1], named[1]):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize(
+    "model, config",
+    [(OdeBertModel, OdeBertConfig), (NeuralOdeBertModel, NeuralOdeBertConfig), (DeqBertModel, DeqBertConfig)],
+)
+def test_a_model_with_quantised_matrices_answers_nearly_the_same(task, tokens, model, config):
+    torch.manual_seed(0)
+    plain = model.build_model(config(**SHAPE), task).eval()
+    plain.register_classification_head("sentences", 2)
+    quantised = torch.ao.quantization.quantize_dynamic(plain, {torch.nn.Linear}, torch.qint8)
+    with torch.no_grad():
+        for options in ({}, dict(classification_head_name="sentences")):
+            exact = plain(tokens, **options)[0]
+            assert 0 < (quantised(tokens, **options)[0] - exact).norm() < 0.1 * exact.norm()
 
 
 def test_tolerance_below_the_floor_of_the_state(task, tokens):

@@ -207,6 +207,20 @@ def test_a_sample_broken_from_the_start_keeps_its_start_and_stops(method):
     assert result.residual[1].isinf()
 
 
+@pytest.mark.parametrize("budget", [5, 6])
+@pytest.mark.parametrize("criterion", ["relative", "absolute"])
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_status_does_not_depend_on_which_evaluation_was_the_last(method, fault, criterion, budget):
+    def finite_at_its_start_only(z):
+        return torch.where((z == 0).flatten(1).all(1)[:, None, None], z + 1, fault)
+
+    start = offsets(2, TIME, DIM) * 0
+    result = solve(finite_at_its_start_only, start, FixedPointConfig(method, budget, 1e-6, criterion))
+    assert result.status is Status.NON_FINITE
+    assert torch.equal(result.state, start)
+
+
 def test_a_divergence_restarts_picard_with_halved_damping():
     # f(z) = b - 2z: Picard multiplies the error by -2, half damping by -1/2.
     bias = offsets(2, 1, 2)
@@ -379,3 +393,22 @@ def test_torchdeq_finds_the_same_points(solver, method):
     )[:3]
     ours = solve(f, torch.zeros_like(bias), FixedPointConfig(method, 100, 1e-10))
     assert torch.allclose(ours.state, reference.view_as(bias), atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", [0, 2, 4])
+def test_a_foreseen_end_of_an_affine_solve_is_a_true_one(seed):
+    # Two eigenvalues: after two residuals the least squares problem is solved exactly, and rounding in the Gram matrix,
+    # times weights of a hundred, is all that is left of its minimum.
+    torch.manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(128, 128, dtype=torch.float64))[0]
+    matrix = (basis * torch.tensor([0.99, 0.0], dtype=torch.float64).repeat(64)) @ basis.T
+    g = torch.randn(1, 8, 16)
+
+    def f(w):
+        return (w.reshape(1, 128) @ matrix.T.to(w.dtype)).reshape(1, 8, 16) + g.to(w.dtype)
+
+    result = solve(f, g, FixedPointConfig("anderson", 60, 1e-3), scale=sample_norm(g), linear=True)
+    state = result.state.double()
+    true = sample_norm(f(state) - state) / sample_norm(g)
+    assert result.converged.all() and true < 1.1e-3
+    torch.testing.assert_close(result.residual.double(), true, rtol=0.1, atol=1e-6)

@@ -158,6 +158,55 @@ def test_reversible_gradient_is_that_of_the_same_iteration(damping):
     assert (flat(ours) - reference).norm() / reference.norm() < 1e-8
 
 
+@pytest.mark.parametrize(
+    "gain, std, damping, budget", [(1.0, 0.3, 0.5, 12), (0.1, 0.1, 0.9, 30), (0.02, 0.02, 0.5, 60)]
+)
+def test_the_reversible_way_back_estimates_its_own_error(gain, std, damping, budget):
+    """Against the same iteration unrolled: where float64 has lost the start, the record says how much it matters."""
+    cell, u = ToyCell(gain=gain, std=std), toy_input()
+    record = AdjointRecord()
+    gradient = exact("reversible", damping=damping)
+    ours = gradients(cell, u, gradient, FixedPointConfig(max_iter=budget), record=record)
+    u = u.clone().requires_grad_()
+    cell.zero_grad()
+    f, y = cell.map(u), torch.zeros_like(u)
+    z = y
+    for _ in range(budget // 2):
+        y = (1 - damping) * y + damping * f(z)
+        z = (1 - damping) * z + damping * f(y)
+    (z * cotangent(z)).sum().backward()
+    reference = torch.cat([*(parameter.grad.flatten() for parameter in cell.parameters()), u.grad.flatten()])
+    error = ((flat(ours) - reference).norm() / reference.norm()).item()
+    estimate = record.residual.max().item()
+    assert record.residual.shape == (3,)
+    assert error < 30 * estimate + 1e-12 and estimate < 100 * error + 1e-12
+    assert (error > 0.05) == (budget > 12)
+
+
+def test_a_reversible_iteration_that_comes_back_to_nothing_is_an_error():
+    weight = torch.ones(1, dtype=torch.float64, requires_grad=True)
+
+    def forgetful(z):
+        # Exact on the way out; on the way back, with a graph, it answers for another state.
+        return weight * (z + 1e300 if torch.is_grad_enabled() else 0.5 * z + 1)
+
+    found = equilibrium(
+        forgetful, torch.zeros(1, 1, 1, dtype=torch.float64), FixedPointConfig(max_iter=60),
+        GradientConfig("reversible", damping=0.9), depends_on=(weight,),
+    )  # fmt: skip
+    with pytest.raises(ArithmeticError, match="60 evaluations at damping 0.9 .* not finite"):
+        found.state.sum().backward()
+
+
+@pytest.mark.parametrize("damping, most", [(0.5, 106), (0.9, 30)])
+def test_a_budget_that_cannot_be_inverted_is_refused(damping, most):
+    gradient = exact("reversible", damping=damping)
+    gradient.check_budget(most)
+    with pytest.raises(OptionError, match=f"give at most {most}") as caught:
+        gradient.check_budget(most + 2)
+    assert caught.value.option == "max_iter"
+
+
 def test_reversible_gradient_tends_to_the_exact_one():
     cell, u = ToyCell(), toy_input()
     reference = gradients(cell, u, exact())

@@ -24,7 +24,7 @@ def line(tag, **values):
 
 @pytest.fixture
 def log(tmp_path):
-    """A run that was killed while it wrote, and resumed from update 10."""
+    """A run that was killed while it wrote, and resumed from update 10, for a time under an earlier version's names."""
     path = tmp_path / "train.log"
     path.write_text(
         "2026-01-01 00:00:00 | INFO | fairseq_cli.train | Namespace()\n"
@@ -34,7 +34,7 @@ def log(tmp_path):
         + line("valid", valid_num_updates=20, valid_loss=9.0, valid_accuracy=1)
         + line("train_inner", num_updates=30, gnorm=1)[:50]
         + "\n"
-        + line("train_inner", num_updates=20, gnorm=4, evaluations=4)
+        + line("train_inner", num_updates=20, gnorm=4, evaluations_forward=4)
         + line("valid", valid_num_updates=20, valid_loss=3.0, valid_accuracy=20)
         + line("train_inner", num_updates=40, gnorm=6, evaluations=1)
         + line("valid", valid_num_updates=40, valid_loss=2.0, valid_accuracy=30)
@@ -53,7 +53,7 @@ def test_curve_of_a_resumed_run(log):
     assert curve.last["accuracy"] == 30
     # Weighted by the length of the intervals: 10 updates, 10 and 20.
     assert curve.mean("gnorm") == pytest.approx((2 * 10 + 4 * 10 + 6 * 20) / 40)
-    assert curve.mean("absent", "evaluations", after=10) == pytest.approx((4 * 10 + 1 * 20) / 30)
+    assert curve.mean("evaluations", after=10) == pytest.approx((4 * 10 + 1 * 20) / 30)
     assert math.isnan(curve.mean("absent"))
     assert last_sentence(log) == "ValueError: the end"
 
@@ -93,14 +93,14 @@ def test_verdicts():
 def test_cost_model():
     """An evaluation 1, a product with the Jacobian 1, a full backward pass 2."""
     stack = {"evaluations": 8.0}
-    cell = {"evaluations_forward": 12.0, "evaluations_backward": 12.0}
+    cell = {"evaluations": 12.0, "evaluations_backward": 12.0, "evaluation_budget": 30.0}
     assert update_cost(stack, {}, 5) == 8 * (1 + 2)
     assert update_cost(cell, {}, 5) == 12 + 1 + 12 + 2
     assert update_cost(cell, {"deq-gradient": "phantom-4"}, 5) == 12 + 4 * 3
     assert update_cost({**cell, "evaluations_backward": 0.0}, {"deq-gradient": "bptt-12"}, 5) == 12 * 3
     assert update_cost(cell, {"deq-gradient": "jfb"}, 5) == 12 + 3
     assert update_cost(cell, {"deq-gradient": "reversible"}, 5) == 4 * 12
-    warm = {"evaluations_forward": 4.0, "evaluations_backward": 0.0}
+    warm = {"evaluations": 4.0, "evaluations_backward": 0.0, "evaluation_budget": 4.0}
     flags = {"deq-warmup-updates": 10}
     assert cumulative_cost({10: warm, 15: cell}, flags) == {10: 10 * 12.0, 15: 10 * 12.0 + 5 * 27.0}
     # Three layers of 100 parameters, an evaluation of each and the way back, on 7 tokens.

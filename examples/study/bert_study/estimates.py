@@ -81,9 +81,9 @@ def update_cost(record: Record, flags: Flags, update: int) -> float:
         record: metrics of the interval that ends at ``update``.
         flags: the run's.
     """
-    if "evaluations_forward" not in record:
-        return 3 * record.get("evaluations", math.nan)
-    forward = record["evaluations_forward"]
+    forward = record.get("evaluations", math.nan)
+    if "evaluation_budget" not in record:  # what only an equilibrium has
+        return 3 * forward
     if update <= flags.get("deq-warmup-updates", 0):
         return 3 * forward  # unrolled
     # The damping does not change the cost, but reversible needs one below 1.

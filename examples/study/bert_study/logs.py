@@ -26,14 +26,12 @@ class Curve:
         """The last validation."""
         return self.validations[max(self.validations)]
 
-    def mean(self, *names: str, after: int = 0) -> float:
-        """Mean of the first of ``names`` that training logged, over all updates beyond ``after``; nan where there is
-        none."""
+    def mean(self, name: str, after: int = 0) -> float:
+        """Mean of a metric of training over all updates beyond ``after``; nan where there is none."""
         total = weight = 0.0
         start = 0
         for update, record in sorted(self.intervals.items()):
-            name = next((name for name in names if name in record), None)
-            if name is not None and start >= after:
+            if name in record and start >= after:
                 total += record[name] * (update - start)
                 weight += update - start
             start = update
@@ -81,10 +79,16 @@ def _records(path: str) -> List[tuple]:
                 continue
             try:
                 values = json.loads(parts[3])
-                found.append((parts[2], {name: float(value) for name, value in values.items() if value is not None}))
+                record = {_today(name): float(value) for name, value in values.items() if value is not None}
             except ValueError:
                 continue
+            found.append((parts[2], record))
     return found
+
+
+def _today(name: str) -> str:
+    """The name that a metric of an earlier version has now."""
+    return name.replace("evaluations_forward", "evaluations")
 
 
 def last_sentence(path: str) -> str:

@@ -133,7 +133,7 @@ def _cost_table(plan: Plan, found: Results, models: Measurements) -> str:
         rows.append(
             [
                 result.model.label,
-                _evaluations(result, "evaluations", "evaluations_forward"),
+                _evaluations(result, "evaluations"),
                 _evaluations(result, "evaluations_backward"),
                 _number(operations[name] / operations[plan.reference], 2),
                 _number(own["seconds"] / entry["seconds"], 2),
@@ -144,8 +144,8 @@ def _cost_table(plan: Plan, found: Results, models: Measurements) -> str:
     return f"\n## Cost, over that of {reference.model.label}\n\n" + _table(header, rows)
 
 
-def _evaluations(result: ModelResult, *names: str) -> str:
-    spread = result.spread(lambda run: run.curve.mean(*names, after=run.steady))
+def _evaluations(result: ModelResult, name: str) -> str:
+    spread = result.spread(lambda run: run.curve.mean(name, after=run.steady))
     return "–" if not math.isfinite(spread.mean) or spread.mean == 0 else f"{spread.mean:.1f}"
 
 
@@ -184,8 +184,8 @@ def _telemetry(found: Results) -> str:
     rows = []
     for result in found.values():
 
-        def mean(*names: str) -> Callable:
-            return lambda run: run.curve.mean(*names, after=run.steady)
+        def mean(name: str) -> Callable:
+            return lambda run: run.curve.mean(name, after=run.steady)
 
         rows.append(
             [
