@@ -2,7 +2,7 @@
 
 ``register()`` runs once, when the package is imported, which fairseq does before it loads a checkpoint or parses the
 plugin's flags: in ``fairseq-train``, in every rank, in ``fairseq-validate``, ``fairseq-preprocess``,
-``fairseq-hydra-train`` and the hub. It puts wrappers around seven functions of fairseq, each of which calls the
+``fairseq-hydra-train`` and the hub. It puts wrappers around eight functions of fairseq, each of which calls the
 original and changes nothing for models and tasks that never meet the gap.
 """
 
@@ -12,6 +12,7 @@ import collections
 import functools
 import importlib.util
 import logging
+import math
 import os
 import pickle
 import queue
@@ -44,6 +45,7 @@ def register() -> None:
     _wrap(options, "parse_args_and_arch", _parse_args_and_arch)
     _wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_checkpoint_to_cpu)
     _wrap(checkpoint_utils, "load_checkpoint", _load_checkpoint)
+    _wrap(checkpoint_utils, "save_checkpoint", _save_checkpoint)
     _wrap(PathManager, "copy", _copy)
     _wrap(binarizer.FileBinarizer, "multiprocess_dataset", _multiprocess_dataset)
     _wrap(nan_detector.NanDetector, "add_hooks", _add_hooks)
@@ -137,6 +139,17 @@ def _copy(original, src_path, dst_path, overwrite=False):
     copied = original(src_path, partial, True)
     os.replace(partial, dst_path)
     return copied
+
+
+def _save_checkpoint(original, cfg, trainer, epoch_itr, val_loss):
+    """A validation that gave no number, such as the correlation of constant predictions, is no candidate for the best.
+
+    fairseq would remember it as the best, which every later one then beats, and overwrite the best checkpoint.
+    """
+    if val_loss is not None and math.isnan(val_loss):
+        logger.warning(f"the validation {cfg.best_checkpoint_metric} is not a number: checkpoint_best.pt stays")
+        val_loss = None
+    return original(cfg, trainer, epoch_itr, val_loss)
 
 
 def _load_checkpoint(original, cfg, trainer, **kwargs):
@@ -313,7 +326,7 @@ def _add_hooks(original, detector, module):
 
 # --- progress bars ----------------------------------------------------------------------------------------------------
 
-_details = set()
+_details = {"pred", "targ"}  # fairseq's sentence_prediction keeps all predictions of a validation under these names
 
 
 def keep_out_of_text_bars(names: typing.Iterable[str]) -> None:

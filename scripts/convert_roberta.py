@@ -1,7 +1,7 @@
 """Convert a fairseq RoBERTa checkpoint to ode_bert: python scripts/convert_roberta.py INPUT OUTPUT
 
-The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, of the published
-weights, encoder.json and vocab.bpe of GPT-2 (of a model with a sentencepiece vocabulary, sentencepiece.bpe.model).
+The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
+weights, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
 """
 
 import argparse
