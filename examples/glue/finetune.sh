@@ -59,3 +59,6 @@ fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" 
     --valid-subset "$VALID" "${OBJECTIVE[@]}" \
     --save-dir "$OUT/checkpoints" --no-epoch-checkpoints --distributed-world-size 1 \
     --log-format simple --log-interval 50 --seed 1 "$@"
+
+best=$OUT/checkpoints/checkpoint_best.pt
+if [ -f "$best" ]; then echo "the best checkpoint by $METRIC: $best (examples/glue/README.md: how to predict with it)"; fi

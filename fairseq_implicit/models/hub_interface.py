@@ -304,7 +304,7 @@ def _find(folders: Sequence[str], kinds: Sequence[str], named: Dict[str, str]):
 
 
 def _recorded_data_folders(path: str) -> List[str]:
-    """The data folders that a checkpoint was trained on, as far as they still exist."""
+    """The data folders that a checkpoint was trained on."""
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     recorded = (state.get("cfg") or {}).get("task") or {}
-    return [folder for folder in str(recorded.get("data") or "").split(os.pathsep) if os.path.isdir(folder)]
+    return [folder for folder in str(recorded.get("data") or "").split(os.pathsep) if folder]

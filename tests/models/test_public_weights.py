@@ -10,9 +10,11 @@ from fairseq.data import Dictionary
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 from fairseq.models.roberta import RobertaModel
 
+from examples.glue import binarise
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.ode_bert import OdeBertModel
 from scripts import convert_roberta
+from scripts.checkpoint_flags import model_flags
 
 BYTE_PAIRS = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"}
 MERGES = "t h|th e|Ġ the|Ġ s|o l|Ġs ol|v e|Ġsol ve|Ġsolve r|i n|Ġ f|Ġf i|e l|Ġfi el|Ġfiel d|in g".split("|")
@@ -146,3 +148,36 @@ def test_a_failing_save_is_one_sentence(published, monkeypatch, tmp_path, place)
         convert_roberta.main()
     assert "cannot be written" in str(stopped.value) and len(str(stopped.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_glue_recipe_takes_them(converted, fairseq_train, monkeypatch, tmp_path):
+    """Ids of the hub in the data folder, the converted weights under the flags, and the result opens with its files."""
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines/classes").write_text("0\n1\n")
+    pairs = [("the solver", "solves " * 60), ("naïve 数 😀", "the field")]
+    for split in ("train", "valid"):
+        for part, column in (("input0", 0), ("input1", 1)):
+            (tmp_path / f"lines/{split}.{part}").write_text("".join(f"{pair[column]}\n" for pair in pairs))
+        (tmp_path / f"lines/{split}.label").write_text("0\n1\n")
+    source = tmp_path / "public"  # only the converted weights, not those they were made from
+    source.mkdir()
+    for name in ("encoder.json", "vocab.bpe", "dict.txt"):
+        (source / name).write_bytes((converted.parent / name).read_bytes())
+    (source / "model.pt").write_bytes(converted.read_bytes())
+    argv = [str(tmp_path / "lines"), "--pretrained", str(source), "--out", str(tmp_path / "bin")]
+    monkeypatch.setattr(sys, "argv", ["binarise", *argv])
+    binarise.main()
+    log = fairseq_train(
+        *(tmp_path / "bin", *model_flags(str(source / "model.pt")), "--finetune-from-model", source / "model.pt"),
+        *"--task sentence_prediction --criterion sentence_prediction --num-classes 2 --init-token 0".split(),
+        *"--separator-token 2 --optimizer adam --lr 0 --batch-size 1 --required-batch-size-multiple 1".split(),
+        *("--max-update", 2, "--save-dir", tmp_path / "tuned"),
+    )
+    assert "Loaded checkpoint" in log.text and log.metrics("valid")[-1]["valid_nll_loss"] > 0
+    tuned = ImplicitBertModel.from_pretrained(tmp_path / "tuned")
+    ours = OdeBertModel.from_pretrained(source)
+    for pair in pairs:
+        tokens = tuned.encode(*pair, shorten=True)
+        assert tokens.equal(ours.encode(*pair, shorten=True)) and len(tokens) <= 64
+        torch.testing.assert_close(tuned.extract_features(tokens), ours.extract_features(tokens))
+    assert tuned.predict("sentence_classification_head", tokens).shape == (1, 2)
