@@ -32,12 +32,21 @@ here=$(cd "$(dirname "$0")" && pwd)
 source "$here/../../scripts/environment.sh" # sets root
 export PYTHONWARNINGS=ignore
 
-# 1. tables -> lines
-rm -rf "$OUT/lines" "$OUT/data-bin"
-python "$here/columns.py" "$TABLES" --task "$TASK" --out "$OUT/lines"
+inputs=$(printf '%s\n' "$TASK" "$(cd "$TABLES" && pwd)" "$(cd "$PRETRAINED" && pwd)")
+if [ -f "$OUT/checkpoints/checkpoint_last.pt" ]; then # go on, with the classes and ids that its weights were trained on
+    [ "$(cat "$OUT/inputs" 2>/dev/null)" = "$inputs" ] || {
+        echo "finetune: $OUT was made from other arguments, or by an earlier version: choose another folder" >&2
+        exit 1
+    }
+else
+    # 1. tables -> lines
+    rm -rf "$OUT/lines" "$OUT/data-bin"
+    python "$here/columns.py" "$TABLES" --task "$TASK" --out "$OUT/lines"
 
-# 2. lines -> ids, by the tokenizer and the dictionary of pretraining
-python "$here/binarise.py" "$OUT/lines" --pretrained "$PRETRAINED" --out "$OUT/data-bin"
+    # 2. lines -> ids, by the tokenizer and the dictionary of pretraining
+    python "$here/binarise.py" "$OUT/lines" --pretrained "$PRETRAINED" --out "$OUT/data-bin"
+    echo "$inputs" >"$OUT/inputs"
+fi
 
 # 3. fine-tuning: the flags of the pretrained model come from its checkpoint
 flags=$(python "$root/scripts/checkpoint_flags.py" "$PRETRAINED" --finetune)

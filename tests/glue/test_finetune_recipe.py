@@ -155,6 +155,23 @@ def test_each_task_is_judged_by_its_metric_in_folders_of_any_name(task, tmp_path
     assert train[-2:] == ["--lr", "1e-3 extra"]
 
 
+def test_a_training_that_stopped_goes_on_with_its_own_data_or_not_at_all(tmp_path):
+    write_table(tmp_path / "tables", "RTE", [("a", "b", "entailment"), ("a", "b", "not_entailment")])
+    (tmp_path / "pre").mkdir()
+    for resumed in (False, True):
+        result, commands = finetune(tmp_path, tmp_path / "tables", "RTE", "pre", "out")
+        assert result.returncode == 0, result.stderr
+        (tmp_path / "record").unlink()
+        assert ("columns.py" in commands[0][1], commands[-1][0]) == (not resumed, "fairseq-train")
+        (tmp_path / "out/checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "out/checkpoints/checkpoint_last.pt").touch()
+    result, commands = finetune(tmp_path, "tables", "QNLI", "pre", "out")
+    assert result.returncode == 1 and "out was made from other arguments" in result.stderr and commands == []
+    (tmp_path / "out/inputs").unlink()
+    result, commands = finetune(tmp_path, "tables", "RTE", "pre", "out")
+    assert result.returncode == 1 and "by an earlier version" in result.stderr and commands == []
+
+
 @pytest.mark.parametrize(
     "tables, task, folder, message",
     [
