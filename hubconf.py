@@ -2,9 +2,9 @@
 
     torch.hub.load("path/to/this/checkout", "ode_bert", source="local", path="folder", checkpoint_file="model.pt")
 
-`path` is the checkpoint's folder, of which `checkpoint_best.pt`, `model.pt` or `checkpoint_last.pt` is taken when none is
-named. The dictionary and the tokenizer are looked for there, then in the data folder that the checkpoint names; further
-keywords override fields of the model (`ode_scheme="rk4"`).
+`path` is the checkpoint's folder, of which `checkpoint_best.pt`, `model.pt` or `checkpoint_last.pt` is taken when none
+is named. The dictionary and the tokenizer are looked for there, then in the data folder that the checkpoint names;
+further keywords override fields of the model (`ode_scheme="rk4"`).
 """
 
 dependencies = ["torch", "fairseq", "sentencepiece"]

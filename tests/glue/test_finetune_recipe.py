@@ -75,7 +75,8 @@ def write_table(folder, task, rows):
 def pretrained(toy_flags, fairseq_train, tmp_path_factory):
     """A checkpoint and nothing beside it, as the step by step of the README leaves it; 32 positions."""
     folder = tmp_path_factory.mktemp("pre trained")
-    fairseq_train(*toy_flags, "--max-update", 2, "--save-dir", folder, "--disable-validation", "--no-save-optimizer-state")
+    more = ("--disable-validation", "--no-save-optimizer-state")
+    fairseq_train(*toy_flags, "--max-update", 2, "--save-dir", folder, *more)
     return folder
 
 
@@ -92,7 +93,8 @@ def test_a_table_becomes_lines_with_the_labels_in_a_fixed_order(task, monkeypatc
     assert f"train: {len(labels)} examples" in output and f"valid: {len(labels)} examples" in output
     for split in ("train", "valid"):
         for part, text in enumerate(pair):
-            assert (tmp_path / f"lines/{split}.input{part}").read_text() == (" ".join(text.split()) + "\n") * len(labels)
+            lines = (tmp_path / f"lines/{split}.input{part}").read_text().splitlines()
+            assert lines == [" ".join(text.split())] * len(labels)
         written = (tmp_path / f"lines/{split}.label").read_text().splitlines()
         assert written == (list(table.labels) or ["1.0", "0.0", "0.3"])
     if table.labels:
@@ -198,7 +200,8 @@ def test_the_model_reads_both_sentences_and_what_was_cut_is_counted(pretrained, 
     rows = [(*pair, label) for pair, label in zip(pairs, ("0", "1", "1", "0"))]
     folder = write_table(tmp_path / "tables", "MRPC", rows)
     run(columns, monkeypatch, capsys, folder, "--task", "MRPC", "--out", tmp_path / "lines")
-    output = run(binarise, monkeypatch, capsys, tmp_path / "lines", "--pretrained", pretrained, "--out", tmp_path / "bin")
+    argv = (tmp_path / "lines", "--pretrained", pretrained, "--out", tmp_path / "bin")
+    output = run(binarise, monkeypatch, capsys, *argv)
     bert = ImplicitBertModel.from_pretrained(pretrained)
     whole = [len(bert.ids(first)) + len(bert.ids(second)) for first, second in pairs]
     lost = sum(max(0, length - (32 - 4)) for length in whole)

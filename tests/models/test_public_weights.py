@@ -1,4 +1,4 @@
-"""RoBERTa's published form (a Namespace, GPT-2's byte pairs, dict.txt by frequency) through the converter and the hub."""
+"""RoBERTa's published form (a Namespace, GPT-2's byte pairs, dict.txt by frequency) through converter and hub."""
 
 import argparse
 import json
