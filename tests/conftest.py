@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import traceback
@@ -176,9 +177,10 @@ def fairseq_train():
         import torch
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-        from fairseq.distributed.utils import call_main
 
         import fairseq_implicit  # noqa: F401  (get_parser reads sys.argv, not argv, to find --user-dir)
+
+        from fairseq.distributed.utils import call_main  # isort: skip  (as the plugin leaves it)
 
         _reset_fairseq()
         threads = torch.get_num_threads()
@@ -275,6 +277,18 @@ class Fork:
 def fork():
     """Starts ``function(*args)`` in a forked process: ``fork(function, *args, **environment)`` returns a ``Fork``."""
     return Fork
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """A function that finds a free port of this machine."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            return probe.getsockname()[1]
+
+    return find
 
 
 @pytest.fixture(scope="session")

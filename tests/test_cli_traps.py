@@ -107,6 +107,8 @@ def test_shards_and_worker_processes(toy_flags, toy_data, fairseq_train, tmp_pat
     [
         (["--fp16"], ValueError, "--fp16 needs a GPU"),
         (["--memory-efficient-fp16"], ValueError, "--fp16 needs a GPU"),
+        (["--criterion", "cross_entropy"], ValueError, "cross_entropy does not divide by the masked tokens"),
+        (["--criterion", "label_smoothed_cross_entropy"], ValueError, "pass --criterion implicit_masked_lm"),
         (["--amp"], ValueError, "--amp needs a GPU"),
         (["--tpu"], ValueError, "--tpu needs torch_xla"),
         (["--restore-file", "typo.pt"], FileNotFoundError, "--restore-file typo.pt does not exist"),

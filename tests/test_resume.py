@@ -1,8 +1,11 @@
 """Train, kill -9 in mid-training, resume: the same run, digit for digit."""
 
+import json
 import os
+import random
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -76,3 +79,60 @@ def test_a_checkpoint_of_another_dictionary_is_refused(toy_flags, toy_data, fair
     fairseq_train(toy_data, *flags, "--max-update", 2)
     with pytest.raises(ValueError, match="trained with another dictionary"):
         fairseq_train(other, *flags, "--max-update", 3)
+
+
+def interrupted_at_random(fairseq_train, number, seed, *flags):
+    """Trains until a signal that comes at a random moment of a random update."""
+    from fairseq.trainer import Trainer
+
+    chance = random.Random(seed)
+    original, left = Trainer.train_step, [chance.randint(1, 6)]
+
+    def train_step(trainer, *args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            moment = threading.Timer(chance.uniform(0.0, 0.05), os.kill, (os.getpid(), number))
+            moment.daemon = True  # the last updates may be over before it
+            moment.start()
+        return original(trainer, *args, **kwargs)
+
+    Trainer.train_step = train_step
+    try:
+        fairseq_train(*flags)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def logged_losses(path):
+    """``(update, loss)`` of all training lines of a log file, in order."""
+    lines = (line.split("train_inner | ", 1) for line in path.read_text(encoding="utf-8").splitlines())
+    stats = [json.loads(parts[1]) for parts in lines if len(parts) == 2]
+    return [(int(one["num_updates"]), one["loss"]) for one in stats]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_half_precision_interrupted_at_random(toy_flags, fairseq_train, fork, tmp_path, number):
+    """As often as INTERRUPTIONS says (2): ``INTERRUPTIONS=10 bash scripts/test.sh tests/test_resume.py``."""
+    times, end = int(os.environ.get("INTERRUPTIONS", "2")), 60
+    flags = toy_flags + (
+        "--arch ode_bert_gated_tiny --bf16 --dropout 0.1 --batch-size 16 --save-interval-updates 2 --disable-validation "
+        "--keep-interval-updates 1 --save-on-signal"
+    ).split() + ["--max-update", end]  # fmt: skip
+    folder, log = tmp_path / "interrupted", tmp_path / "log"
+    for seed in range(times):
+        run = fork(interrupted_at_random, fairseq_train, number, seed, *flags, "--save-dir", folder, "--log-file", log)
+        run.process.join(240)
+        if number == signal.SIGTERM:
+            assert run.result() == 143
+        else:
+            assert run.process.exitcode == -number
+    fairseq_train(*flags, "--save-dir", folder, "--log-file", log)
+    whole = fairseq_train(*flags, "--save-dir", tmp_path / "whole", "--log-file", tmp_path / "expected")
+    assert len(whole.metrics("train")) > 1, "the run must cross the end of an epoch"
+    found, expected = logged_losses(log), logged_losses(tmp_path / "expected")
+    assert dict(found) == dict(expected) and set(found) == set(expected)
+    repeated = len(found) - len(expected)
+    assert repeated == 0 if number == signal.SIGTERM else repeated <= 2 * times
+    one, other = (torch.load(run / "checkpoint_last.pt") for run in (folder, tmp_path / "whole"))
+    assert all(torch.equal(one["model"][name], weight) for name, weight in other["model"].items())

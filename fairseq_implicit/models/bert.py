@@ -59,14 +59,22 @@ class ImplicitBertEncoder(FairseqEncoder):
             return None
         return mask
 
-    def embed(self, src_tokens: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    @property
+    def sentence_encoder(self) -> "ImplicitBertEncoder":
+        """RoBERTa's name for the part below the head, where others look for ``embed_tokens`` and ``layers``."""
+        return self
+
+    def embed(
+        self, src_tokens: Tensor, padding_mask: Optional[Tensor], token_embeddings: Optional[Tensor] = None
+    ) -> Tensor:
         """Token and position embeddings, normalised and dropped, zero at padding: ``(batch, time, dim)``."""
         if src_tokens.shape[1] > self.positions:
             raise ValueError(
                 f"an input of {src_tokens.shape[1]} tokens is longer than the model's {self.positions} positions: "
                 "shorten it, or train with a larger --max-positions"
             )
-        x = self.embed_tokens(src_tokens) + self.embed_positions(src_tokens)
+        tokens = self.embed_tokens(src_tokens) if token_embeddings is None else token_embeddings
+        x = tokens + self.embed_positions(src_tokens)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
         x = self.dropout.prepare(x)(x)
@@ -79,9 +87,10 @@ class ImplicitBertEncoder(FairseqEncoder):
         return_all_hiddens: bool = False,
         masked_tokens: Optional[Tensor] = None,
         has_padding: Optional[bool] = None,
-        **unused,
+        token_embeddings: Optional[Tensor] = None,
+        src_lengths: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Run the encoder.
+        """Run the encoder. Inputs that it does not know, such as segments, are refused by Python.
 
         Args:
             src_tokens: ``(batch, time)`` ids.
@@ -89,13 +98,16 @@ class ImplicitBertEncoder(FairseqEncoder):
             return_all_hiddens: also return the states along the depth.
             masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
             has_padding: whether ``src_tokens`` holds padding, where the caller knows.
+            token_embeddings: ``(batch, time, dim)`` in place of those of ``src_tokens``, whose padding still counts.
+            src_lengths: not needed, fairseq's tasks send it.
 
         Returns:
             logits or features, and ``inner_states`` (list of ``(time, batch, dim)`` or None), ``statistics``,
-            ``penalties``, ``auxiliary`` (``(weight, logits)`` pairs).
+            ``penalties``, ``auxiliary`` (pairs of a weight and what a corrected state gives in place of the first).
         """
         padding_mask = self.padding_mask(src_tokens, has_padding)
-        depth: DepthOutput = self.depth(self.embed(src_tokens, padding_mask), padding_mask, return_all_hiddens)
+        x = self.embed(src_tokens, padding_mask, token_embeddings)
+        depth: DepthOutput = self.depth(x, padding_mask, return_all_hiddens)
         inner_states: Optional[List[Tensor]] = None
         if return_all_hiddens:
             inner_states = [state.transpose(0, 1) for state in depth.hidden_states]
@@ -103,7 +115,7 @@ class ImplicitBertEncoder(FairseqEncoder):
             "inner_states": inner_states,
             "statistics": depth.statistics,
             "penalties": depth.penalties,
-            "auxiliary": [],
+            "auxiliary": depth.auxiliary_states,
         }
         if features_only:
             return depth.state, extra
@@ -121,6 +133,21 @@ class ImplicitBertEncoder(FairseqEncoder):
     def max_positions(self) -> int:
         """Longest input in tokens."""
         return self.positions
+
+
+def _positions_of(task) -> int:
+    """The longest input of a task; fairseq's older tasks only know it as their ``--tokens-per-sample``.
+
+    Raises:
+        ValueError: the task knows no length.
+    """
+    positions = task.max_positions()
+    if positions is None:
+        settings = [each for each in (task.cfg, getattr(task, "args", None)) if each is not None]
+        positions = next((each.tokens_per_sample for each in settings if hasattr(each, "tokens_per_sample")), None)
+    if positions is None:
+        raise ValueError(f"the task {type(task).__name__} sets no length of its inputs: give --max-positions")
+    return positions
 
 
 class ImplicitBertModel(FairseqEncoderModel):
@@ -152,7 +179,7 @@ class ImplicitBertModel(FairseqEncoderModel):
         else:
             typed = cfg
         if typed.max_positions is None:
-            typed.max_positions = task.max_positions()
+            typed.max_positions = _positions_of(task)
         typed.check()
         return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, cls.build_depth(typed)))
 
@@ -218,7 +245,9 @@ class ImplicitBertModel(FairseqEncoderModel):
         )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
-            x = head(x.to(head.dense.weight.dtype))
+            dtype = head.dense.weight.dtype
+            x = head(x.to(dtype))
+            extra["auxiliary"] = [(weight, head(state.to(dtype))) for weight, state in extra["auxiliary"]]
         return x, extra
 
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:

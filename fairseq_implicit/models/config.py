@@ -76,6 +76,14 @@ class ImplicitBertConfig(FairseqDataclass):
         },
     )
 
+    save_on_signal: bool = field(
+        default=False,
+        metadata={
+            "help": "SIGTERM and SIGUSR1 save a checkpoint after the running update and end the training with exit "
+            "status 143 and 138; a second signal ends it at once"
+        },
+    )
+
     def check(self) -> None:
         """Refuse impossible values with one sentence that names the flag.
 

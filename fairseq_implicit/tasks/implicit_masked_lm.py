@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 import torch
+from fairseq.criterions import FairseqCriterion
+from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
+from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 from fairseq_implicit.data import data_bin
 from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
 from fairseq_implicit.data.masked_blocks import InferenceDataset, MaskedBlockDataset
@@ -124,6 +127,22 @@ class ImplicitMaskedLMTask(FairseqTask):
             "--task implicit_masked_lm needs --srcdict: a sentencepiece .model, which then reads raw text, or a "
             "dict.txt for text that is already split into pieces."
         )
+
+    def build_criterion(self, cfg, from_checkpoint: bool = False) -> FairseqCriterion:
+        """Refuses criterions whose loss is no loss of a masked token.
+
+        fairseq's default, ``cross_entropy``, divides by all tokens of a batch: the loss looks wonderful.
+
+        Raises:
+            ValueError: it does not divide by the number of masked tokens.
+        """
+        criterion = super().build_criterion(cfg, from_checkpoint)
+        if not isinstance(criterion, (ImplicitMaskedLMCriterion, MaskedLmLoss)):
+            raise ValueError(
+                f"--criterion {cfg._name} does not divide by the masked tokens, so that its loss would mean nothing "
+                "here: pass --criterion implicit_masked_lm."
+            )
+        return criterion
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> MaskedBlockDataset:
         """Loads a split; the training split of epoch ``e`` comes from folder ``(e - 1) mod folders``.
