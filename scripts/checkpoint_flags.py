@@ -4,7 +4,7 @@
     fairseq-train ... "${flags[@]}"
 
 Prints `--arch`, `--max-positions` and every model field that differs from the preset's default, quoted for a shell.
-Dropout and drop-path rates are left out: they belong to the run, not to the weights.
+Dropout and drop-path rates and --save-on-signal are left out: they belong to the run, not to the weights.
 """
 
 import argparse
@@ -25,11 +25,9 @@ import fairseq_implicit  # noqa: E402, F401  (registers the models)
 from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 from fairseq_implicit.models.hub_interface import find_checkpoint  # noqa: E402
 
-RATES = ("drop_path", "layerdrop")
-
-
-def is_rate(name: str) -> bool:
-    return "dropout" in name or name.endswith(RATES)
+def of_the_run(name: str) -> bool:
+    """Whether a field says how a model is trained, not what it computes."""
+    return "dropout" in name or name.endswith(("drop_path", "layerdrop", "save_on_signal"))
 
 
 def model_flags(path: str) -> List[str]:
@@ -48,7 +46,7 @@ def model_flags(path: str) -> List[str]:
     flags = ["--arch", name]
     for field in dataclasses.fields(model.config_class()):
         value = stored.get(field.name)
-        if field.name == "_name" or is_rate(field.name) or value is None or value == field.default:
+        if field.name == "_name" or of_the_run(field.name) or value is None or value == field.default:
             continue
         flags.append("--" + field.name.replace("_", "-"))
         if not isinstance(value, bool):

@@ -58,7 +58,9 @@ if [ "$CLASSES" = 1 ]; then OBJECTIVE+=(--regression-target); fi
 # --report-mcc, --report-acc-and-f1, --report-pearson-and-spearman: computed over the whole set, in one process only
 if [ "$METRIC" != accuracy ]; then OBJECTIVE+=("--report-${METRIC//_/-}"); fi
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then OBJECTIVE+=(--fp16); fi
-fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" \
+echo "the best checkpoint by $METRIC will be $OUT/checkpoints/checkpoint_best.pt: examples/glue/README.md uses it"
+# exec: whoever stops this command stops the training, which then saves
+exec fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" \
     --task sentence_prediction --criterion sentence_prediction --init-token 0 --separator-token 2 \
     --dropout 0.1 --attention-dropout 0.1 --weight-decay 0.1 --clip-norm 0.0 \
     --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 \
@@ -66,8 +68,5 @@ fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" 
     --total-num-update "$UPDATES" --max-update "$UPDATES" --max-epoch 10 \
     --batch-size "$BATCH" --required-batch-size-multiple 1 \
     --valid-subset "$VALID" "${OBJECTIVE[@]}" \
-    --save-dir "$OUT/checkpoints" --no-epoch-checkpoints --distributed-world-size 1 \
+    --save-dir "$OUT/checkpoints" --no-epoch-checkpoints --distributed-world-size 1 --save-on-signal \
     --log-format simple --log-interval 50 --seed 1 "$@"
-
-best=$OUT/checkpoints/checkpoint_best.pt
-if [ -f "$best" ]; then echo "the best checkpoint by $METRIC: $best (examples/glue/README.md: how to predict with it)"; fi

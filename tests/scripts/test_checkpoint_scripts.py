@@ -24,7 +24,7 @@ def trained(toy_flags, fairseq_train, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained here")
     flags = (
         "--arch neural_ode_bert_tiny --ode-random-steps 2,4 --ode-scheme rk4 --ode-tolerance 0 --dropout 0.3 "
-        "--activation-fn relu --encoder-embed-dim 32 --no-layernorm-embedding"
+        "--save-on-signal --activation-fn relu --encoder-embed-dim 32 --no-layernorm-embedding"
     )
     more = ("--max-update", 1, "--save-dir", folder, "--disable-validation")
     fairseq_train(*toy_flags, *flags.split(), *more)
@@ -43,7 +43,7 @@ def test_the_flags_rebuild_the_model_after_a_shell_has_read_them(trained, monkey
     stored = torch.load(path)["cfg"]["model"]
     stored["max_positions"] = 32  # the task's --tokens-per-sample
     differing = {name for name, value in stored.items() if rebuilt[name] != value}
-    assert differing == {"dropout"} and rebuilt.ode_random_steps == [2, 4]
+    assert differing == {"dropout", "save_on_signal"} and rebuilt.ode_random_steps == [2, 4]
     (tmp_path / "text.pt").write_text("no checkpoint")
     for wrong, message in ((tmp_path, "there is no checkpoint"), (tmp_path / "text.pt", "text.pt is truncated")):
         with pytest.raises(SystemExit, match=f"checkpoint_flags: .*{message}"):
