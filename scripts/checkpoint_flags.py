@@ -1,9 +1,10 @@
 """The fairseq-train flags that rebuild a checkpoint's model, for fine-tuning it.
 
-    fairseq-train ... $(python scripts/checkpoint_flags.py checkpoint_best.pt)
+    eval "flags=($(python scripts/checkpoint_flags.py FOLDER --finetune))"
+    fairseq-train ... "${flags[@]}"
 
-Prints `--arch`, `--max-positions` and every model field that differs from the preset's default. Dropout and drop-path
-rates are left out: they belong to the run, not to the weights.
+Prints `--arch`, `--max-positions` and every model field that differs from the preset's default, quoted for a shell.
+Dropout and drop-path rates and --save-on-signal are left out: they belong to the run, not to the weights.
 """
 
 import argparse
@@ -14,53 +15,62 @@ import shlex
 import sys
 from typing import List
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
+from fairseq import checkpoint_utils  # noqa: E402
 from fairseq.models import MODEL_REGISTRY  # noqa: E402
+from omegaconf import DictConfig, ListConfig  # noqa: E402
 
 import fairseq_implicit  # noqa: E402, F401  (registers the models)
+from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
+from fairseq_implicit.models.hub_interface import find_checkpoint  # noqa: E402
 
-RATES = ("drop_path", "layerdrop")
-
-
-def is_rate(name: str) -> bool:
-    return "dropout" in name or name.endswith(RATES)
+def of_the_run(name: str) -> bool:
+    """Whether a field says how a model is trained, not what it computes."""
+    return "dropout" in name or name.endswith(("drop_path", "layerdrop", "save_on_signal"))
 
 
 def model_flags(path: str) -> List[str]:
     """The flags, as a list of arguments.
 
-    Raises FileNotFoundError when there is no such file and ValueError when it is no checkpoint of this package.
+    Raises ValueError when it is no checkpoint of this package.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    stored = (state.get("cfg") or {}).get("model") or {}
-    name = stored.get("_name")
+    state = checkpoint_utils.load_checkpoint_to_cpu(path)
+    stored = (state.get("cfg") or {}).get("model")
+    name = stored.get("_name") if isinstance(stored, DictConfig) else None
     model = MODEL_REGISTRY.get(name)
-    if not hasattr(model, "config_class"):
+    if model is None or not issubclass(model, ImplicitBertModel):
         raise ValueError(f"{path} was trained as the model {name!r}, which this package does not register")
     if stored.get("max_positions") is None:  # the task chose it
         stored = {**stored, "max_positions": (state["cfg"].get("task") or {}).get("tokens_per_sample")}
     flags = ["--arch", name]
     for field in dataclasses.fields(model.config_class()):
         value = stored.get(field.name)
-        if field.name == "_name" or is_rate(field.name) or value is None or value == field.default:
+        if field.name == "_name" or of_the_run(field.name) or value is None or value == field.default:
             continue
         flags.append("--" + field.name.replace("_", "-"))
         if not isinstance(value, bool):
-            flags.append(str(value))
+            flags.append(",".join(map(str, value)) if isinstance(value, ListConfig) else str(value))
     return flags
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a file, or a folder of which checkpoint_best.pt, model.pt or checkpoint_last.pt is taken",
+    )
+    parser.add_argument("--finetune", action="store_true", help="--finetune-from-model with the checkpoint, too")
     arguments = parser.parse_args()
     try:
-        print(shlex.join(model_flags(arguments.checkpoint)))
+        path = arguments.checkpoint
+        if not os.path.isfile(path):
+            path = find_checkpoint(path)
+        flags = model_flags(path)
+        if arguments.finetune:
+            flags += ["--finetune-from-model", os.path.abspath(path)]
+        print(shlex.join(flags))
     except (OSError, ValueError) as error:
         sys.exit(f"checkpoint_flags: {error}")
 

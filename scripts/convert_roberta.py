@@ -1,4 +1,8 @@
-"""Convert a fairseq RoBERTa checkpoint to ode_bert: python scripts/convert_roberta.py INPUT OUTPUT"""
+"""Convert a fairseq RoBERTa checkpoint to ode_bert: python scripts/convert_roberta.py INPUT OUTPUT
+
+The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
+weights, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
+"""
 
 import argparse
 import logging
@@ -13,7 +17,7 @@ logger = logging.getLogger("convert_roberta")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a fairseq RoBERTa checkpoint to ode_bert (Euler).")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("input", help="checkpoint of fairseq's roberta")
     parser.add_argument("output", help="file to write; must not exist")
     arguments = parser.parse_args()
@@ -31,8 +35,14 @@ def main() -> None:
         converted = checkpoint_from_roberta(checkpoint_utils.load_checkpoint_to_cpu(arguments.input))
     except (ValueError, KeyError) as error:
         sys.exit(f"{arguments.input}: {error}")
-    torch.save(converted, arguments.output + ".part")
-    os.replace(arguments.output + ".part", arguments.output)
+    partial = arguments.output + ".part"
+    try:
+        torch.save(converted, partial)
+        os.replace(partial, arguments.output)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
+        if os.path.exists(partial):
+            os.remove(partial)
+        sys.exit(f"{arguments.output} cannot be written: {str(error).splitlines()[0]}")
     logger.info("wrote %s", arguments.output)
 
 

@@ -1,6 +1,6 @@
 """Loads a trained checkpoint through the hub interface and fills masks.
 
-    python scripts/fill_masks.py FOLDER --checkpoint-file checkpoint_best.pt "Return the <mask> of the file."
+    python scripts/fill_masks.py FOLDER "Return the <mask> of the file."
     python scripts/fill_masks.py FOLDER --text corpus/test.txt --count 5
 
 Without sentences of your own, one word is hidden in each of a few sentences of --text, and the word that stood there is
@@ -15,15 +15,10 @@ import re
 import sys
 from typing import Iterator, List, NamedTuple, Optional
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
-from fairseq.models import MODEL_REGISTRY  # noqa: E402
-
 import fairseq_implicit  # noqa: E402, F401  (registers the models)
-
-WORD_START = "\u2581"
+from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 
 
 class Question(NamedTuple):
@@ -31,18 +26,10 @@ class Question(NamedTuple):
     answer: Optional[str]  # the hidden word, where it is known
 
 
-def model_of(path: str):
-    """The registered model class that a checkpoint was trained as.
-
-    Raises FileNotFoundError when there is no such file and ValueError when it is no checkpoint of this package.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}: train first, or name another --checkpoint-file")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    name = ((state.get("cfg") or {}).get("model") or {}).get("_name")
-    if name not in MODEL_REGISTRY:
-        raise ValueError(f"{path} was trained as the model {name!r}, which this package does not register")
-    return MODEL_REGISTRY[name]
+def is_one_piece(bert, word: str) -> bool:
+    """Whether a word inside a sentence is a single piece of a model's vocabulary."""
+    ids = bert.ids(f"a {word}")
+    return len(ids) == len(bert.ids("a")) + 1 and ids[-1] != bert.dictionary.unk()
 
 
 def questions(path: str, is_one_piece) -> Iterator[Question]:
@@ -75,7 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="FOLDER", help="folder of the checkpoint")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="with one <mask> each")
-    parser.add_argument("--checkpoint-file", default="checkpoint_best.pt", help="default: checkpoint_best.pt")
+    parser.add_argument(
+        "--checkpoint-file", help="default: the first there is of checkpoint_best.pt, model.pt, checkpoint_last.pt"
+    )
     parser.add_argument("--text", metavar="FILE", help="where sentences come from when none is given")
     parser.add_argument("--count", type=int, default=6, help="sentences taken from --text (default: 6)")
     parser.add_argument("--candidates", type=int, default=5, help="printed for each mask (default: 5)")
@@ -83,11 +72,10 @@ def main() -> None:
     if not arguments.sentences and not arguments.text:
         parser.error("give sentences with a <mask>, or --text FILE to take them from")
     try:
-        model = model_of(os.path.join(arguments.folder, arguments.checkpoint_file))
-        bert = model.from_pretrained(arguments.folder, arguments.checkpoint_file)
+        bert = ImplicitBertModel.from_pretrained(arguments.folder, arguments.checkpoint_file)
         asked = [Question(sentence, None) for sentence in arguments.sentences]
         if not asked:
-            found = questions(arguments.text, lambda word: WORD_START + word in bert.dictionary)
+            found = questions(arguments.text, lambda word: is_one_piece(bert, word))
             asked = [question for question, _ in zip(found, range(arguments.count))]
         for question in asked:
             print("\n".join(report(question, bert.fill_mask(question.sentence, topk=arguments.candidates))))

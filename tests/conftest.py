@@ -109,7 +109,7 @@ class _Records(logging.Handler):
         message = record.getMessage()
         self.text.append(message)
         if message.startswith("{") and record.name in ("train_inner", "train", "valid", "test"):
-            stats = {key: float(value) for key, value in json.loads(message).items() if value is not None}
+            stats = {key: float(value) for key, value in json.loads(message).items() if value not in (None, [])}
             self.found.append((record.name, stats))
 
 

@@ -1,8 +1,9 @@
-"""GLUE's tables -> the line files that fairseq binarises: `<split>.input0`, `<split>.input1`, `<split>.label`.
+"""GLUE's tables -> line files: `<split>.input0`, `<split>.input1`, `<split>.label`, and `classes`, the labels in order.
 
     python examples/glue/columns.py GLUE_FOLDER/RTE --task RTE --out FOLDER
 
 Train and dev become `train` and `valid` (MNLI's mismatched dev set `valid1`); unlabelled test tables are left alone.
+Similarity scores (STS-B) are written as numbers from 0 to 1, without `classes`.
 """
 
 import argparse
@@ -16,38 +17,53 @@ class Table(NamedTuple):
 
     sentences: Tuple[int, ...]
     label: int
+    labels: Tuple[str, ...]  # the classes in order; none: similarity from 0 to 5
     dev_label: Optional[int] = None  # where it is another column than in train
     header: bool = True
-    scores: bool = False  # similarity from 0 to 5 instead of classes
+
+    def target(self, cell: str) -> str:
+        """The label of a cell, a score divided by 5. Raises ValueError where the cell is neither."""
+        if self.labels:
+            if cell not in self.labels:
+                raise ValueError(f"{cell!r} is not one of the labels {', '.join(self.labels)}")
+            return cell
+        try:
+            score = float(cell)
+        except ValueError:
+            score = -1.0
+        if not 0.0 <= score <= 5.0:
+            raise ValueError(f"{cell!r} is not a score from 0 to 5")
+        return str(score / 5.0)
 
 
+BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
 TABLES: Dict[str, Table] = {
-    "CoLA": Table((3,), 1, header=False),
-    "MNLI": Table((8, 9), 11, dev_label=15),
-    "MRPC": Table((3, 4), 0),
-    "QNLI": Table((1, 2), 3),
-    "QQP": Table((3, 4), 5),
-    "RTE": Table((1, 2), 3),
-    "SST-2": Table((0,), 1),
-    "STS-B": Table((7, 8), 9, scores=True),
-    "WNLI": Table((1, 2), 3),
+    "CoLA": Table((3,), 1, BINARY, header=False),
+    "MNLI": Table((8, 9), 11, ("contradiction", "neutral", "entailment"), dev_label=15),
+    "MRPC": Table((3, 4), 0, BINARY),
+    "QNLI": Table((1, 2), 3, ENTAILMENT),
+    "QQP": Table((3, 4), 5, BINARY),
+    "RTE": Table((1, 2), 3, ENTAILMENT),
+    "SST-2": Table((0,), 1, BINARY),
+    "STS-B": Table((7, 8), 9, ()),
+    "WNLI": Table((1, 2), 3, BINARY),
 }
 FILES = {"train": ("train.tsv",), "valid": ("dev.tsv", "dev_matched.tsv"), "valid1": ("dev_mismatched.tsv",)}
 
 
-def rows(path: str, table: Table) -> Iterator[List[str]]:
-    """The rows of a table. GLUE does not quote: a quotation mark is a character. Some files end lines with CRLF."""
+def rows(path: str) -> Iterator[Tuple[int, List[str]]]:
+    """Line numbers from 1 and cells of a table. GLUE does not quote: a quotation mark is a character. Some files end
+    lines with CRLF."""
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines):
-            if number == 0 and table.header or not line.strip():
-                continue
-            yield line.rstrip("\r\n").split("\t")
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n").split("\t")
 
 
 def write_split(path: str, table: Table, out: str, split: str) -> Tuple[int, int]:
     """Writes one split and returns how many rows were written and how many were too short to be read.
 
-    Raises ValueError when no row has the columns of this task.
+    Raises ValueError when the table is not that of this task: too few columns, other labels, a header or none.
     """
     label_column = table.label if split == "train" or table.dev_label is None else table.dev_label
     needed = max(*table.sentences, label_column)
@@ -55,14 +71,20 @@ def write_split(path: str, table: Table, out: str, split: str) -> Tuple[int, int
     names = [f"input{i}" for i in range(len(table.sentences))] + ["label"]
     files = [open(os.path.join(out, f"{split}.{name}"), "w", encoding="utf-8", newline="\n") for name in names]
     try:
-        for row in rows(path, table):
+        for number, row in rows(path):
+            header = table.header and number == 1
             if len(row) <= needed:
-                short += 1
+                short += not header
                 continue
-            label = row[label_column].strip()
-            if table.scores:
-                label = str(float(label) / 5.0)
-            for file, text in zip(files, [row[column] for column in table.sentences] + [label]):
+            try:
+                target = table.target(row[label_column].strip())
+            except ValueError as error:
+                if header:
+                    continue
+                raise ValueError(f"{path}, line {number}: {error}: is it the table of another --task?") from None
+            if header:
+                raise ValueError(f"{path} starts without a header: is it the table of another --task?")
+            for file, text in zip(files, [row[column] for column in table.sentences] + [target]):
                 file.write(" ".join(text.split()) + "\n")
             written += 1
     finally:
@@ -79,13 +101,17 @@ def main() -> None:
     parser.add_argument("--task", required=True, choices=sorted(TABLES))
     parser.add_argument("--out", required=True, metavar="FOLDER")
     arguments = parser.parse_args()
-    os.makedirs(arguments.out, exist_ok=True)
+    table = TABLES[arguments.task]
     try:
+        os.makedirs(arguments.out, exist_ok=True)
+        if table.labels:
+            with open(os.path.join(arguments.out, "classes"), "w", encoding="utf-8") as classes:
+                classes.writelines(f"{label}\n" for label in table.labels)
         for split, candidates in FILES.items():
             found = [name for name in candidates if os.path.isfile(os.path.join(arguments.folder, name))]
             if found:
                 path = os.path.join(arguments.folder, found[0])
-                written, short = write_split(path, TABLES[arguments.task], arguments.out, split)
+                written, short = write_split(path, table, arguments.out, split)
                 skipped = f", {short} incomplete rows left out" if short else ""
                 print(f"  {split}: {written:,} examples{skipped}")
             elif split != "valid1":

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import difflib
 import logging
+import math
 import os
 import pickle
 import re
@@ -37,6 +38,7 @@ MASTERS = "float32_masters"
 def register() -> None:
     torch.serialization.add_safe_globals(safe_globals())
     wrap(checkpoint_utils, "load_checkpoint_to_cpu", _load_checkpoint_to_cpu)
+    wrap(checkpoint_utils, "save_checkpoint", _save_checkpoint)
     wrap(PathManager, "copy", _copy)
     wrap(fp16_optimizer._FP16OptimizerMixin, "state_dict", _state_with_masters)
     wrap(fp16_optimizer._FP16OptimizerMixin, "load_state_dict", _load_masters)
@@ -187,6 +189,17 @@ def _names_of_fairseq() -> typing.Set[str]:
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _save_checkpoint(original, cfg, trainer, epoch_itr, val_loss):
+    """A validation that gave no number, such as the correlation of constant predictions, is no candidate for the best.
+
+    fairseq would remember it as the best, which every later one then beats, and overwrite the best checkpoint.
+    """
+    if val_loss is not None and math.isnan(val_loss):
+        logger.warning(f"the validation {cfg.best_checkpoint_metric} is not a number: checkpoint_best.pt stays")
+        val_loss = None
+    return original(cfg, trainer, epoch_itr, val_loss)
 
 
 def _copy(original, src_path, dst_path, overwrite=False):

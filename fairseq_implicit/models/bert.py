@@ -328,26 +328,33 @@ class ImplicitBertModel(FairseqEncoderModel):
     def from_pretrained(
         cls,
         model_name_or_path: str,
-        checkpoint_file: str = "model.pt",
+        checkpoint_file: Optional[str] = None,
         data_name_or_path: Optional[str] = None,
+        bpe: Optional[str] = None,
         **overrides,
     ):
-        """Load a checkpoint behind the hub interface.
+        """Load a checkpoint behind the hub interface. Called on :class:`ImplicitBertModel` it opens every family.
 
         Args:
             model_name_or_path: folder of the checkpoint.
-            checkpoint_file: file name inside it.
-            data_name_or_path: folder that holds ``dict.txt`` and ``sentencepiece.bpe.model``; by default they are
-                looked for beside the checkpoint, then in the data folder that the checkpoint names.
-            **overrides: model or task fields to change, as with ``--model-overrides``.
+            checkpoint_file: file name inside it; by default the first of ``checkpoint_best.pt``, ``model.pt``,
+                ``checkpoint_last.pt`` that is there.
+            data_name_or_path: folder that holds ``dict.txt`` and the tokenizer; by default they are looked for beside
+                the checkpoint, then in the data folder that the checkpoint names.
+            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``) or ``gpt2`` (``encoder.json`` and ``vocab.bpe``, as
+                RoBERTa's public weights have them); by default the one whose files are there.
+            **overrides: model or task fields to change, as with ``--model-overrides``; files of the tokenizer under
+                fairseq's names (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
 
         Returns:
             :class:`~fairseq_implicit.models.hub_interface.ImplicitBertHubInterface` in evaluation mode.
 
         Raises:
-            FileNotFoundError: no such checkpoint, or no dictionary or sentencepiece model in those places.
+            FileNotFoundError: no such checkpoint, or no dictionary or tokenizer in those places.
+            ValueError: the checkpoint holds a model of another family.
         """
         # Imported here: the hub interface needs a task, which needs the models to be registered first.
         from fairseq_implicit.models.hub_interface import load_hub_interface
 
-        return load_hub_interface(os.fspath(model_name_or_path), checkpoint_file, data_name_or_path, overrides)
+        folder = os.fspath(model_name_or_path)
+        return load_hub_interface(cls, folder, checkpoint_file, data_name_or_path, bpe, overrides)

@@ -1,19 +1,22 @@
-"""A trained model behind RoBERTa's hub interface, for sentencepiece vocabularies."""
+"""A trained model behind RoBERTa's hub interface, for sentencepiece and GPT-2 vocabularies."""
 
-import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
-import sentencepiece
 import torch
 from fairseq import checkpoint_utils, hub_utils, utils
 from fairseq.models.roberta import RobertaHubInterface
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from torch import LongTensor, Tensor
+from torch.nn import functional
 
-logger = logging.getLogger(__name__)
+from fairseq_implicit.data.pairs import shorten_segments
+from fairseq_implicit.data.pieces import FILES, PIECES, Pieces
+from fairseq_implicit.data.sentencepiece_dictionary import MASK
+from fairseq_implicit.models.bert import ImplicitBertModel
 
-MODEL_FILE = "sentencepiece.bpe.model"
-WORD_START = "\u2581"
+#: Where a folder's checkpoint is looked for when none is named, in this order.
+CHECKPOINTS = ("checkpoint_best.pt", "model.pt", "checkpoint_last.pt")
 
 
 class FilledMask(NamedTuple):
@@ -33,37 +36,29 @@ class ImplicitBertHubInterface(RobertaHubInterface):
 
     def __init__(self, cfg, task, model):
         super().__init__(cfg, task, model)
-        self.processor: sentencepiece.SentencePieceProcessor = self.bpe.sp
-        self._glued_processor: Optional[sentencepiece.SentencePieceProcessor] = None
+        self.pieces: Pieces = PIECES[cfg.bpe._name](self.bpe, self.dictionary)
 
     @property
     def dictionary(self):
         """The fairseq dictionary, ``<mask>`` included."""
         return self.task.source_dictionary
 
-    def _ids(self, text: str, glued: bool = False) -> List[int]:
+    def ids(self, text: str, glued: bool = False) -> List[int]:
         """Ids of raw text without special symbols; ``glued`` text continues the word before it."""
-        processor = self._glued if glued else self.processor
-        # fairseq's text format splits at any white space, so a piece such as U+0085 never reached the training data.
-        pieces = " ".join(processor.encode(text, out_type=str)).split()
         # Text that merely looks like <s> or <pad> is text.
-        found = (self.dictionary.index(piece) for piece in pieces)
+        found = (self.dictionary.index(piece) for piece in self.pieces.split(text, glued))
         return [index if index >= self.dictionary.nspecial else self.dictionary.unk() for index in found]
 
-    @property
-    def _glued(self) -> sentencepiece.SentencePieceProcessor:
-        """The same model without the word start that sentencepiece puts before every text."""
-        if self._glued_processor is None:
-            from sentencepiece import sentencepiece_model_pb2
-
-            proto = sentencepiece_model_pb2.ModelProto()
-            proto.ParseFromString(self.processor.serialized_model_proto())
-            proto.normalizer_spec.add_dummy_prefix = False
-            self._glued_processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        return self._glued_processor
+    def room(self, segments: int = 1, no_separator: bool = False) -> int:
+        """Tokens of text that fit into the model's positions beside the special symbols of so many segments."""
+        return self.model.max_positions() - 2 * segments + (segments - 1 if no_separator else 0)
 
     def encode(
-        self, sentence: Union[str, Sequence[str]], *addl_sentences: str, no_separator: bool = False
+        self,
+        sentence: Union[str, Sequence[str]],
+        *addl_sentences: str,
+        no_separator: bool = False,
+        shorten: bool = False,
     ) -> LongTensor:
         """Ids ``<s> a </s>``, of a pair ``<s> a </s> </s> b </s>``.
 
@@ -71,17 +66,21 @@ class ImplicitBertHubInterface(RobertaHubInterface):
             sentence: a sentence, or a list of them.
             addl_sentences: further segments of the same input.
             no_separator: one ``</s>`` between segments instead of two.
+            shorten: cut segments that together exceed the model's positions, longest first
+                (:func:`~fairseq_implicit.data.pairs.shorten_segments`); otherwise the model refuses them.
 
         Returns:
             ``(time,)``, or ``(batch, time)`` right-padded for a list.
         """
         if not isinstance(sentence, str):
-            return self._pad([self.encode(member) for member in sentence])
-        ids = [self.dictionary.bos(), *self._ids(sentence), self.dictionary.eos()]
-        for segment in addl_sentences:
-            if not no_separator:
-                ids.append(self.dictionary.eos())
-            ids += [*self._ids(segment), self.dictionary.eos()]
+            return self._pad([self.encode(member, shorten=shorten) for member in sentence])
+        segments = [self.ids(segment) for segment in (sentence, *addl_sentences)]
+        if shorten:
+            segments = shorten_segments(segments, self.room(len(segments), no_separator))
+        eos = self.dictionary.eos()
+        ids = [self.dictionary.bos()]
+        for number, segment in enumerate(segments):
+            ids += [*([eos] if number and not no_separator else []), *segment, eos]
         return torch.tensor(ids, dtype=torch.long)
 
     def _pad(self, members: List[Tensor]) -> LongTensor:
@@ -99,11 +98,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
                 segments.append([])
             elif index not in (self.dictionary.bos(), self.dictionary.pad()):
                 segments[-1].append(index)
-        texts = [
-            "".join(self.dictionary[index] for index in segment).replace(WORD_START, " ").strip()
-            for segment in segments
-            if segment
-        ]
+        texts = [self.pieces.join([self.dictionary[index] for index in segment]) for segment in segments if segment]
         return texts[0] if len(texts) == 1 else texts or ""
 
     def fill_mask(
@@ -111,14 +106,18 @@ class ImplicitBertHubInterface(RobertaHubInterface):
     ) -> Union[List[FilledMask], List[List[FilledMask]]]:
         """Candidates for the one ``<mask>`` of a sentence, the most probable first; of a list, a list each.
 
+        A fine-tuned model still has the head of pretraining, above features that have moved on since.
+
         Raises:
-            ValueError: a sentence without exactly one ``<mask>``.
+            ValueError: a sentence without exactly one ``<mask>``, or more candidates than symbols.
         """
         if isinstance(masked_input, str):
             return self.fill_mask([masked_input], topk)[0]
+        if not 1 <= topk <= len(self.dictionary):
+            raise ValueError(f"topk={topk} must lie between 1 and the dictionary's {len(self.dictionary):,} symbols")
         spans = [self._split(sentence) for sentence in masked_input]
         ids = self._pad([self._masked_ids(left, right) for left, right in spans])
-        masked = ids.eq(self.task.mask_idx).to(self.device)
+        masked = ids.eq(self.dictionary.index(MASK)).to(self.device)
         with torch.no_grad(), utils.model_eval(self.model):
             logits, _ = self.model(ids.to(self.device), masked_tokens=masked)
         probabilities, indices = logits.float().softmax(dim=-1).topk(topk, dim=-1)
@@ -139,47 +138,154 @@ class ImplicitBertHubInterface(RobertaHubInterface):
 
     def _masked_ids(self, left: str, right: str) -> LongTensor:
         glued = bool(right) and not right[0].isspace()
-        ids = [self.dictionary.bos(), *self._ids(left.rstrip()), self.task.mask_idx]
-        return torch.tensor([*ids, *self._ids(right, glued), self.dictionary.eos()], dtype=torch.long)
+        ids = [self.dictionary.bos(), *self.ids(left.rstrip()), self.dictionary.index(MASK)]
+        return torch.tensor([*ids, *self.ids(right, glued), self.dictionary.eos()], dtype=torch.long)
 
-    @staticmethod
-    def _filled(left: str, right: str, piece: str, probability: float) -> FilledMask:
+    def _filled(self, left: str, right: str, piece: str, probability: float) -> FilledMask:
         # The piece itself says whether it starts a word, whatever stood before the mask.
-        token = piece.replace(WORD_START, " ")
+        token = self.pieces.surface(piece)
         return FilledMask((left.rstrip() + token + right).strip(), probability, token)
+
+    def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Union[Tensor, List[Tensor]]:
+        """Features ``(batch, time, dim)`` of ids ``(time,)`` or ``(batch, time)``, or the states along the depth.
+
+        Raises:
+            ValueError: the input is longer than the model's positions.
+        """
+        if tokens.shape[-1] > self.model.max_positions():
+            raise ValueError(
+                f"an input of {tokens.shape[-1]} tokens is longer than the model's {self.model.max_positions()} "
+                "positions: split the text, or cut it with encode(..., shorten=True)"
+            )
+        return super().extract_features(tokens, return_all_hiddens)
+
+    def predict(self, head: str, tokens: Tensor, return_logits: bool = False) -> Tensor:
+        """What a classification head says of ids ``(time,)`` or ``(batch, time)``.
+
+        Returns:
+            ``(batch, classes)`` log-probabilities; the plain outputs ``(batch, outputs)`` with ``return_logits``, and
+            always for scores, that is for a head of one output and for the head of a checkpoint that was fine-tuned
+            with ``--regression-target``.
+
+        Raises:
+            ValueError: the model has no such head, or the input is longer than its positions.
+        """
+        if head not in self.model.classification_heads:
+            known = ", ".join(self.model.classification_heads) or "none"
+            raise ValueError(f"the model has no classification head {head!r} (it has: {known})")
+        outputs = super().predict(head, tokens, return_logits=True)
+        if return_logits or outputs.shape[-1] == 1 or self._gives_scores(head):
+            return outputs
+        return functional.log_softmax(outputs, dim=-1)
+
+    def _gives_scores(self, head: str) -> bool:
+        if not isinstance(self.task, SentencePredictionTask):
+            return False
+        return self.task.cfg.regression_target and self.task.cfg.classification_head_name == head
+
+
+class Vocabulary(NamedTuple):
+    """What a checkpoint needs besides its weights."""
+
+    folder: str  # of dict.txt, or of input0/dict.txt
+    bpe: str  # fairseq's name of the tokenizer
+    files: Dict[str, str]  # its files, by fairseq's flag
 
 
 def load_hub_interface(
-    folder: str, checkpoint_file: str, data: Optional[str], overrides: Dict[str, Any]
+    family: Type[ImplicitBertModel],
+    folder: str,
+    checkpoint_file: Optional[str],
+    data: Optional[str],
+    bpe: Optional[str],
+    overrides: Dict[str, Any],
 ) -> ImplicitBertHubInterface:
     """See :meth:`ImplicitBertModel.from_pretrained`."""
-    path = os.path.join(folder, checkpoint_file)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    candidates = [folder] if data is None else [data, folder]
-    if not all(_find(candidates)):
-        candidates += _recorded_data_folders(path)
-    dictionary_folder, model = _find(candidates)
-    for what, found in (("dictionary (dict.txt)", dictionary_folder), (f"sentencepiece model ({MODEL_FILE})", model)):
-        if found is None:
+    path = find_checkpoint(folder, checkpoint_file)
+    flags = {flag for files in FILES.values() for flag in files}
+    named = {flag: overrides[flag] for flag in flags.intersection(overrides)}
+    vocabulary = find_vocabulary(path, data, bpe, named)
+    loaded = hub_utils.from_pretrained(
+        os.path.dirname(os.path.abspath(path)),
+        os.path.basename(path),
+        vocabulary.folder,
+        bpe=vocabulary.bpe,
+        load_checkpoint_heads=True,
+        **{**overrides, **vocabulary.files},
+    )
+    model = loaded["models"][0]
+    if not isinstance(model, family):
+        raise ValueError(_other_family(path, type(model)))
+    return ImplicitBertHubInterface(loaded["args"], loaded["task"], model).eval()
+
+
+def _other_family(path: str, found: type) -> str:
+    """Why a checkpoint is not opened by the class that was asked, and what opens it."""
+    if not issubclass(found, ImplicitBertModel):
+        return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with scripts/convert_roberta.py"
+    # A preset is made from its family's class, the one that builds a depth.
+    right = next(base for base in found.__mro__ if "build_depth" in vars(base))
+    return (
+        f"{path} holds the model {found.__name__}: open it with {right.__name__}.from_pretrained, or with "
+        "ImplicitBertModel.from_pretrained, which opens every family"
+    )
+
+
+def find_checkpoint(folder: str, name: Optional[str] = None) -> str:
+    """The checkpoint of a folder: the one named, or the first of :data:`CHECKPOINTS`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    names = CHECKPOINTS if name is None else (name,)
+    found = next((path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)), None)
+    if found is None:
+        raise FileNotFoundError(f"there is no checkpoint {' or '.join(names)} in {folder}")
+    return found
+
+
+def find_vocabulary(
+    checkpoint: str, data: Optional[str] = None, bpe: Optional[str] = None, named: Optional[Dict[str, str]] = None
+) -> Vocabulary:
+    """The dictionary and the tokenizer of a checkpoint.
+
+    Args:
+        checkpoint: its path. They are looked for in ``data``, beside it, then in the data folder that it names.
+        data: folder of the dictionary.
+        bpe: ``sentencepiece`` or ``gpt2``; by default the first whose files are found.
+        named: files by fairseq's flags (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``), which are
+            then not looked for.
+
+    Raises:
+        FileNotFoundError: one of them is nowhere.
+        ValueError: another ``bpe``, or files of another one.
+    """
+    if bpe is not None and bpe not in FILES:
+        raise ValueError(f"bpe={bpe!r} is not supported: choose {' or '.join(FILES)}")
+    named = named or {}
+    kinds = [kind for kind in ([bpe] if bpe else FILES) if named.keys() <= FILES[kind].keys()]
+    if not kinds:
+        raise ValueError(f"{', '.join(sorted(named))} are not the files of one tokenizer: {FILES}")
+    folders = [os.path.dirname(checkpoint) or os.curdir]
+    if data is not None:
+        folders.insert(0, data)
+    found = _find(folders, kinds, named)
+    if not all(found):
+        folders += _recorded_data_folders(checkpoint)
+        found = _find(folders, kinds, named)
+    dictionary, tokenizer = found
+    files = " or ".join(" and ".join(FILES[kind].values()) for kind in kinds)
+    for what, where in (("dictionary (dict.txt)", dictionary), (f"tokenizer ({files})", tokenizer)):
+        if where is None:
             raise FileNotFoundError(
-                f"no {what} in {', '.join(candidates)}: copy it beside the checkpoint or name its folder as "
+                f"no {what} in {', '.join(folders)}: copy it beside the checkpoint or name its folder as "
                 "data_name_or_path"
             )
-    loaded = hub_utils.from_pretrained(
-        folder,
-        checkpoint_file,
-        os.path.abspath(dictionary_folder),
-        bpe="sentencepiece",
-        sentencepiece_model=os.path.abspath(model),
-        load_checkpoint_heads=True,
-        **overrides,
-    )
-    return ImplicitBertHubInterface(loaded["args"], loaded["task"], loaded["models"][0]).eval()
+    return Vocabulary(os.path.abspath(dictionary), *tokenizer)
 
 
-def _find(folders: Sequence[str]) -> Tuple[Optional[str], Optional[str]]:
-    """The first folder with a dictionary and the first sentencepiece model."""
+def _find(folders: Sequence[str], kinds: Sequence[str], named: Dict[str, str]):
+    """The first folder with a dictionary, and the first kind of tokenizer with its files (one folder has them all)."""
     dictionary = next(
         (
             folder
@@ -188,12 +294,17 @@ def _find(folders: Sequence[str]) -> Tuple[Optional[str], Optional[str]]:
         ),
         None,
     )
-    models = (os.path.join(folder, MODEL_FILE) for folder in folders)
-    return dictionary, next((model for model in models if os.path.isfile(model)), None)
+    for kind in kinds:
+        for folder in folders:
+            files = {flag: os.path.join(folder, file) for flag, file in FILES[kind].items()}
+            files = {flag: os.path.abspath(path) for flag, path in {**files, **named}.items()}
+            if all(map(os.path.isfile, files.values())):
+                return dictionary, (kind, files)
+    return dictionary, None
 
 
 def _recorded_data_folders(path: str) -> List[str]:
-    """The data folders that a checkpoint was trained on, as far as they still exist."""
+    """The data folders that a checkpoint was trained on."""
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     recorded = (state.get("cfg") or {}).get("task") or {}
-    return [folder for folder in str(recorded.get("data") or "").split(os.pathsep) if os.path.isdir(folder)]
+    return [folder for folder in str(recorded.get("data") or "").split(os.pathsep) if folder]

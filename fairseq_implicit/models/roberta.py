@@ -108,6 +108,10 @@ def checkpoint_from_roberta(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
         ode_scheme="euler",
         no_layernorm_embedding=not source.get("layernorm_embedding", True),
     )
-    converted = {**checkpoint, "model": state_dict_from_roberta(checkpoint["model"]), "last_optimizer_state": None}
-    converted["cfg"] = {**checkpoint["cfg"], "model": model}
-    return converted
+    return {
+        **checkpoint,
+        "args": None,  # published checkpoints have these flags of RoBERTa, which fairseq would prefer to cfg
+        "cfg": {**checkpoint["cfg"], "model": model},
+        "model": state_dict_from_roberta(checkpoint["model"]),
+        "last_optimizer_state": None,
+    }
