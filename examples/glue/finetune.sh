@@ -6,6 +6,7 @@
 # The first folder holds train.tsv and dev.tsv in GLUE's columns, the third a checkpoint. Its dictionary and tokenizer
 # are looked for beside it, then in the data folder that it was trained on.
 set -euo pipefail
+source "$(dirname "$0")/../../scripts/recipe.sh"
 [ $# -ge 4 ] || { echo "usage: bash examples/glue/finetune.sh TABLES TASK PRETRAINED OUT [fairseq-train flags]" >&2; exit 2; }
 TABLES=$1 TASK=$2 PRETRAINED=$3 OUT=$4
 shift 4
@@ -23,28 +24,24 @@ case $TASK in
     WNLI) CLASSES=2 LR=1e-5 BATCH=16 UPDATES=400 METRIC=accuracy ;;
     *) echo "finetune: unknown task $TASK: CoLA MNLI MRPC QNLI QQP RTE SST-2 STS-B WNLI" >&2; exit 2 ;;
 esac
-for folder in "$TABLES" "$PRETRAINED"; do
-    [ -d "$folder" ] || { echo "finetune: there is no folder $folder" >&2; exit 1; }
-done
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd) # a checkpoint names its data folder, and may be opened from anywhere
-here=$(cd "$(dirname "$0")" && pwd)
-source "$here/../../scripts/environment.sh" # sets root
+TABLES=$(absolute "$TABLES")
+PRETRAINED=$(absolute "$PRETRAINED")
+claim "$OUT"
+OUT=$(absolute "$OUT")
+source "$(dirname "$0")/../../scripts/environment.sh" # sets root
 export PYTHONWARNINGS=ignore
 
-inputs=$(printf '%s\n' "$TASK" "$(cd "$TABLES" && pwd)" "$(cd "$PRETRAINED" && pwd)")
+inputs=$(printf '%s\n' "$TASK" "$TABLES" "$PRETRAINED")
 if [ -f "$OUT/checkpoints/checkpoint_last.pt" ]; then # go on, with the classes and ids that its weights were trained on
-    [ "$(cat "$OUT/inputs" 2>/dev/null)" = "$inputs" ] || {
-        echo "finetune: $OUT was made from other arguments, or by an earlier version: choose another folder" >&2
-        exit 1
-    }
+    [ "$(cat "$OUT/inputs" 2>/dev/null)" = "$inputs" ] ||
+        fail "finetune: $OUT was made from other arguments, or by an earlier version: choose another folder"
 else
     # 1. tables -> lines
     rm -rf "$OUT/lines" "$OUT/data-bin"
-    python "$here/columns.py" "$TABLES" --task "$TASK" --out "$OUT/lines"
+    run python "$root/examples/glue/columns.py" "$TABLES" --task "$TASK" --out "$OUT/lines"
 
     # 2. lines -> ids, by the tokenizer and the dictionary of pretraining
-    python "$here/binarise.py" "$OUT/lines" --pretrained "$PRETRAINED" --out "$OUT/data-bin"
+    run python "$root/examples/glue/binarise.py" "$OUT/lines" --pretrained "$PRETRAINED" --out "$OUT/data-bin"
     echo "$inputs" >"$OUT/inputs"
 fi
 
@@ -58,9 +55,7 @@ if [ "$CLASSES" = 1 ]; then OBJECTIVE+=(--regression-target); fi
 # --report-mcc, --report-acc-and-f1, --report-pearson-and-spearman: computed over the whole set, in one process only
 if [ "$METRIC" != accuracy ]; then OBJECTIVE+=("--report-${METRIC//_/-}"); fi
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then OBJECTIVE+=(--fp16); fi
-echo "the best checkpoint by $METRIC will be $OUT/checkpoints/checkpoint_best.pt: examples/glue/README.md uses it"
-# exec: whoever stops this command stops the training, which then saves
-exec fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" \
+run fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" \
     --task sentence_prediction --criterion sentence_prediction --init-token 0 --separator-token 2 \
     --dropout 0.1 --attention-dropout 0.1 --weight-decay 0.1 --clip-norm 0.0 \
     --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 \
@@ -70,3 +65,5 @@ exec fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[
     --valid-subset "$VALID" "${OBJECTIVE[@]}" \
     --save-dir "$OUT/checkpoints" --no-epoch-checkpoints --distributed-world-size 1 --save-on-signal \
     --log-format simple --log-interval 50 --seed 1 "$@"
+best=$OUT/checkpoints/checkpoint_best.pt
+if [ -f "$best" ]; then echo "the best checkpoint by $METRIC: $best (examples/glue/README.md predicts with it)"; fi

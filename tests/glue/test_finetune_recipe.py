@@ -1,6 +1,7 @@
 """examples/glue: the tables, the ids that reach the model, and the commands of finetune.sh, run in this process."""
 
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -20,29 +21,33 @@ from scripts.checkpoint_flags import model_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/glue/finetune.sh"
-# Stand-ins for the commands of finetune.sh: they write their arguments down; columns.py is fast and runs.
-STAND_INS = r"""
-source() { root=$ROOT; }
-python() {
-    printf '%s\0' python "$@" $'\n' >>"$RECORD"
-    case $1 in
-        */columns.py) "$PYTHON" "$@" ;;
-        */checkpoint_flags.py) printf '%s\n' "$FLAGS" ;;
-        -c) return 1 ;;
-    esac
-}
-exec() { "$@"; }
-fairseq-train() { printf '%s\0' fairseq-train "$@" $'\n' >>"$RECORD"; }
+# Stands in for the commands of finetune.sh: writes its arguments down; columns.py is fast and runs.
+STAND_IN = r"""#!/usr/bin/env bash
+printf '%s\0' "$(basename "$0")" "$@" $'\n' >>"$RECORD"
+case $1 in
+    */columns.py) exec "$PYTHON" "$@" ;;
+    */checkpoint_flags.py) printf '%s\n' "$FLAGS" ;;
+    -c) exit 1 ;;
+esac
+"""
+# The environment is the test's own.
+WITHOUT_ENVIRONMENT = """
+source() { case $1 in */environment.sh) root=$ROOT ;; *) builtin source "$@" ;; esac; }
 . "$0" "$@"
 """
 
 
 def finetune(folder, *arguments, flags="--arch ode_bert_rk2_tiny"):
     """Runs finetune.sh in ``folder`` and returns its process and the commands it would have run."""
-    record = folder / "record"
-    environment = {"PATH": "/usr/bin:/bin", "ROOT": ROOT, "RECORD": record, "PYTHON": sys.executable, "FLAGS": flags}
+    record, programs = folder / "record", folder / "programs"
+    programs.mkdir(exist_ok=True)
+    for name in ("python", "fairseq-train"):
+        (programs / name).write_text(STAND_IN)
+        (programs / name).chmod(0o755)
+    environment = {"ROOT": ROOT, "RECORD": record, "PYTHON": sys.executable, "FLAGS": flags, "CDPATH": folder}
+    environment["PATH"] = f"{programs}:/usr/bin:/bin"
     result = subprocess.run(
-        ["bash", "-c", STAND_INS, SCRIPT, *map(str, arguments)],
+        ["bash", "-c", WITHOUT_ENVIRONMENT, SCRIPT, *map(str, arguments)],
         cwd=folder, capture_output=True, text=True, env={name: str(value) for name, value in environment.items()},
     )  # fmt: skip
     recorded = record.read_text().split("\0\n\0") if record.exists() else []
@@ -143,7 +148,7 @@ def test_each_task_is_judged_by_its_metric_in_folders_of_any_name(task, tmp_path
     out = tmp_path / "a 'quoted' out"
     scripts = [Path(command[1]).name for command in commands[:-1]]
     assert scripts == ["columns.py", "binarise.py", "checkpoint_flags.py", "-c"]
-    assert commands[1][2:] == [f"{out}/lines", "--pretrained", "pre trained", "--out", f"{out}/data-bin"]
+    assert commands[1][2:] == [f"{out}/lines", "--pretrained", f"{tmp_path}/pre trained", "--out", f"{out}/data-bin"]
     train = commands[-1]
     assert train[:2] == ["fairseq-train", f"{out}/data-bin"]
     flags = dict(zip(train[2:], train[3:]))
@@ -178,17 +183,17 @@ def test_a_training_that_stopped_goes_on_with_its_own_data_or_not_at_all(tmp_pat
 @pytest.mark.parametrize(
     "tables, task, folder, message",
     [
-        ("nowhere", "RTE", "pre", "finetune: there is no folder nowhere"),
-        ("tables", "RTE", "nowhere else", "finetune: there is no folder nowhere else"),
+        ("nowhere", "RTE", "pre", "finetune: nowhere: no such file or folder"),
+        ("tables", "RTE", "nowhere else", "finetune: nowhere else: no such file or folder"),
         ("tables", "ABC", "pre", "finetune: unknown task ABC"),
-        ("pre", "RTE", "pre", "columns: pre holds no train.tsv"),
+        ("pre", "RTE", "pre", "columns: .*/pre holds no train.tsv"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(tables, task, folder, message, tmp_path):
     write_table(tmp_path / "tables", "RTE", [("a", "b", "entailment")])
     (tmp_path / "pre").mkdir()
     result, commands = finetune(tmp_path, tables, task, folder, "out")
-    assert result.returncode != 0 and result.stderr.startswith(message) and len(result.stderr.splitlines()) == 1
+    assert result.returncode != 0 and re.match(message, result.stderr) and len(result.stderr.splitlines()) == 1
     assert not any("fairseq-train" in command for command in commands)
 
 
