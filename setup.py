@@ -37,7 +37,7 @@ setup(
         "plots": ["matplotlib", "tensorboard"],
         "quality": ["datatrove[processing]", "spacy"],
         "study": ["matplotlib", "PyYAML", "scipy", "tensorboard"],
-        "tensorboard": ["tensorboard"],
+        "tensorboard": ["tensorboard", "tensorboardX"],
         "transformers": ["transformers"],
     },
 )

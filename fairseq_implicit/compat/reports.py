@@ -1,6 +1,7 @@
 """What a person reads: lines of metrics, the module with the first NaN, and no warnings that are not theirs."""
 
 import collections
+import logging
 import re
 import typing
 import warnings
@@ -24,6 +25,7 @@ _details = {"pred", "targ"}  # fairseq's sentence_prediction keeps all predictio
 def register() -> None:
     for category, message, module in _OTHERS_AFFAIRS:
         warnings.filterwarnings("ignore", message, category, module)
+    logging.getLogger("hydra").setLevel(logging.INFO)  # fairseq-validate resets the level that all loggers inherit
     wrap(nan_detector.NanDetector, "add_hooks", _add_hooks)
     wrap(progress_bar.BaseProgressBar, "_format_stats", _format_stats)
 

@@ -1,5 +1,7 @@
 """What a person reads of a run."""
 
+import logging
+
 import torch
 from fairseq.nan_detector import NanDetector
 
@@ -40,3 +42,8 @@ def test_nobody_reads_warnings_about_other_peoples_code(toy_flags, command_line,
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-3000:]
     assert [line for line in output.splitlines() if "Warning" in line or "tensorboardX" in line] == []
+
+
+def test_fairseqs_reset_of_logging_lets_no_debug_lines_through(monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "level", logging.NOTSET)
+    assert not logging.getLogger("hydra.core.utils").isEnabledFor(logging.DEBUG)
