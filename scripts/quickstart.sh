@@ -158,7 +158,7 @@ stage "$name-tokenizer" "$tokenizer" "$tokenizer_key" \
 
 # --- binarise: raw text in, fairseq's memory-mapped token files out
 binarise() {
-    local log=$out/$name/preprocess.log splits=(--trainpref "$corpus/train.txt" --validpref "$corpus/valid.txt")
+    local log=$data.log splits=(--trainpref "$corpus/train.txt" --validpref "$corpus/valid.txt")
     if [ -s "$corpus/test.txt" ]; then splits+=(--testpref "$corpus/test.txt"); fi
     rm -rf "$data" "$data.partial"
     # shellcheck disable=SC2016

@@ -248,8 +248,7 @@ def _load_masters(original, optimizer, state, *args, **kwargs):
     masters = _masters(optimizer)
     if saved is None:
         logger.warning(
-            "the checkpoint holds no float32 weights of a half-precision run, as older ones and those of other "
-            "precisions do not: training goes on from the rounded ones"
+            "the checkpoint holds no float32 weights, as older ones do not: training goes on from the rounded ones"
         )
         return
     stored, wanted = (sum(weights.numel() for weights in some) for some in (saved, masters))

@@ -205,12 +205,6 @@ def test_older_checkpoints_of_half_precision_open(toy_flags, fairseq_train, tmp_
     assert sorted(run.losses()) == [3] and "holds no float32 weights" in run.text
 
 
-def test_a_run_may_change_its_precision(toy_flags, fairseq_train, tmp_path):
-    flags = toy_flags + ["--disable-validation", "--save-dir", tmp_path]
-    for end, precision in enumerate((["--bf16"], [], ["--bf16"], ["--memory-efficient-bf16"]), start=1):
-        assert sorted(fairseq_train(*flags, *precision, "--max-update", end).losses()) == [end]
-
-
 def optimizer(flat, start):
     """fairseq's half-precision optimiser as far as its weights go; flat ones need a GPU to be built."""
     from fairseq.optim.fp16_optimizer import FP16Optimizer
