@@ -3,7 +3,7 @@
 #
 # PYTHON   interpreter for a new environment (Python 3.11 or 3.12; by default the first of these on the PATH)
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 wheels=$root/.wheels
 logs=$venv/set-up-logs

@@ -97,7 +97,7 @@ stop() {
     if [ "$child" = starting ]; then child=${!:-}; fi
     if [ -n "$child" ] && kill -s "$sent" "$child" 2>/dev/null; then
         note "$recipe: SIG$signal: waiting for the running command to end"
-        wait "$child" || true
+        while kill -0 "$child"; do wait "$child" || true; done # a second signal ends a `wait` early
         kill -s TERM -- "-$child" 2>/dev/null || true
     fi 2>/dev/null # bash reports how the child ended
     stopped "$signal" || true

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = '''#!{python}
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 name, arguments = Path(sys.argv[0]).name, sys.argv[1:]
@@ -36,9 +36,7 @@ if name == os.environ.get("HANG"):
         sys.exit(128 + number)
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGUSR1, told)
-    if os.fork() == 0:  # a worker
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(60)
+    subprocess.Popen(["sleep", "60"])  # a worker
     Path(os.environ["CALLS"]).with_name("running").write_text(str(os.getpid()))
     time.sleep(60)
 if name == os.environ.get("FAIL"):
@@ -143,7 +141,15 @@ class Checkout:
 
 
 def alive(group: int):
-    """Processes of a process group that still run."""
+    """Processes of a process group that still run, after a second at most for what has been told to end."""
+    for _ in range(100):
+        if not (found := _members(group)):
+            break
+        time.sleep(0.01)
+    return found
+
+
+def _members(group: int):
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
