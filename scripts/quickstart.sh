@@ -16,6 +16,8 @@ usage: bash scripts/quickstart.sh [options]
   --updates N       training updates (default: 3000); with --continue, that many more
   --dictionary-size N
                     symbols in the dictionary (default: 2048; --dictionary is the same)
+  --character-coverage SHARE
+                    share of the text's characters that get pieces of their own (default: 0.9995)
   --continue        go on training a finished model
   --redo            throw the trained model of this --arch away and train again
   --out DIR         where everything is written (default: quickstart)
@@ -28,11 +30,11 @@ refuse() { # one sentence, exit status 2
     exit 2
 }
 
-text='' family=ode arch='' updates=3000 dictionary=2048 further='' redo='' out=quickstart
+text='' coverage='' family=ode arch='' updates=3000 dictionary=2048 further='' redo='' out=quickstart
 given=() # the options, for the commands that the end prints
 while [ $# -gt 0 ]; do
     case $1 in
-        --text | --model | --arch | --updates | --dictionary-size | --dictionary | --out)
+        --text | --model | --arch | --updates | --dictionary-size | --dictionary | --character-coverage | --out)
             [ $# -gt 1 ] && [ -n "$2" ] || refuse "$1 needs a value"
             case $1 in
                 --text) text=$2 ;;
@@ -40,6 +42,7 @@ while [ $# -gt 0 ]; do
                 --model) family=$2 given+=("$1" "$2") ;;
                 --arch) arch=$2 given+=("$1" "$2") ;;
                 --updates) updates=$2 given+=("$1" "$2") ;;
+                --character-coverage) coverage=$2 given+=("$1" "$2") ;;
                 *) dictionary=$2 given+=(--dictionary-size "$2") ;;
             esac
             shift 2
@@ -147,9 +150,10 @@ corpus=$out/$name/corpus tokenizer=$out/$name/sentencepiece.bpe.model data=$out/
 stage "$name-corpus" "$corpus" "$corpus_key" "${make_corpus[@]}" --out "$corpus"
 
 # --- tokenizer
-tokenizer_key=$(key scripts/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary"))
+tokenizer_key=$(key scripts/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary $coverage"))
 stage "$name-tokenizer" "$tokenizer" "$tokenizer_key" \
-    run python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary"
+    run python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary" \
+    ${coverage:+--character-coverage "$coverage"}
 
 # --- binarise: raw text in, fairseq's memory-mapped token files out
 binarise() {

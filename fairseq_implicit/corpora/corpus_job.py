@@ -173,19 +173,24 @@ class CorpusJob:
             left_over.unlink(missing_ok=True)
         shutil.rmtree(self.work)
 
-    def verify(self) -> None:
-        """Compares the finished shards with the manifest.
 
-        Raises:
-            CorpusError: a shard is missing or differs.
-        """
-        for name, facts in read_json(self.output / MANIFEST)["files"].items():
-            path = self.output / name
-            if not path.is_file() or sha256_of(path) != facts["sha256"]:
-                raise CorpusError(
-                    f"{path} is missing or differs from its checksum in {self.output / MANIFEST}; remove the folder "
-                    "and prepare the corpus again."
-                )
+def verify_corpus(output: Path) -> int:
+    """Compares the shards of a finished corpus with its manifest; returns their number.
+
+    Raises:
+        CorpusError: the corpus is not finished, or a shard is missing or differs.
+    """
+    manifest = read_json(output / MANIFEST)
+    if manifest is None:
+        raise CorpusError(f"--verify: {output} is not finished; run the same command without it first.")
+    for name, facts in manifest["files"].items():
+        path = output / name
+        if not path.is_file() or sha256_of(path) != facts["sha256"]:
+            raise CorpusError(
+                f"{path} is missing or differs from its checksum in {output / MANIFEST}; remove the folder and prepare "
+                "the corpus again."
+            )
+    return len(manifest["files"])
 
 
 def _size(source: Source) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fairseq_implicit.corpora import hub
-from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob
+from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob, verify_corpus
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
 from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
     work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
-    work.add_argument("--verify", action="store_true", help="compare a finished output folder with its checksums")
+    work.add_argument("--verify", action="store_true", help="compare a finished --output with its checksums; needs no input")
 
     download = parser.add_argument_group("Hugging Face hub")
     download.add_argument(
@@ -259,6 +259,11 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
     )
 
 
+def _verify(output: Path) -> int:
+    logger.info("%s: all %d files are as their checksums say", output, verify_corpus(output))
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs one command; returns the exit status.
 
@@ -274,21 +279,22 @@ def run(arguments: argparse.Namespace) -> int:
         _local(arguments.inputs + arguments.valid_input + arguments.test_input, arguments)
         return 0
     sources = _sources(arguments)
+    if arguments.verify and not sources:
+        return _verify(arguments.output)
     if not sources:
         raise CorpusError("No input is given; name files, folders, '-' or hf://OWNER/NAME.")
     part, parts = arguments.part or ((0, 1) if arguments.merge else part_from_environment(os.environ))
     if parts > 1 and any(source.name == STANDARD_INPUT for source in sources):
         raise CorpusError(f"The standard input cannot be divided into {parts} parts; give files, or --part 0/1.")
     job = CorpusJob(arguments.output, sources, settings, arguments.workers)
-    if job.open():
-        if arguments.verify:
-            job.verify()
+    finished = job.open()
+    if arguments.verify:
+        return _verify(arguments.output)
+    if finished:
         logger.info("%s is complete, nothing to do", arguments.output)
         if any(source.name == STANDARD_INPUT for source in sources):
             logger.warning("the standard input was not read; give another --output for another text")
         return 0
-    if arguments.verify:
-        raise CorpusError(f"--verify: {arguments.output} is not finished; run the same command without it first.")
     if not arguments.merge:
         job.prepare(part, parts)
         if parts > 1:

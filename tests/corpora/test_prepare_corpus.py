@@ -178,7 +178,11 @@ def _is_running(pid):
 
 def test_finished_folder_is_left_alone_and_verified(corpus, reference, tmp_path, caplog):
     before = checksums(reference)
-    assert prepare(corpus, "--output", reference, *FLAGS, "--verify") == 0
+    with caplog.at_level("INFO"):
+        for inputs in ([corpus, *FLAGS], []):
+            caplog.clear()
+            assert prepare(*inputs, "--output", reference, "--verify") == 0
+            assert f"all {len(before)} files are as their checksums say" in caplog.text
     with pytest.raises(CorpusError, match="finished corpus made with valid-fraction = 0.05 instead of 0.1"):
         prepare(corpus, "--output", reference, *FLAGS, "--valid-fraction", "0.1")
     with pytest.raises(CorpusError, match="made from 7 other input files than the 6 given"):
@@ -191,7 +195,9 @@ def test_finished_folder_is_left_alone_and_verified(corpus, reference, tmp_path,
     with open(copy / "train.00001.txt", "ab") as file:
         file.write(b"x")
     with pytest.raises(CorpusError, match="train.00001.txt is missing or differs from its checksum"):
-        prepare(corpus, "--output", copy, *FLAGS, "--verify")
+        prepare("--output", copy, "--verify")
+    with pytest.raises(CorpusError, match="absent is not finished"):
+        prepare("--output", tmp_path / "absent", "--verify")
 
 
 def test_damaged_intermediate_file_is_found_by_the_merge(corpus, tmp_path):
