@@ -102,7 +102,7 @@ logged() {
     shift 2
     exec 6> >(
         tee -a "$log" | { grep --line-buffered -E "$pattern" || true; } |
-            sed -u -E 's/^[^|]*\| INFO \| [a-z_.]+ \| /   /'
+            sed -u -E 's/^([^|]*\| INFO \| [a-z_.]+ \| |INFO:[a-z_.]+:)/   /'
     )
     filter=$!
     run "$@" >&6 6>&- || status=$?
@@ -161,7 +161,7 @@ binarise() {
     if [ -s "$corpus/test.txt" ]; then splits+=(--testpref "$corpus/test.txt"); fi
     rm -rf "$data" "$data.partial"
     # shellcheck disable=SC2016
-    logged "$log" 'sents|%' bash -c 'exec "$@" 2>&1' - \
+    logged "$log" 'sents|tokens so far' bash -c 'exec "$@" 2>&1' - \
         fairseq-preprocess "${plugin[@]}" --only-source --srcdict "$tokenizer" "${splits[@]}" \
         --destdir "$data.partial" --workers "$cores" || {
         tail -n 5 "$log" >&2
