@@ -79,8 +79,8 @@ def refuse_different(path: str, checkpoint: Dict[str, Any], other_path: str, oth
     """
     mine, theirs = checkpoint["cfg"]["model"], other["cfg"]["model"]
     for field in sorted({*mine, *theirs}):
-        # What is dropped in training plays no part in the function that is evaluated.
-        if "drop" not in field and mine.get(field) != theirs.get(field):
+        # What is dropped in training, and how it ends, play no part in the function that is evaluated.
+        if "drop" not in field and field != "save_on_signal" and mine.get(field) != theirs.get(field):
             raise ValueError(
                 f"{path} and {other_path} hold different models: {field.lstrip('_')} is {mine.get(field)!r} in the one "
                 f"and {theirs.get(field)!r} in the other"

@@ -187,7 +187,7 @@ training=(
 bookkeeping=(
     --save-dir "$model" --tensorboard-logdir "$model/tensorboard"
     --save-interval-updates 250 --keep-interval-updates 1 --no-epoch-checkpoints
-    --validate-interval-updates 500 --max-valid-steps 80 --log-interval 100 --num-workers 1
+    --save-on-signal --validate-interval-updates 500 --max-valid-steps 80 --log-interval 100 --num-workers 1
 )
 training_key=$(echo "$data_key ${training[*]}" | key)
 if [ -n "$redo" ]; then rm -rf "$model"; fi

@@ -88,7 +88,7 @@ run() {
 
 stopped() { :; } # what else a script wants done when the signal $1 has ended its command
 
-# A signal: a training saves its checkpoint after the running update, so it is told first and waited for; what it leaves
+# A signal: a training with --save-on-signal saves its checkpoint after the running update, so it is told first and waited for; what it leaves
 # behind is ended with it. The exit status is 128 and the signal's number.
 stop() {
     local signal=$1 sent=TERM

@@ -47,6 +47,6 @@ run fairseq-train "$DATA" --user-dir "$root/fairseq_implicit" \
     --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates 1000 --keep-interval-updates 2 --no-epoch-checkpoints \
-    --validate-interval-updates 1000 --tensorboard-logdir "$OUT/tensorboard" \
+    --save-on-signal --validate-interval-updates 1000 --tensorboard-logdir "$OUT/tensorboard" \
     --log-format simple --log-interval 100 --seed 1 "$@"
 what_now "$OUT"

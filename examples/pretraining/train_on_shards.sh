@@ -36,6 +36,6 @@ run fairseq-train "$(cat "$OUT/data-bin/data-bin.txt")" --user-dir "$root/fairse
     --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates "$INTERVAL" --keep-interval-updates 2 \
-    --no-epoch-checkpoints --validate-interval-updates "$INTERVAL" --validate-interval 1000000 \
+    --no-epoch-checkpoints --save-on-signal --validate-interval-updates "$INTERVAL" --validate-interval 1000000 \
     --tensorboard-logdir "$OUT/tensorboard" --log-format simple --log-interval "$INTERVAL" --seed 1 "$@"
 what_now "$OUT"
