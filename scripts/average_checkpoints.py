@@ -3,8 +3,8 @@
     python scripts/average_checkpoints.py runs/checkpoints --last 5 --output runs/checkpoints/average.pt
     python scripts/average_checkpoints.py seed1.pt seed2.pt --output mean.pt
 
-A folder stands for the checkpoints of its last updates; fairseq-train keeps as many as --keep-interval-updates says. The
-result is for fairseq-validate, --finetune-from-model and the hub: it holds no state of an optimiser.
+A folder stands for the checkpoints of its last updates; fairseq-train keeps as many as --keep-interval-updates says.
+The result is for fairseq-validate, --finetune-from-model and the hub: it holds no state of an optimiser.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def opened(path: str) -> Dict[str, Any]:
     """A checkpoint whose tensors stay in the file until they are used.
 
     Raises:
-        FileNotFoundError, ValueError: there is none, or it is no checkpoint of a model that was built by fairseq's flags.
+        FileNotFoundError, ValueError: there is none, or it was not written by fairseq-train.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint {path}")

@@ -1,6 +1,6 @@
-# Sourced by the quickstart and the recipes, before anything else: absolute paths, one owner of a folder, and signals that
-# reach what the script has started. bash looks at signals only between its commands; a recipe that is stopped would leave
-# the training behind and a second one would go into the same folder.
+# Sourced by the quickstart and the recipes, before anything else: absolute paths, one owner of a folder, and signals
+# that reach what the script has started. bash looks at signals only between its commands; a recipe that is stopped would
+# leave the training behind, and a second one would go into the same folder.
 
 unset CDPATH # with it `cd` prints where it went
 recipe=$(basename -- "$0" .sh)
@@ -30,7 +30,7 @@ what_now() { # FOLDER: what can be done with the checkpoints in FOLDER/checkpoin
     [ -f "$best" ] || return 0
     echo
     echo "model    $best"
-    echo "try      $(command_line "$python" "$root/scripts/fill_masks.py" "$1/checkpoints") \"A sentence with one <mask>.\""
+    echo "try      $(command_line "$python" "$root/scripts/fill_masks.py" "$1/checkpoints")" '"A sentence with one <mask>."'
     echo "curves   $(command_line "$python" "$root/scripts/plot_losses.py" "$1/tensorboard" --out "$1/losses.png")"
     echo "tune     $(command_line bash "$root/examples/glue/finetune.sh" GLUE/RTE RTE "$1/checkpoints" "$1/rte")"
 }
@@ -88,8 +88,8 @@ run() {
 
 stopped() { :; } # what else a script wants done when the signal $1 has ended its command
 
-# A signal: a training with --save-on-signal saves its checkpoint after the running update, so it is told first and waited for; what it leaves
-# behind is ended with it. The exit status is 128 and the signal's number.
+# A signal: a training with --save-on-signal saves its checkpoint after the running update, so it is told first and
+# waited for; what it leaves behind is ended with it. The exit status is 128 and the signal's number.
 stop() {
     local signal=$1 sent=TERM
     trap '' HUP INT TERM USR1 TSTP # `timeout` sends two

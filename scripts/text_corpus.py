@@ -111,8 +111,8 @@ def hash_split(documents: List[str]):
     """
     if len(documents) < 3:
         raise ValueError(
-            f"{len(documents)} document(s) are too few to hold out a validation and a test set: separate documents by a "
-            "blank line, or give a folder with a train and a valid file"
+            f"{len(documents)} document(s) are too few to hold out a validation and a test set: separate documents by "
+            "a blank line, or give a folder with a train and a valid file"
         )
     if {split_of(name) for name in documents} == set(SPLITS):
         return split_of

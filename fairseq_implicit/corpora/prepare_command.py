@@ -103,7 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
     work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
-    work.add_argument("--verify", action="store_true", help="compare a finished --output with its checksums; needs no input")
+    work.add_argument(
+        "--verify", action="store_true", help="compare a finished --output with its checksums; needs no input"
+    )
 
     download = parser.add_argument_group("Hugging Face hub")
     download.add_argument(

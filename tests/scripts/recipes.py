@@ -91,7 +91,8 @@ class Checkout:
         (self.root / "fairseq_implicit/__init__.py").write_text("")
         (self.root / "fairseq").mkdir()
         (self.root / "fairseq/__init__.py").write_text("")
-        (self.root / "fairseq/models.py").write_text('ARCH_MODEL_REGISTRY = ["ode_bert_rk2_tiny", "ode_bert_rk4_tiny"]\n')
+        archs = 'ARCH_MODEL_REGISTRY = ["ode_bert_rk2_tiny", "ode_bert_rk4_tiny"]\n'
+        (self.root / "fairseq/models.py").write_text(archs)
         programs = self.root / ".venv/bin"
         programs.mkdir(parents=True)
         for name in ("python", "fairseq-preprocess", "fairseq-train", "fairseq-validate"):

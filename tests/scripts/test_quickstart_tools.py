@@ -89,7 +89,7 @@ def test_tokenizer_refuses_what_cannot_be(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size, sentence", [(50000, r"at most; give more text, or --dictionary-size (\d+) or less"), (16, r"alone need (\d+)")]
+    "size, sentence", [(50000, r"give more text, or --dictionary-size (\d+) or less"), (16, r"alone need (\d+)")]
 )
 def test_the_size_that_is_advised_is_the_nearest_that_works(text, tmp_path, size, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
@@ -120,7 +120,8 @@ def test_characters_that_are_left_out_and_rows_that_are_filled_up_are_said(tmp_p
     assert "--character-coverage 0.9 must lie between 0.98 and 1" in capsys.readouterr().err
     output = tokenizer_command(monkeypatch, capsys, *arguments, 0.98)
     assert "200 symbols in the dictionary, filled up to 256 (a multiple of 64)" in output
-    assert len((tmp_path / "dict.txt").read_text().splitlines()) == 256 - len(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    rows = (tmp_path / "dict.txt").read_text().splitlines()
+    assert len(rows) == 256 - len(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
 
 
 @pytest.mark.parametrize("name", ["corpora_alone", "corpus_splits"])

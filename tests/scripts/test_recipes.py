@@ -55,7 +55,8 @@ def test_quickstart_with_relative_paths_and_its_last_lines_from_anywhere(checkou
 
 def test_an_unknown_arch_is_refused_before_any_stage(checkout, text):
     result = checkout.run(QUICKSTART, "--text", text, "--arch", "ode_bert_rk5_tiny")
-    assert result.returncode == 2 and "ode_bert_rk5_tiny is not registered; the nearest names: ode_bert_rk" in result.stderr
+    assert result.returncode == 2
+    assert "ode_bert_rk5_tiny is not registered; the nearest names: ode_bert_rk" in result.stderr
     assert checkout.calls() == []
 
 
@@ -223,7 +224,8 @@ def test_slurm_jobs_get_absolute_paths_and_run_from_a_copy(checkout, cluster, co
     copy = checkout.work.parent / "spool/slurm_script"
     copy.parent.mkdir()
     copy.write_bytes((checkout.root / SLURM).read_bytes())
-    result = checkout.run(copy, "read", checkout.root, CORPUS=found[0], OUT=found[1], SLURM_JOB_ID="1", FLAGS="--strict -v")
+    variables = {"CORPUS": found[0], "OUT": found[1], "SLURM_JOB_ID": "1", "FLAGS": "--strict -v"}
+    result = checkout.run(copy, "read", checkout.root, **variables)
     assert result.returncode == 0, result.stderr
     (name, arguments, _), *_ = checkout.calls()
     assert name == "prepare_corpus.py" and arguments[: len(corpus)] == found[0].split("\n")
