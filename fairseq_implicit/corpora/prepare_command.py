@@ -104,6 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
     work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
     work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
     work.add_argument(
+        "--max-loss",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="fail with status 4 when more than this share of the documents or bytes could not be read (1: never)",
+    )
+    work.add_argument(
         "--verify", action="store_true", help="compare a finished --output with its checksums; needs no input"
     )
 
@@ -274,6 +281,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.workers < 1:
         raise CorpusError(f"--workers {arguments.workers} must be at least 1.")
+    if not 0 <= arguments.max_loss <= 1:
+        raise CorpusError(f"--max-loss {arguments.max_loss} must lie in [0, 1].")
     settings = settings_from(arguments)
     warn_of_unknown_components(settings)
     quality_check(settings.quality_filters)
@@ -288,21 +297,30 @@ def run(arguments: argparse.Namespace) -> int:
     part, parts = arguments.part or ((0, 1) if arguments.merge else part_from_environment(os.environ))
     if parts > 1 and any(source.name == STANDARD_INPUT for source in sources):
         raise CorpusError(f"The standard input cannot be divided into {parts} parts; give files, or --part 0/1.")
-    job = CorpusJob(arguments.output, sources, settings, arguments.workers)
-    finished = job.open()
+    job = CorpusJob(arguments.output, sources, settings, arguments.workers, arguments.max_loss)
+    finished = job.is_finished()
     if arguments.verify:
         return _verify(arguments.output)
-    if finished:
-        logger.info("%s is complete, nothing to do", arguments.output)
-        if any(source.name == STANDARD_INPUT for source in sources):
-            logger.warning("the standard input was not read; give another --output for another text")
-        return 0
+    if not finished:
+        with job.own(part, parts):
+            finished = job.is_finished()  # by the process for which this one would have had to wait
+            if not finished:
+                job.open()
+                return _prepare(job, arguments, part, parts)
+    logger.info("%s is complete, nothing to do", arguments.output)
+    if any(source.name == STANDARD_INPUT for source in sources):
+        logger.warning("the standard input was not read; give another --output for another text")
+    return 0
+
+
+def _prepare(job: CorpusJob, arguments: argparse.Namespace, part: int, parts: int) -> int:
+    fresh = set()
     if not arguments.merge:
-        job.prepare(part, parts)
+        fresh = job.prepare(part, parts)
         if parts > 1:
             logger.info("part %d/%d is read; when all are, run the same command with --merge", part, parts)
             return 0
-    counts = job.merge(part, parts)
+    counts = job.merge(part, parts, fresh)
     if counts is None:
         logger.info("shards of part %d/%d are written; when all are, run --merge without --part", part, parts)
         return 0
