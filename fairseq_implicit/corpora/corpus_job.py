@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,6 @@ from fairseq_implicit.corpora.report import report_table
 from fairseq_implicit.corpora.settings import PrepareSettings
 from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
 from fairseq_implicit.corpora.workers import run_tasks
-from fairseq_implicit.folder_lock import FolderInUse, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -97,25 +95,6 @@ class CorpusJob:
         if report is not None:
             self._check_losses(Counts.from_dict(report["counts"]), report["problems"], report["problems_total"])
         return True
-
-    @contextlib.contextmanager
-    def own(self, part: int, parts: int) -> Iterator[None]:
-        """Locks the output folder for the time of the block; the parts of one preparation share it.
-
-        Raises:
-            CorpusError: another process prepares this corpus or this part of it; the sentence names it.
-        """
-        with contextlib.ExitStack() as locks:
-            try:
-                locks.enter_context(lock_folder(self.output, LOCK, shared=parts > 1))
-                if parts > 1:
-                    locks.enter_context(lock_folder(self.output, f"{LOCK}.{part}-{parts}"))
-            except FolderInUse as owner:
-                raise CorpusError(
-                    f"Another process prepares a corpus in {self.output} ({owner}); wait for it, stop it, or give "
-                    "another --output."
-                ) from None
-            yield
 
     def open(self) -> None:
         """Creates or checks the unfinished output folder.
@@ -271,7 +250,7 @@ class CorpusJob:
         for name in replaced["files"] if replaced is not None else ():
             if name not in outputs:
                 (self.output / name).unlink(missing_ok=True)
-        for left_over in [*self.output.glob("*.part-*"), *self.output.glob(f"{LOCK}.*")]:  # of killed runs, of parts
+        for left_over in [*self.output.glob("*.part-*"), *self.output.glob(f"{LOCK}.*")]:  # of killed runs
             left_over.unlink(missing_ok=True)
         if not outputs:
             raise NothingWritten(

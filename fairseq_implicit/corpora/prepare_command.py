@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fairseq_implicit.corpora import hub
-from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob, verify_corpus
+from fairseq_implicit.corpora.corpus_job import LOCK, TABLE, CorpusJob, verify_corpus
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
+from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
 from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
@@ -302,7 +303,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verify:
         return _verify(arguments.output)
     if not finished:
-        with job.own(part, parts):
+        with own_folder(arguments.output, LOCK, part, parts):
             finished = job.is_finished()  # by the process for which this one would have had to wait
             if not finished:
                 job.open()

@@ -11,8 +11,10 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 
 import zstandard
+from tqdm import tqdm
 
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.prepare_command import build_parser, run
@@ -154,6 +156,7 @@ def start_function_in_own_group(function, arguments, calls=None):
 
 def _call_silently(function, arguments, calls):
     os.setpgid(0, 0)
+    tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for a killed holder forever
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
