@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 from collections.abc import Collection
@@ -38,7 +39,7 @@ REPORT, TABLE, CHECKSUMS, LOCK = "report.json", "report.txt", "SHA256SUMS", ".pr
 _REPLACED = "replaced.json"
 _REPORT = {"counts": COUNTS, "problems": [{"sentence": str}], "problems_total": int}
 _REPORTED_PROBLEMS = 1000
-# Shards that are fewer than the workers are cut into pieces: so many in all for each worker.
+# Shards are cut into pieces where there are fewer than this number of them for each worker.
 _PIECES_PER_WORKER = 4
 
 
@@ -102,13 +103,11 @@ class CorpusJob:
         Raises:
             CorpusError: the folder belongs to another preparation.
         """
-        if (self.output / MANIFEST).exists():
-            logger.info("%s is made again from all of its input files", self.output)
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir()
-            # The old shards stay until new ones take their places.
-            (self.output / MANIFEST).rename(self.work / _REPLACED)
         self.work.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # The old shards stay until new ones take their places. Of several parts one finds the manifest.
+            (self.output / MANIFEST).rename(self.work / _REPLACED)
+            logger.info("%s is made again from all of its input files", self.output)
         job = read_json(self.work / "job.json", JOB)
         if job is None:
             write_json(self.work / "job.json", self.description())
@@ -128,6 +127,10 @@ class CorpusJob:
                 f"{self.output} holds {what} made from {len(other['sources'])} other input files than the "
                 f"{len(mine['sources'])} given now; give another --output, or remove the folder to start again."
             )
+
+    def remove_left_overs(self) -> None:
+        """Removes the intermediate files of a run that was killed when the corpus was finished but for that."""
+        shutil.rmtree(self.work, ignore_errors=True)
 
     def prepare(self, part: int, parts: int) -> set[SourceFiles]:
         """Reads this part's share of the sources: those whose number is ``part`` modulo ``parts``.
@@ -192,7 +195,7 @@ class CorpusJob:
         return counts
 
     def _write_shards(self, shards: list[ShardRange], files: list[SourceFiles], folder: Path, size: int) -> Counts:
-        """Writes shards by several workers each where there are fewer shards than workers."""
+        """Writes shards; where there are few of them, several workers write one together."""
         counts, unfinished = Counts(), []
         for shard in shards:
             finished = ShardJoin(shard, [shard], self.output, folder).finished()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,4 +36,4 @@ def own_folder(folder: Path, name: str, part: int, parts: int) -> Iterator[None]
         try:
             yield
         finally:
-            os.unlink(folder / own)  # while it is locked: nobody can hold it then
+            (folder / own).unlink(missing_ok=True)  # while it is locked: nobody else can hold it then

@@ -302,12 +302,13 @@ def run(arguments: argparse.Namespace) -> int:
     finished = job.is_finished()
     if arguments.verify:
         return _verify(arguments.output)
-    if not finished:
+    if not finished or job.work.exists():
         with own_folder(arguments.output, LOCK, part, parts):
             finished = job.is_finished()  # by the process for which this one would have had to wait
             if not finished:
                 job.open()
                 return _prepare(job, arguments, part, parts)
+            job.remove_left_overs()
     logger.info("%s is complete, nothing to do", arguments.output)
     if any(source.name == STANDARD_INPUT for source in sources):
         logger.warning("the standard input was not read; give another --output for another text")

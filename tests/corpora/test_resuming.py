@@ -95,6 +95,13 @@ def test_pieces_of_a_shard_are_kept_and_joined_in_order(corpus, tmp_path, monkey
     assert reports[0] == reports[1]
 
 
+def test_run_that_was_killed_after_its_end_leaves_nothing(corpus, flags, reference, tmp_path):
+    prepare(corpus, "--output", tmp_path / "out", *flags)
+    (tmp_path / "out" / "work").mkdir()
+    prepare(corpus, "--output", tmp_path / "out", *flags)
+    assert checksums(tmp_path / "out") == checksums(reference)
+
+
 WEIGHTS = ["--component-weight", "Github=2.5", "--component-weight", "Pile-CC=0.5", "--drop-near-duplicates"]
 
 
