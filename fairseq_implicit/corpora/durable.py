@@ -28,7 +28,9 @@ def publish(temporary: Path, path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically."""
     temporary = temporary_beside(path)
-    with open(temporary, "w", encoding="utf-8") as file:
+    # File names that are not UTF-8 and strings from damaged records may hold unpaired surrogates. Escaped like this they
+    # are valid JSON too, and come back from it as they were.
+    with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

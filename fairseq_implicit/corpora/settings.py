@@ -44,6 +44,9 @@ COMPONENT_SPELLINGS = {"UPSTO Backgrounds": "USPTO Backgrounds"}
 # that is useless or unwanted (ungoliant's thresholds: tiny < 5 lines, noisy > 50 % non-letters, adult: block list).
 DEFAULT_DROPPED_ANNOTATIONS = ("tiny", "noisy", "adult")
 
+# At their defaults these are not part of the fingerprint, which unfinished folders of earlier releases keep.
+_ADDED_LATER = ("encoding",)
+
 
 @dataclass(frozen=True)
 class PrepareSettings:
@@ -51,6 +54,7 @@ class PrepareSettings:
 
     Attributes:
         boundary: document boundary of plain text: "auto", "blank-line", "line" or "file".
+        encoding: of text and JSON lines; "" reads UTF-8.
         shard_size: text of one train shard, before duplicates are removed.
         valid_fraction, test_fraction: shares of the documents, chosen by their hash.
         seed: changes the order of the documents and the split.
@@ -76,6 +80,7 @@ class PrepareSettings:
     """
 
     boundary: str = "auto"
+    encoding: str = ""
     shard_size: int = 4 * 10**9
     valid_fraction: float = 0.0005
     test_fraction: float = 0.0
@@ -104,6 +109,12 @@ class PrepareSettings:
     def __post_init__(self):
         if self.boundary not in BOUNDARIES:
             raise CorpusError(f"--document-boundary {self.boundary} is unknown; choose from {', '.join(BOUNDARIES)}.")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except (LookupError, ValueError) as error:
+            raise CorpusError(
+                f"--encoding {self.encoding} is unknown; write for example gb18030, shift_jis, utf-16 or latin-1."
+            ) from error
         for name in ("valid_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise CorpusError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1).")
@@ -141,4 +152,7 @@ class PrepareSettings:
     def fingerprint(self) -> str:
         """Hash of everything that decides the output; ``strict`` and input names are not part of it."""
         values = {name: value for name, value in self.as_dict().items() if name != "strict"}
+        for name in _ADDED_LATER:
+            if values[name] == getattr(PrepareSettings, name):
+                del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
