@@ -85,19 +85,22 @@ def encoding_of(head: bytes) -> str:
     return next((encoding for mark, encoding in _BYTE_ORDER_MARKS if head.startswith(mark)), "")
 
 
-def encoding_fault(data: bytes, invalid: int) -> str:
+def encoding_fault(text: bytes | str, invalid: int) -> str:
     """Why text is not in the encoding that it was read in, or "" when it is but for single damaged characters.
 
     Args:
-        data: the text's bytes.
-        invalid: number of its characters that could not be decoded.
+        text: bytes that should be UTF-8, or characters out of another encoding.
+        invalid: number of places that could not be decoded.
     """
-    if invalid < _LEAST_INVALID or invalid <= len(data) * _MOST_INVALID:
+    if invalid < _LEAST_INVALID or invalid <= len(text) * _MOST_INVALID:
         return ""
-    beyond_ascii = len(data.translate(None, _ASCII))
+    if isinstance(text, bytes):
+        beyond_ascii, unit = len(text.translate(None, _ASCII)), "bytes"
+    else:
+        beyond_ascii, unit = sum(character > "\x7f" for character in text), "characters"
     if 2 * invalid <= beyond_ascii:
         return ""
-    return f"{invalid} of its {beyond_ascii} bytes beyond ASCII are invalid"
+    return f"{invalid} of its {beyond_ascii} {unit} beyond ASCII are invalid"
 
 
 def refuse_binary(head: bytes, name: str) -> None:

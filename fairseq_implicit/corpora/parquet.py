@@ -39,7 +39,7 @@ def read_parquet(
     except ImportError as error:
         raise CorpusError(f"Reading {name} needs pyarrow, which is not installed: pip install pyarrow.") from error
     try:
-        table = parquet.ParquetFile(file)
+        table = parquet.ParquetFile(file, page_checksum_verification=True)
         names = table.schema_arrow.names
         sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
     except Exception as error:  # pyarrow raises many kinds for damaged files

@@ -219,8 +219,9 @@ def _read_tar(blocks: Iterator[bytes], path: str, options: ReadOptions) -> Itera
             sentence = f"{name} is a hard link to {member.linkname}, which is read under that name"
             yield ReadNote("archive member passed over", name, sentence)
         elif member.kind:
-            sentence = f"{name} is {member.kind}, whose text is not in the archive; add the file itself."
-            yield ReadProblem("archive member without text", name, 0, sentence)
+            sentence = f"{name} is {member.kind}, whose text cannot be read from the archive; add the file itself."
+            lost = 1 if member.size else 0
+            yield ReadProblem("archive member without text", name, 0, sentence, lost, member.size)
         else:
             read += 1
             yield from _read_stream(member, name, options)
@@ -269,7 +270,7 @@ def _decoded(data: bytes, encoding: str) -> tuple[str, tuple[str, ...]]:
         text, invalid = data.decode("utf-8", "replace"), invalid_in(data)
     if not invalid:
         return text, ()
-    fault = encoding_fault(data, invalid)
+    fault = encoding_fault(text if encoding else data, invalid)
     if fault:
         raise EncodingError(fault)
     return text, (f"invalid {encoding.upper() or 'UTF-8'}",)
@@ -362,6 +363,7 @@ def _read_text(
 
     def document(*repairs: str) -> Document | ReadProblem:
         data = b"\n".join(parts)
+        parts.clear()  # a long text should be in memory as few times as possible
         try:
             text, decoding = _decoded(data, encoding)
         except EncodingError as error:
@@ -384,9 +386,9 @@ def _read_text(
         if boundary == "line":
             # One line of look-ahead keeps a line that a truncated file cut off from passing for a whole one.
             if parts:
+                if watched and blank and blank_at < 0:
+                    blank_at = offset
                 yield document()
-            if watched and blank and blank_at < 0 and parts:
-                blank_at = offset
             if watched and not blank and blank_at >= 0:
                 watched = False
                 sentence = (
@@ -395,23 +397,23 @@ def _read_text(
                     "--document-boundary blank-line, else with --document-boundary line."
                 )
                 yield ReadProblem("document boundary contradicted", name, blank_at, sentence)
-            parts, start, held = ([] if blank else [line]), offset, length
+            if not blank:
+                parts.append(line)
+                start, held, line = offset, length, None
             continue
         if blank and boundary == "blank-line":
             if parts:
                 yield document()
-            parts, held = [], 0
             continue
         if parts and held + length > LONGEST_TEXT_PIECE:
             yield document("cut at 64 MiB")
-            parts, held = [], 0
         if not parts:
-            start = offset
+            start, held = offset, 0
         parts.append(line)
         held += length + 1
+        line = None
         if not ended and length > LONGEST_TEXT_PIECE - 4:
             yield document("cut at 64 MiB")
-            parts, held = [], 0
 
 
 def _checked_by_metadata(items: Iterator[Item], metadata_path: Path) -> Iterator[Item]:

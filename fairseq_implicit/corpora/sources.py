@@ -81,8 +81,9 @@ def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[
     """Expands files and folders.
 
     Returns:
-        the sources, sorted by name, and the names of files in folders that are no corpus files. A sub-folder that cannot
-        be listed and a link that leads nowhere are sources too: reading them says what is wrong.
+        the sources, sorted by name, and the names of files in folders that are no corpus files; pipes and devices are
+        none. A sub-folder that cannot be listed and a link that leads nowhere are sources too: reading them says what
+        is wrong.
 
     Raises:
         CorpusError: a path does not exist, or a folder holds nothing to read.
@@ -94,7 +95,8 @@ def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[
             names.add(STANDARD_INPUT)
         elif os.path.isdir(path):
             files, unreadable = _files_below(path)
-            chosen = {os.path.abspath(file) for file in files if is_corpus_file(os.path.basename(file))}
+            named = (os.path.abspath(file) for file in files if is_corpus_file(os.path.basename(file)))
+            chosen = {file for file in named if not Source(file).is_pipe}
             chosen |= {os.path.abspath(folder) for folder in unreadable}
             if not chosen:
                 raise CorpusError(
@@ -118,8 +120,7 @@ def _files_below(root: str) -> tuple[list[str], list[str]]:
     """(files, folders that cannot be listed) below a folder, hidden ones left out.
 
     Linked folders are entered after the folders themselves, and each folder once, so that a link back up does not go
-    round for ever and a file has the same name on every machine. Pipes and devices would never end, and count as no
-    corpus files.
+    round for ever and a file has the same name on every machine.
     """
     files: list[str] = []
     unreadable: list[str] = []

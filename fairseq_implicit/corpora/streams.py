@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ _COMPRESSED_BLOCK = 64 * 1024
 _PLAIN_BLOCK = 1024 * 1024
 # What one step of gzip, bzip2 or xz may return. A bzip2 file of 5 kB can hold gigabytes.
 _LARGEST_STEP = 1024 * 1024
-# zstandard has no limit of output. A block of 4 bytes may stand for 128 KiB, so that this much input gives 32 MiB at
-# most; smaller pieces are not faster and larger ones neither.
-_ZSTD_PIECE = 1024
+# zstandard has no limit of output. A block of 4 bytes may stand for 128 KiB, so that this much input gives 16 MiB at
+# most; larger pieces are not faster.
+_ZSTD_PIECE = 512
 # Outputs are gathered to blocks of this size: a block costs the reader of lines more than a byte does.
 _GATHERED = 128 * 1024
 # Of a long line, what exceeds this is kept compressed until its end is seen (and may be past what is read at all).
@@ -99,7 +100,7 @@ _DECOMPRESSORS: dict[str, tuple[Callable, Callable, type[Exception] | tuple[type
 def uncompressed_blocks(
     file: BinaryIO, compression: str | None, on_compressed: Callable[[int], None] | None = None
 ) -> Iterator[bytes]:
-    """Yields the uncompressed content of ``file`` in blocks of some 128 KiB to 32 MiB, however far it expands.
+    """Yields the uncompressed content of ``file`` in blocks of some 128 KiB to 16 MiB, however far it expands.
 
     Args:
         file: an open binary file, at its beginning.
@@ -254,17 +255,24 @@ class _Line:
         self._parts.append(data)
         self._loose += len(data)
         if self._loose > _LONG_LINE:
-            self._packed.append(zstandard.ZstdCompressor(level=1).compress(b"".join(self._parts)))
+            packed = zstandard.ZstdCompressor(level=1).compress(b"".join(self._parts))
+            self._packed.append(bytes(memoryview(packed)))  # a copy, for zstandard's bytes keep the room of the input
             self._parts, self._loose = [], 0
 
     def take(self) -> bytes | None:
         """The line, or None when it was too long; it is empty afterwards."""
-        parts = self._parts
-        if self._packed:
-            parts = [*map(zstandard.ZstdDecompressor().decompress, self._packed), *parts]
-        line = b"".join(parts) if self.length <= self._longest else None
+        parts, packed, length = self._parts, self._packed, self.length
         self._parts, self._packed, self._loose, self.length = [], [], 0, 0
-        return line
+        if length > self._longest:
+            return None
+        if not packed:
+            return b"".join(parts)
+        line = io.BytesIO()  # hands its buffer out without a copy
+        for data in packed:
+            line.write(zstandard.decompress(data))
+        for data in parts:
+            line.write(data)
+        return line.getvalue()
 
 
 def _open_character(data: bytes) -> int:
@@ -300,16 +308,19 @@ def lines_of(blocks: Iterator[bytes], longest: int, cut: int = 0) -> Iterator[tu
         if block is None:
             break
         first, *complete = block.split(b"\n")
+        line.add(first)
+        first = block = None  # both may be large
         if not complete:
-            line.add(first)
             if cut and line.length > cut:
                 piece = line.take()
-                line.add(piece[len(piece) - _open_character(piece) :])
-                length = len(piece) - line.length
-                yield offset, piece[:length], length, False
+                if open_end := _open_character(piece):
+                    line.add(piece[-open_end:])
+                    piece = piece[:-open_end]
+                length = len(piece)
+                yield offset, piece, length, False
+                piece = None
                 offset += length
             continue
-        line.add(first)
         length = line.length
         yield offset, line.take(), length, True
         offset += length + 1

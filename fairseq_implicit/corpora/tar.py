@@ -38,11 +38,13 @@ class TarMember:
         name: its path; bytes that are no UTF-8 are escaped as in file names.
         kind: "" for a regular file, else what it is, such as "a symbolic link".
         linkname: what a link points to.
+        size: bytes of its data.
     """
 
     name: str
     kind: str
     linkname: str
+    size: int
     _stream: BlockReader
     _left: int
     is_cut: bool = False
@@ -111,7 +113,7 @@ def tar_members(stream: BlockReader, path: str) -> Iterator[TarMember | ReadProb
         name, linkname = overrides.get("path", header.name), overrides.get("linkpath", header.linkname)
         overrides = {}
         length = 0 if header.type in _WITHOUT_DATA else size
-        member = TarMember(name, kind, linkname, stream, length)
+        member = TarMember(name, kind, linkname, length, stream, length)
         if header.type != tarfile.DIRTYPE:
             yield member
         try:
