@@ -91,10 +91,12 @@ def _fetch(api, repository: str, revision: str, facts, path: Path) -> None:
         if not path.is_file():
             url = hf_hub_url(repository, facts.rfilename, repo_type="dataset", revision=revision, endpoint=api.endpoint)
             with open(partial, "ab") as file:
-                if file.tell() > facts.size:
+                # The hub may not say the size (null); whether a partial file is whole cannot be known then.
+                if facts.size is None or file.tell() > facts.size:
                     file.truncate(0)
+                    file.seek(0)
                 try:
-                    if file.tell() < facts.size:
+                    if facts.size is None or file.tell() < facts.size:
                         http_get(
                             url,
                             file,

@@ -16,7 +16,7 @@ from fairseq_implicit.corpora.near_duplicates import band_hashes, signature
 from fairseq_implicit.corpora.problems import CorpusError, ReadNote, ReadProblem
 from fairseq_implicit.corpora.quality import quality_check
 from fairseq_implicit.corpora.readers import ReadOptions, read_source
-from fairseq_implicit.corpora.records import Document
+from fairseq_implicit.corpora.records import TEXT_FIELDS, Document
 from fairseq_implicit.corpora.segments import SegmentWriter, derived_key, document_key, share_of
 from fairseq_implicit.corpora.settings import PrepareSettings
 from fairseq_implicit.corpora.sources import Source
@@ -124,6 +124,7 @@ class _Step:
         options = ReadOptions(
             boundary=self._settings.boundary,
             encoding=self._settings.encoding,
+            text_fields=self._settings.text_fields or TEXT_FIELDS,
             on_compressed=lambda size: advance(consumed=size),
         )
         for item in read_source(self._source, options):

@@ -15,6 +15,7 @@ from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
 from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
+from fairseq_implicit.corpora.records import TEXT_FIELDS
 from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
 from fairseq_implicit.corpora.sources import BOUNDARIES, STANDARD_INPUT, Source, find_sources
 
@@ -138,6 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="encoding of all text and JSON files (gb18030, latin-1, utf-16-le, ...); default: UTF-8, or UTF-16 where a "
         "byte order mark says so; text in another encoding is reported and not kept",
     )
+    text.add_argument(
+        "--text-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"field or column with the text, repeatable, the first one that is there counts ({', '.join(TEXT_FIELDS)})",
+    )
     text.add_argument("--min-document-size", type=byte_size, default=defaults.min_document_size)
     text.add_argument(
         "--max-document-size", type=byte_size, default=defaults.max_document_size, help="split longer ones (0: never)"
@@ -208,6 +216,7 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
     return PrepareSettings(
         boundary=arguments.document_boundary,
         encoding="" if arguments.encoding.lower() in ("utf-8", "utf8") else arguments.encoding.lower(),
+        text_fields=tuple(arguments.text_field),
         shard_size=arguments.shard_size,
         valid_fraction=valid_fraction,
         test_fraction=test_fraction or 0.0,

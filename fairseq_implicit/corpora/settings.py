@@ -44,8 +44,8 @@ COMPONENT_SPELLINGS = {"UPSTO Backgrounds": "USPTO Backgrounds"}
 # that is useless or unwanted (ungoliant's thresholds: tiny < 5 lines, noisy > 50 % non-letters, adult: block list).
 DEFAULT_DROPPED_ANNOTATIONS = ("tiny", "noisy", "adult")
 
-# At their defaults these are not part of the fingerprint, which unfinished folders of earlier releases keep.
-_ADDED_LATER = ("encoding",)
+# When empty these are not part of the fingerprint, so that unfinished folders of earlier releases go on.
+_ADDED_LATER = ("encoding", "text_fields")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class PrepareSettings:
     Attributes:
         boundary: document boundary of plain text: "auto", "blank-line", "line" or "file".
         encoding: of text and JSON lines; "" reads UTF-8.
+        text_fields: names of the field or column with the text; empty means `records.TEXT_FIELDS`.
         shard_size: text of one train shard, before duplicates are removed.
         valid_fraction, test_fraction: shares of the documents, chosen by their hash.
         seed: changes the order of the documents and the split.
@@ -81,6 +82,7 @@ class PrepareSettings:
 
     boundary: str = "auto"
     encoding: str = ""
+    text_fields: tuple[str, ...] = ()
     shard_size: int = 4 * 10**9
     valid_fraction: float = 0.0005
     test_fraction: float = 0.0
@@ -151,8 +153,9 @@ class PrepareSettings:
 
     def fingerprint(self) -> str:
         """Hash of everything that decides the output; ``strict`` and input names are not part of it."""
-        values = {name: value for name, value in self.as_dict().items() if name != "strict"}
-        for name in _ADDED_LATER:
-            if values[name] == getattr(PrepareSettings, name):
-                del values[name]
+        values = {
+            name: value
+            for name, value in self.as_dict().items()
+            if name != "strict" and (value or name not in _ADDED_LATER)
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -14,6 +14,7 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import random
 import re
@@ -132,8 +133,11 @@ TEXT_FORMATS = {
 }
 
 
-def documents_of_text(data):
-    """A text is cut where one or more lines of nothing but ASCII white space stand."""
+def documents_of_text(data, compressed):
+    """A text is cut where one or more lines of nothing but ASCII white space stand.
+
+    A compressed one without them has a document in every line, as OSCAR 2019's files have.
+    """
     documents, current = [], []
     for line in data.decode().split("\n"):
         if line.strip(" \t\r\v\f"):
@@ -141,7 +145,8 @@ def documents_of_text(data):
         elif current:
             documents.append("\n".join(current))
             current = []
-    return documents + (["\n".join(current)] if current else [])
+    documents += ["\n".join(current)] if current else []
+    return documents[0].split("\n") if compressed and len(documents) == 1 else documents
 
 
 def cases(texts, seed):
@@ -152,7 +157,8 @@ def cases(texts, seed):
         yield name, write(given), {clean(text) for text in given} - {""}
     for name, write in TEXT_FORMATS.items():
         given = [troubled(text, rng, False) for text in texts]
-        yield name, write(given), {clean(text) for text in documents_of_text(text_of(given))} - {""}
+        documents = documents_of_text(text_of(given), name.endswith((".gz", ".zst")))
+        yield name, write(given), {clean(text) for text in documents} - {""}
 
 
 def texts_in(path):
@@ -160,7 +166,8 @@ def texts_in(path):
     data = path.read_bytes()
     if path.suffix == ".tar":
         with tarfile.open(path) as archive:
-            return [text for member in archive for text in texts_of(member.name, archive.extractfile(member).read())]
+            members = [member for member in archive if member.isfile()]
+            return [text for m in members for text in texts_of(m.name, archive.extractfile(m).read())]
     return texts_of(path.name, data)
 
 
@@ -195,6 +202,7 @@ def main():
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    logging.disable(logging.INFO)
     differing = 0
     for path in arguments.files:
         texts = [text for text in texts_in(path) if text]

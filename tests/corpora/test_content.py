@@ -1,7 +1,9 @@
 """What is no corpus is named and refused, other encodings are decoded or reported, never kept as garbage."""
 
 import bz2
+import dataclasses
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -14,6 +16,7 @@ import zstandard
 from fairseq_implicit.corpora import readers
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.readers import ReadOptions, read_source
+from fairseq_implicit.corpora.settings import PrepareSettings
 from fairseq_implicit.corpora.sources import Source
 from fairseq_implicit.corpora.streams import StreamDamage, uncompressed_blocks
 from tests.corpora.formats import NAUGHTY, documents_of, pile_lines, prepare, read, write_gz, write_tar
@@ -224,3 +227,27 @@ def test_fields_of_other_corpora(tmp_path):
     assert [d.text for d in documents] == ["red pajama"] and "its fields: body" in problem.sentence
     documents, [problem] = read(tmp_path / "a.jsonl", text_fields=("body",))
     assert [d.text for d in documents] == ["other"] and "no field 'body'" in problem.sentence
+    flags = ["--text-field", "title", "--text-field", "body", "--valid-fraction", 0]
+    prepare(tmp_path / "a.jsonl", "--output", tmp_path / "out", *flags)
+    assert documents_of(tmp_path / "out") == ["other"]
+
+
+def test_settings_of_earlier_releases_still_go_on(tmp_path):
+    """Folders whose settings knew no encoding and no text fields: unfinished ones go on, finished ones are the same."""
+    (tmp_path / "a.jsonl").write_text("\n".join(pile_lines(["a"])))
+    flags = [tmp_path / "a.jsonl", "--output", tmp_path / "out"]
+    prepare(*flags, "--part", "0/2")
+    for name in ("work/job.json", "manifest.json"):
+        path = tmp_path / "out" / name
+        values = json.loads(path.read_text())
+        settings = values.get("job", values)["settings"]
+        assert settings.pop("encoding") == "" and settings.pop("text_fields") == []
+        path.write_text(json.dumps(values))
+        assert prepare(*flags) == 0
+    with pytest.raises(CorpusError, match="made with encoding = '' instead of 'latin-1'"):
+        prepare(*flags, "--encoding", "latin-1")
+    old = dataclasses.asdict(PrepareSettings()) | {"drop_annotations": ["adult", "noisy", "tiny"]}
+    old = {name: old[name] for name in old if name not in ("strict", "encoding", "text_fields")}
+    assert PrepareSettings(drop_annotations=("adult", "noisy", "tiny")).fingerprint() == (
+        hashlib.sha256(json.dumps(old, sort_keys=True).encode()).hexdigest()
+    )

@@ -23,6 +23,7 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.files = files
         self.fail_after = None
         self.damage = False
+        self.says_sizes = True
         self.requests = []
 
 
@@ -44,7 +45,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
             siblings = [
                 {
                     "rfilename": name,
-                    "size": len(data),
+                    "size": len(data) if self.server.says_sizes else None,
                     "blobId": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
                     **(
                         {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
@@ -132,6 +133,18 @@ def test_interrupted_download_is_resumed(server, tmp_path, monkeypatch):
     assert (folder / "train/00.jsonl.zst").read_bytes() == server.files["train/00.jsonl.zst"]
     assert server.requests == [("train/00.jsonl.zst", 50_000)]  # whole chunks of the interrupted download are kept
     assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("says_sizes", [True, False])
+def test_partial_file_that_cannot_be_a_beginning_is_fetched_again(server, tmp_path, says_sizes):
+    """One that is longer than the file, or any when the hub's sizes are null."""
+    server.says_sizes = says_sizes
+    data = server.files["train/00.jsonl.zst"]
+    folder = tmp_path / "owner/pile/train"
+    folder.mkdir(parents=True)
+    (folder / f".00.jsonl.zst.{hashlib.sha256(data).hexdigest()[:16]}.partial").write_bytes(b"x" * (len(data) + 1))
+    hub.download("owner/pile", tmp_path, ("train/*",))
+    assert (folder / "00.jsonl.zst").read_bytes() == data
 
 
 @pytest.mark.parametrize("name", ["train/00.jsonl.zst", "val.jsonl"])
