@@ -58,7 +58,7 @@ LONGEST_TEXT_PIECE = 64 * 2**20
 # In compressed text so much is held until a blank line shows that documents are separated by blank lines.
 LOOK_AHEAD = 16 * 2**20
 _HEAD_FOR_DETECTION = 2**20
-_BLANK_LINE = re.compile(rb"\n[ \t\r]*+\n")
+_BLANK_LINE = re.compile(rb"\n[ \t\r\v\f]*+\n")
 
 Item = Document | ReadProblem | ReadNote
 
@@ -184,7 +184,11 @@ def _read_recognised(
         head, blocks = with_head(transcoded(blocks, encoding), _HEAD_FOR_DETECTION)
     else:
         refuse_binary(head, name)
-    if looks_like_json(name, head):
+    is_json = looks_like_json(name, head)
+    if is_json:
+        _refuse_other_json(head, name)
+    del head  # it may be large
+    if is_json:
         yield from _read_json_lines(blocks, name, encoding, options.text_fields)
         return
     boundary, watched = options.boundary, False
@@ -306,7 +310,6 @@ def _read_json_lines(
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-            _refuse_other_json(line, name)
         if not line.strip():
             continue
         try:
@@ -333,18 +336,18 @@ def _read_json_lines(
         yield document
 
 
-def _refuse_other_json(line: bytes, name: str) -> None:
-    """Checks that a JSON file's first line does not open an array, or an object that goes on in the next line.
+def _refuse_other_json(head: bytes, name: str) -> None:
+    """Checks that a JSON file does not begin with an array, or with an object that goes on in the next line.
 
     Raises:
         CorpusError: it does.
     """
-    start = line.strip()
-    if start.startswith(b"[") or start == b"{":
-        kind = "an array" if start.startswith(b"[") else "an object over several lines"
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    is_array = start.startswith(b"[")
+    if is_array or start.partition(b"\n")[0].rstrip() == b"{":
+        kind, program = ("an array", ".[]") if is_array else ("an object over several lines", ".")
         raise CorpusError(
-            f"{name} holds {kind} of JSON where one record per line is expected; convert it with "
-            f"'jq -c {'.[]' if start.startswith(b'[') else '.'}'."
+            f"{name} holds {kind} of JSON where one record per line is expected; convert it with 'jq -c {program}'."
         )
 
 

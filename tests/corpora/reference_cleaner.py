@@ -181,7 +181,8 @@ def texts_of(name, data):
     if not name.endswith((".jsonl", ".json")) and data[:1] != b"{":
         return [data.decode("utf-8")]
     records = [json.loads(line) for line in data.split(b"\n") if line.strip()]
-    return [record.get("text", record.get("content")) for record in records]
+    found = [record.get("text", record.get("content")) for record in records]
+    return ["\n\n".join(text) if isinstance(text, list) else text for text in found]
 
 
 def differences(name, data, expected, folder):
