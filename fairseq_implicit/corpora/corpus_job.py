@@ -30,7 +30,7 @@ from fairseq_implicit.corpora.preparation import SourceFiles, identity_of, is_pr
 from fairseq_implicit.corpora.problems import CorpusError, NothingWritten, TooMuchLost
 from fairseq_implicit.corpora.report import report_table
 from fairseq_implicit.corpora.settings import PrepareSettings
-from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
+from fairseq_implicit.corpora.sources import Source
 from fairseq_implicit.corpora.workers import run_tasks
 
 logger = logging.getLogger(__name__)
@@ -116,10 +116,12 @@ class CorpusJob:
 
     def _same(self, other: dict, what: str) -> None:
         mine = self.description()
+        # A setting that did not exist then had its default.
+        settings = PrepareSettings().as_dict() | other["settings"]
         for name, value in mine["settings"].items():
-            if other["settings"].get(name) != value:
+            if settings[name] != value:
                 raise CorpusError(
-                    f"{self.output} holds {what} made with {name.replace('_', '-')} = {other['settings'].get(name)!r} "
+                    f"{self.output} holds {what} made with {name.replace('_', '-')} = {settings[name]!r} "
                     f"instead of {value!r}; give another --output, or remove the folder to start again."
                 )
         if other["sources"] != mine["sources"]:
@@ -139,12 +141,17 @@ class CorpusJob:
             the intermediate files that were written now.
         """
         mine = [source for number, source in enumerate(self.sources) if number % parts == part]
-        # Another run's standard input may have been another text.
-        todo = [s for s in mine if s.name == STANDARD_INPUT or not is_prepared(s, self.settings, self.work)]
+        # Another run's pipe may have been another text.
+        todo = [s for s in mine if s.is_pipe or not is_prepared(s, self.settings, self.work)]
         logger.info("part %d/%d: %d files, %d of them already read", part, parts, len(mine), len(mine) - len(todo))
-        # The largest first: a long last file would leave the other workers idle.
-        tasks = [(source, self.settings, self.work) for source in sorted(todo, key=lambda s: -_size(s))]
-        return set(run_tasks(prepare_source, tasks, self.workers, sum(map(_size, todo)), "reading"))
+        # Pipes are read in this process, since workers have no standard input. Of the files the largest come first: a
+        # long last one would leave the other workers idle.
+        pipes, files = [s for s in todo if s.is_pipe], [s for s in todo if not s.is_pipe]
+        written: set[SourceFiles] = set()
+        for sources, workers in ((pipes, 1), (sorted(files, key=lambda s: -_size(s)), self.workers)):
+            tasks = [(source, self.settings, self.work) for source in sources]
+            written |= set(run_tasks(prepare_source, tasks, workers, sum(map(_size, sources)), "reading"))
+        return written
 
     def merge(self, part: int = 0, parts: int = 1, fresh: Collection[SourceFiles] = ()) -> Counts | None:
         """Writes the shards; with ``parts`` above 1 only this part's, and the folder stays unfinished.

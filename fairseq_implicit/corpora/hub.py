@@ -141,6 +141,7 @@ def _download(api, repository: str, revision: str, facts, partial: Path) -> None
         # Without a size nobody knows whether the partial file is whole, and without a checksum whose half it is.
         if facts.size is None or not _published(facts) or file.tell() > facts.size:
             file.truncate(0)
+            file.seek(0)
         try:
             if facts.size is None or file.tell() < facts.size:
                 http_get(

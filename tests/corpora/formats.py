@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.prepare_command import build_parser, run
-from fairseq_implicit.corpora.readers import read_source
+from fairseq_implicit.corpora.problems import ReadProblem
+from fairseq_implicit.corpora.readers import ReadOptions, read_source
 from fairseq_implicit.corpora.records import Document
 from fairseq_implicit.corpora.sources import Source
 
@@ -105,10 +106,10 @@ def oscar_23(content, labels=None, language="en", probability=0.9, perplexity=50
     )
 
 
-def read(path, boundary="auto"):
+def read(path, boundary="auto", **options):
     """(documents, problems) of one file."""
-    items = list(read_source(Source(str(path)), boundary))
-    return [i for i in items if isinstance(i, Document)], [i for i in items if not isinstance(i, Document)]
+    items = list(read_source(Source(str(path)), ReadOptions(boundary, **options)))
+    return [i for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, ReadProblem)]
 
 
 def prepare(*arguments):

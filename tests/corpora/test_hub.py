@@ -136,6 +136,18 @@ def test_interrupted_download_is_resumed(server, tmp_path, monkeypatch):
     assert not list(folder.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("withheld", [{}, {"size": None}])
+def test_partial_file_that_cannot_be_a_beginning_is_fetched_again(server, tmp_path, withheld):
+    """One that is longer than the file, or any when the hub's sizes are null."""
+    server.withheld = withheld
+    data = server.files["train/00.jsonl.zst"]
+    folder = tmp_path / "owner/pile/train"
+    folder.mkdir(parents=True)
+    (folder / f".00.jsonl.zst.{hashlib.sha256(data).hexdigest()[:16]}.partial").write_bytes(b"x" * (len(data) + 1))
+    hub.download("owner/pile", tmp_path, ("train/*",))
+    assert (folder / "00.jsonl.zst").read_bytes() == data
+
+
 @pytest.mark.parametrize("name", ["train/00.jsonl.zst", "val.jsonl"])
 def test_checksum_mismatch_removes_the_file(server, tmp_path, name):
     server.damage = True

@@ -105,7 +105,7 @@ def test_finished_folder_is_left_alone_and_verified(corpus, flags, reference, tm
 
 def test_empty_corpus_gives_an_empty_result(tmp_path, capsys, caplog):
     path, arguments = tmp_path / "a.jsonl", [str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")]
-    for content in (b"", b'{"raw_content": "RedPajama"}\n', b'[{"text": "an array"}]\n', b"BZh9 not bzip2"):
+    for content in (b"", b'{"title": "no text"}\n', b'[{"text": "an array"}]\n', b"BZh9 not bzip2"):
         path.write_bytes(content)
         for _ in range(2):  # the same again, until the file is mended
             assert main(arguments) == 3
