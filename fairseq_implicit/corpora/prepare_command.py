@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fairseq_implicit.corpora import hub
-from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob, verify_corpus
+from fairseq_implicit.corpora.corpus_job import LOCK, TABLE, CorpusJob, verify_corpus
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
+from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
+from fairseq_implicit.corpora.records import TEXT_FIELDS
 from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
 from fairseq_implicit.corpora.sources import BOUNDARIES, STANDARD_INPUT, Source, find_sources
 
@@ -104,6 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
     work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
     work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
     work.add_argument(
+        "--max-loss",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="fail with status 4 when more than this share of the documents or bytes could not be read (1: never)",
+    )
+    work.add_argument(
         "--verify", action="store_true", help="compare a finished --output with its checksums; needs no input"
     )
 
@@ -133,6 +142,19 @@ def build_parser() -> argparse.ArgumentParser:
         default=defaults.boundary,
         help="what ends a document in plain text; auto: blank lines if there are any, else one document per line in "
         "compressed files (OSCAR 2019) and one per file otherwise",
+    )
+    text.add_argument(
+        "--encoding",
+        default=defaults.encoding,
+        help="encoding of all text and JSON files (gb18030, latin-1, utf-16-le, ...); default: UTF-8, or UTF-16 where a "
+        "byte order mark says so; text in another encoding is reported and not kept",
+    )
+    text.add_argument(
+        "--text-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"field or column with the text, repeatable, the first one that is there counts ({', '.join(TEXT_FIELDS)})",
     )
     text.add_argument("--min-document-size", type=byte_size, default=defaults.min_document_size)
     text.add_argument(
@@ -203,6 +225,8 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
         valid_fraction = 0.0 if arguments.valid_input else PrepareSettings.valid_fraction
     return PrepareSettings(
         boundary=arguments.document_boundary,
+        encoding="" if arguments.encoding.lower() in ("utf-8", "utf8") else arguments.encoding.lower(),
+        text_fields=tuple(arguments.text_field),
         shard_size=arguments.shard_size,
         valid_fraction=valid_fraction,
         test_fraction=test_fraction or 0.0,
@@ -274,6 +298,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.workers < 1:
         raise CorpusError(f"--workers {arguments.workers} must be at least 1.")
+    if not 0 <= arguments.max_loss <= 1:
+        raise CorpusError(f"--max-loss {arguments.max_loss} must lie in [0, 1].")
     settings = settings_from(arguments)
     warn_of_unknown_components(settings)
     quality_check(settings.quality_filters)
@@ -286,23 +312,36 @@ def run(arguments: argparse.Namespace) -> int:
     if not sources:
         raise CorpusError("No input is given; name files, folders, '-' or hf://OWNER/NAME.")
     part, parts = arguments.part or ((0, 1) if arguments.merge else part_from_environment(os.environ))
-    if parts > 1 and any(source.name == STANDARD_INPUT for source in sources):
-        raise CorpusError(f"The standard input cannot be divided into {parts} parts; give files, or --part 0/1.")
-    job = CorpusJob(arguments.output, sources, settings, arguments.workers)
-    finished = job.open()
+    pipe = next((source.name for source in sources if source.is_pipe), None)
+    if parts > 1 and pipe is not None:
+        name = "The standard input" if pipe == STANDARD_INPUT else f"The pipe {pipe}"
+        raise CorpusError(f"{name} cannot be divided into {parts} parts; give files, or --part 0/1.")
+    job = CorpusJob(arguments.output, sources, settings, arguments.workers, arguments.max_loss)
+    finished = job.is_finished()
     if arguments.verify:
         return _verify(arguments.output)
-    if finished:
-        logger.info("%s is complete, nothing to do", arguments.output)
-        if any(source.name == STANDARD_INPUT for source in sources):
-            logger.warning("the standard input was not read; give another --output for another text")
-        return 0
+    if not finished or job.work.exists():
+        with own_folder(arguments.output, LOCK, part, parts):
+            finished = job.is_finished()  # by the process for which this one would have had to wait
+            if not finished:
+                job.open()
+                return _prepare(job, arguments, part, parts)
+            job.remove_left_overs()
+    logger.info("%s is complete, nothing to do", arguments.output)
+    if pipe is not None:
+        name = "the standard input" if pipe == STANDARD_INPUT else pipe
+        logger.warning("%s was not read; give another --output for another text", name)
+    return 0
+
+
+def _prepare(job: CorpusJob, arguments: argparse.Namespace, part: int, parts: int) -> int:
+    fresh = set()
     if not arguments.merge:
-        job.prepare(part, parts)
+        fresh = job.prepare(part, parts)
         if parts > 1:
             logger.info("part %d/%d is read; when all are, run the same command with --merge", part, parts)
             return 0
-    counts = job.merge(part, parts)
+    counts = job.merge(part, parts, fresh)
     if counts is None:
         logger.info("shards of part %d/%d are written; when all are, run --merge without --part", part, parts)
         return 0

@@ -10,7 +10,25 @@ from dataclasses import asdict, dataclass
 
 
 class CorpusError(RuntimeError):
-    """The preparation cannot go on; the message is one sentence with the file, flag or number at fault."""
+    """The preparation cannot go on; the message is one sentence with the file, flag or number at fault.
+
+    Attributes:
+        status: exit status of the command.
+    """
+
+    status = 1
+
+
+class NothingWritten(CorpusError):
+    """The result would be empty."""
+
+    status = 3
+
+
+class TooMuchLost(CorpusError):
+    """More of the input was unreadable than ``--max-loss`` allows."""
+
+    status = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,27 @@ class ReadProblem:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ReadNote:
+    """What a reader decided about an input without a loss of text; the report counts it under its reason.
+
+    Attributes:
+        reason: the heading under which it is counted.
+        path: the file, with the member's name after ``!`` inside an archive.
+        sentence: what was decided, for people.
+    """
+
+    reason: str
+    path: str
+    sentence: str
+
+
+def shown(text: str, longest: int = 100) -> str:
+    """Text from an input as it may stand in a sentence: short, on one line, every character printable."""
+    escaped = repr(text[:longest])[1:-1]
+    return escaped if len(text) <= longest else f"{escaped}..."
+
+
 def run_command(
     run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> int:
@@ -47,7 +86,7 @@ def run_command(
         return run(parser.parse_args(argv))
     except CorpusError as error:
         sys.stderr.write(f"{error}\n")
-        return 1
+        return error.status
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"{place}{error.strerror or error}; mend it and run the same command again to go on.\n")

@@ -13,7 +13,8 @@ from pathlib import Path
 import sentencepiece
 
 from fairseq_implicit.corpora.cleaning import wrap_line
-from fairseq_implicit.corpora.durable import read_json, write_text
+from fairseq_implicit.corpora.durable import write_text
+from fairseq_implicit.corpora.manifest import read_manifest
 from fairseq_implicit.corpora.vocabulary import Vocabulary
 
 # sentencepiece's <unk>, <s>, </s> fall away in fairseq's dictionary; <s>, <pad>, </s>, <unk> and <mask> are added.
@@ -82,7 +83,7 @@ def text_files(inputs: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            manifest = read_json(path / "manifest.json")
+            manifest = read_manifest(path)
             if manifest is None:
                 raise FileNotFoundError(f"{path} has no manifest.json: it is no finished corpus of prepare_corpus.py")
             files += [path / name for name in sorted(manifest["files"]) if name.startswith("train.")]

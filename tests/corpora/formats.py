@@ -1,19 +1,25 @@
 """Writes small corpora in the real on-disk formats, and reads prepared shards back."""
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tarfile
+import threading
 
 import zstandard
+from tqdm import tqdm
 
+from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.prepare_command import build_parser, run
-from fairseq_implicit.corpora.readers import read_source
+from fairseq_implicit.corpora.problems import ReadProblem
+from fairseq_implicit.corpora.readers import ReadOptions, read_source
 from fairseq_implicit.corpora.records import Document
 from fairseq_implicit.corpora.sources import Source
 
@@ -36,6 +42,12 @@ NAUGHTY = [
 
 def pile_lines(texts, component="Pile-CC"):
     return [json.dumps({"text": text, "meta": {"pile_set_name": component}}) for text in texts]
+
+
+def made_up_texts(number, seed, words=30):
+    """Documents of one line, as many as wanted, the same for the same seed."""
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(5000)}" for _ in range(rng.randrange(5, words))) for _ in range(number)]
 
 
 def write_zst(path, lines, frames=1):
@@ -94,10 +106,10 @@ def oscar_23(content, labels=None, language="en", probability=0.9, perplexity=50
     )
 
 
-def read(path, boundary="auto"):
+def read(path, boundary="auto", **options):
     """(documents, problems) of one file."""
-    items = list(read_source(Source(str(path)), boundary))
-    return [i for i in items if isinstance(i, Document)], [i for i in items if not isinstance(i, Document)]
+    items = list(read_source(Source(str(path)), ReadOptions(boundary, **options)))
+    return [i for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, ReadProblem)]
 
 
 def prepare(*arguments):
@@ -109,6 +121,23 @@ def documents_of(folder, split="train"):
     """The documents of all shards of a split, in order."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{split}*.txt"))]
     return [document for text in texts for document in text.removesuffix("\n").split("\n\n")]
+
+
+def checksums(folder):
+    """SHA-256 of the text files of a finished preparation."""
+    assert not (folder / "work").exists()
+    names = [path.name for path in folder.iterdir() if path.suffix == ".txt" and path.name != "report.txt"]
+    return {name: sha256_of(folder / name) for name in names}
+
+
+def run_one(tmp_path, lines, *flags):
+    """(documents, counts) of one JSON lines file."""
+    folder = tmp_path / hashlib.md5(repr((lines, flags)).encode()).hexdigest()
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    prepare(folder / "a.jsonl", "--output", folder / "out", "--valid-fraction", "0", *flags)
+    counts = json.loads((folder / "out" / "report.json").read_text())["counts"]
+    return sorted(documents_of(folder / "out")), counts
 
 
 def start_in_own_group(arguments, calls=None):
@@ -128,6 +157,7 @@ def start_function_in_own_group(function, arguments, calls=None):
 
 def _call_silently(function, arguments, calls):
     os.setpgid(0, 0)
+    tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for a killed holder forever
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
