@@ -201,7 +201,7 @@ def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
     [problem] = read_source(Source(str(tmp_path / "a.jsonl.zst")), ReadOptions())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert problem.reason == "line too long" and problem.lost_bytes == 400 * 2**20 + 10 and peak < 130 * 2**20
+    assert problem.reason == "line too long" and problem.lost_bytes == 400 * 2**20 + 10 and peak < 200 * 2**20
 
 
 def test_long_line_of_text_is_cut_between_characters(tmp_path, monkeypatch):
