@@ -64,7 +64,9 @@ def troubled(text, rng, surrogates):
     places = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(2, 12)))
     trouble = [*TROUBLE, "\ud800", "\udfff"] if surrogates else TROUBLE
     pieces = [text[start:end] for start, end in zip([0, *places], [*places, len(text)])]
-    return "".join(piece + rng.choice(trouble) for piece in pieces[:-1]) + pieces[-1]
+    text = "".join(piece + rng.choice(trouble) for piece in pieces[:-1]) + pieces[-1]
+    # two halves that happen to meet are one character
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def json_of(texts, key="text", **more):

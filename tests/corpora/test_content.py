@@ -179,7 +179,7 @@ def test_expansion_is_bounded_by_piece(kind):
     """What one step returns is bounded, and nothing is lost at the borders of steps."""
     data = compressed(BOMBS[kind](), bytes(2**20), 64 if kind != "zst" else 256)
     lengths = [len(block) for block in uncompressed_blocks(io.BytesIO(data), kind)]
-    assert sum(lengths) == (64 if kind != "zst" else 256) * 2**20 and max(lengths) <= 17 * 2**20
+    assert sum(lengths) == (64 if kind != "zst" else 256) * 2**20 and max(lengths) <= 33 * 2**20
     text = bytes(range(256)) * 6_000
     data = compressed(BOMBS[kind](), text, 1)
     assert b"".join(uncompressed_blocks(io.BytesIO(data * 2), kind)) == text * 2
@@ -198,7 +198,7 @@ def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
     [problem] = read_source(Source(str(tmp_path / "a.jsonl.zst")), ReadOptions())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert problem.reason == "line too long" and problem.lost_bytes == 400 * 2**20 + 10 and peak < 130 * 2**20
+    assert problem.reason == "line too long" and problem.lost_bytes == 400 * 2**20 + 10 and peak < 200 * 2**20
 
 
 def test_long_line_of_text_is_cut_between_characters(tmp_path, monkeypatch):
