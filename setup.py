@@ -29,10 +29,15 @@ setup(
         "scikit-learn",
         "tqdm",
     ],
+    # What each is for stands in the README, "Installation".
     extras_require={
         "adaptive": ["torchdiffeq==0.2.5"],
         "hub": ["huggingface_hub>=1.0", "filelock"],
         "parquet": ["pyarrow"],
+        "plots": ["matplotlib", "tensorboard"],
+        "quality": ["datatrove[processing]", "spacy"],
+        "study": ["matplotlib", "PyYAML", "scipy", "tensorboard"],
         "tensorboard": ["tensorboard"],
+        "transformers": ["transformers"],
     },
 )

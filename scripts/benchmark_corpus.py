@@ -11,6 +11,7 @@ speed without the start-up, and both are shown. The files of all routes are comp
 
 import argparse
 import filecmp
+import math
 import os
 import platform
 import subprocess
@@ -92,6 +93,30 @@ def reader_speed(path: Path, least_seconds: float = 2.0) -> tuple[float, float]:
     return size / 1e6 / spent, passes * path.stat().st_size / 1e6 / spent
 
 
+def net_seconds(whole: float, start: float) -> float:
+    """Of ``whole`` seconds those that are not start-up; nan where they drown in how the start-up varies."""
+    return whole - start if whole - start > 0.25 * start else math.nan
+
+
+def row(route: str, workers: int, size: float, whole: float, start: float, first: tuple[float, float], alone: float):
+    """A line of the table.
+
+    Args:
+        size: of the text in MB.
+        whole: seconds with the whole text.
+        start: seconds with a few lines.
+        first: ``whole`` and ``start`` of the first route, which the ratios are over.
+        alone: MB/s of sentencepiece.
+    """
+    net, reference = net_seconds(whole, start), net_seconds(*first)
+    shown = [f"{size / net:.2f}", f"{reference / net:.1f}x", f"{size / net / alone / workers:.0%}"]
+    speed, ratio, share = ("–" if "nan" in one else one for one in shown)
+    return (
+        f"{route:<34}{workers:>10}{whole:>9.1f}{size / whole:>8.2f}{f'{first[0] / whole:.1f}x':>8}"
+        f"{speed:>10}{ratio:>8}{share:>8}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="UTF-8 text, for example WikiText-2's wiki.train.tokens")
@@ -103,13 +128,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         work = Path(name)
         model = work / "tokenizer" / "spm.model"
-        train_tokenizer([arguments.text], model, arguments.dictionary_size, PRESETS["bert-32k"].options, 10**6)
+        try:
+            train_tokenizer([arguments.text], model, arguments.dictionary_size, PRESETS["bert-32k"].options, 10**6)
+        except (OSError, ValueError) as error:
+            sys.exit(f"benchmark_corpus: {error}")
         start = work / "start.txt"
         start.write_text("one line\n" * 2)
         size = arguments.text.stat().st_size / 1e6
+        shown = f"{size:.1f} MB" if size >= 1 else f"{1e3 * size:.1f} kB"
         print(
-            f"text {size:.1f} MB, unigram dictionary of {arguments.dictionary_size}; {platform.processor()}, "
-            f"{os.cpu_count()} cores, sentencepiece {sentencepiece.__version__}"
+            f"text {shown}, unigram dictionary of {arguments.dictionary_size}; {platform.machine()}, "
+            f"{os.cpu_count()} core{'s' if os.cpu_count() != 1 else ''}, sentencepiece {sentencepiece.__version__}"
         )
         alone = encoding_speed(model, arguments.text)
         print(f"sentencepiece alone, one thread: {alone:.1f} MB/s\n")
@@ -117,27 +146,25 @@ def main() -> None:
             f"{'route':<34}{'processes':>10}{'wall s':>9}{'MB/s':>8}{'ratio':>8}{'MB/s net':>10}{'ratio':>8}"
             f"{'of spm':>8}"
         )
-        base = {}
         for workers in arguments.workers:
             measured = {}
             for text, label in ((start, "start"), (arguments.text, "whole")):
                 for route, commands in routes(model, text, work / f"{label}{workers}", workers).items():
                     (work / f"{label}{workers}").mkdir(exist_ok=True)
                     measured[route, label] = seconds(*commands)
+            first = measured["two steps", "whole"], measured["two steps", "start"]
             for route in ("two steps", "fairseq-preprocess on raw text", "fast"):
-                wall = measured[route, "whole"]
-                gross, net = size / wall, size / max(wall - measured[route, "start"], 1e-9)
-                base.setdefault(workers, (gross, net))
-                print(
-                    f"{route:<34}{workers:>10}{wall:>9.1f}{gross:>8.2f}{gross / base[workers][0]:>7.1f}x"
-                    f"{net:>10.2f}{net / base[workers][1]:>7.1f}x{net / alone / workers:>8.0%}"
-                )
+                walls = measured[route, "whole"], measured[route, "start"]
+                print(row(route, workers, size, *walls, first, alone))
             whole = work / f"whole{workers}"
             for other in (whole / "raw", whole / "fast" / "shard0"):
                 for file in ("train.bin", "train.idx"):
                     if not filecmp.cmp(whole / "two-steps" / file, other / file, shallow=False):
                         sys.exit(f"{other / file} differs from the two-step route's")
-        print("\nnet: without start-up; of spm: share of sentencepiece's own speed per process; all files are equal")
+        print(
+            "\nnet: without start-up (–: too little of it to measure, take more text); of spm: share of "
+            "sentencepiece's own speed per process; all files are equal"
+        )
         if arguments.pile:
             text, file = reader_speed(arguments.pile)
             print(f"reader on {arguments.pile.name}: {text:.0f} MB/s of text ({file:.0f} MB/s of file), one process")

@@ -14,7 +14,6 @@ ratio of the medians is what counts.
 import argparse
 import logging
 import os
-import platform
 import sys
 import warnings
 from typing import Callable, Dict
@@ -34,7 +33,7 @@ from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
 from fairseq_implicit.solvers.implicit_grad import GradientConfig, equilibrium, parse_gradient  # noqa: E402
 from fairseq_implicit.solvers.jacobian import spectral_radius  # noqa: E402
-from scripts.side_by_side import median_seconds  # noqa: E402
+from scripts.side_by_side import conditions, counted, median_seconds  # noqa: E402
 
 PARTS = ("overhead", "step", "gradients", "initial")
 SMALL = dict(batch=8, length=128, dim=256, ffn_dim=1024, heads=4)
@@ -208,8 +207,8 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}, "
-        f"{options.device}, seed {options.seed}, {options.rounds} rounds"
+        f"{conditions(options.device, options.threads)}, {counted(os.cpu_count() or 1, 'core')}, seed {options.seed}, "
+        f"{counted(options.rounds, 'round')}"
     )
     bench = Bench(options)
     for part in options.part:

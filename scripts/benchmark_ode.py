@@ -9,7 +9,6 @@ that rotates, so that whatever else the machine does hits all alike; the ratios 
 
 import argparse
 import logging
-import platform
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ logging.disable(logging.WARNING)  # fairseq announces optional packages, the com
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.solvers.reversible import solve_reversible  # noqa: E402
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit  # noqa: E402
-from scripts.side_by_side import peak_bytes  # noqa: E402
+from scripts.side_by_side import conditions, counted, peak_bytes  # noqa: E402
 
 Solve = Callable[[Tensor], Tensor]
 
@@ -138,8 +137,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sys.stdout.write(
-        f"torch {torch.__version__}, {options.device}, {options.threads} threads, {platform.machine()}, float32, "
-        f"seed {options.seed}, {options.rounds} rounds; time over that of the hand loop\n"
+        f"{conditions(options.device, options.threads)}, float32, "
+        f"seed {options.seed}, {counted(options.rounds, 'round')}; time over that of the hand loop\n"
     )
     for size in options.sizes:
         batch, length, dim, heads = SHAPES[size]
@@ -150,7 +149,7 @@ def main() -> None:
             found = solvers(field, steps, y)
             if not options.no_compile:
                 found["own rk4, compiled"] = torch.compile(found["own rk4"], fullgraph=True)
-            title = f"{size} ({batch} x {length} x {dim}), {steps} steps"
+            title = f"{size} ({batch} x {length} x {dim}), {counted(steps, 'step')}"
             sys.stdout.write(f"\n{title:<34}forward  both passes\n")
             results = [alternate(found, y, options.rounds, backward) for backward in (False, True)]
             for name in found:

@@ -11,7 +11,6 @@ backward beyond weights and gradients, recomputation included.
 import argparse
 import logging
 import os
-import platform
 import sys
 import types
 import warnings
@@ -28,7 +27,7 @@ from fairseq.data import Dictionary  # noqa: E402
 
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
-from scripts.side_by_side import median_seconds, peak_bytes  # noqa: E402
+from scripts.side_by_side import conditions, counted, median_seconds, peak_bytes  # noqa: E402
 
 Step = Callable[[], torch.Tensor]
 
@@ -154,8 +153,8 @@ def main() -> None:
     shape = ", ".join(f"{name.replace('encoder_', '')} {value}" for name, value in bench.shape.items())
     report(
         f"{options.size}: {shape}; batch {options.batch} x {options.length}, vocabulary {len(bench.dictionary)}, "
-        f"dropout {options.dropout}, {options.dtype}, seed {options.seed}, {options.rounds} rounds\n"
-        f"torch {torch.__version__}, {bench.device}, {options.threads} threads, {platform.machine()}\n"
+        f"dropout {options.dropout}, {options.dtype}, seed {options.seed}, {counted(options.rounds, 'round')}\n"
+        f"{conditions(options.device, options.threads)}\n"
     )
     seconds = alternate(steps, options.rounds)
     ours = seconds["ode_bert euler"]

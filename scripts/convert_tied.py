@@ -10,36 +10,48 @@ import argparse
 import logging
 import os
 import sys
-from typing import Any, Dict
+from typing import Any
 
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 if __name__ == "__main__":
     logging.disable(logging.INFO)  # fairseq announces optional packages on import
-from fairseq import checkpoint_utils  # noqa: E402
 
-import fairseq_implicit  # noqa: E402, F401  (registers models, task and criterion)
 from fairseq_implicit.models.tied_bridge import deq_from_tied, tied_from_deq  # noqa: E402
+from scripts import validation  # noqa: E402
 
 
-def loss(path: str, options: argparse.Namespace, overrides: Dict[str, Any]) -> float:
+def loss(path: str, options: argparse.Namespace, **overrides: Any) -> float:
     """Nats per masked token; the masks are the same for every model."""
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-        [path], arg_overrides={"data": options.data, **overrides}
-    )
-    task.load_dataset(options.subset)
-    criterion = task.build_criterion(cfg.criterion).eval()
-    model, total, tokens = models[0].eval(), 0.0, 0.0
-    iterator = task.get_batch_iterator(
-        task.dataset(options.subset), max_sentences=options.batch_size, max_positions=task.max_positions()
-    ).next_epoch_itr(shuffle=False)
-    with torch.no_grad():
-        for sample in iterator:
-            _, _, logged = criterion(model, sample)
-            total += float(logged["loss"])
-            tokens += float(logged["sample_size"])
-    return total / max(tokens, 1.0)
+    model, cfg, task = validation.open_checkpoint(path, options.data, **overrides)
+    samples = validation.batches(task, options.subset, options.batch_size)
+    totals = validation.totals(model, task.build_criterion(cfg.criterion).eval(), samples, ("loss", "sample_size"))
+    return totals["loss"] / max(totals["sample_size"], 1.0)
+
+
+def convert(path: str, output: str) -> Any:
+    """Writes the other model and returns its settings.
+
+    Raises:
+        OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
+    """
+    checkpoint = validation.stored(path)
+    to_deq = checkpoint["cfg"]["model"]["_name"].startswith("ode_bert")
+    try:
+        converted = (deq_from_tied if to_deq else tied_from_deq)(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    part = output + ".part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(converted, file)
+        os.replace(part, output)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        if os.path.isfile(part):
+            os.remove(part)
+        raise OSError(f"{output} cannot be written: {str(error).splitlines()[0]}") from None
+    return converted["cfg"]["model"]
 
 
 def main() -> None:
@@ -54,26 +66,27 @@ def main() -> None:
         parser.error(f"there is no checkpoint {options.input}")
     if os.path.exists(options.output):
         parser.error(f"{options.output} exists: remove it or choose another name")
-    checkpoint = checkpoint_utils.load_checkpoint_to_cpu(options.input)
-    to_deq = checkpoint["cfg"]["model"]["_name"].startswith("ode_bert")
     try:
-        converted = (deq_from_tied if to_deq else tied_from_deq)(checkpoint)
-    except ValueError as error:
-        sys.exit(f"{options.input}: {error}")
-    torch.save(converted, options.output + ".part")
-    os.replace(options.output + ".part", options.output)
-    model = converted["cfg"]["model"]
-    sys.stdout.write(f"wrote {options.output}: {model['_name']}\n")
-    if not options.data:
-        return
-    before, after = loss(options.input, options, {}), loss(options.output, options, {})
+        model = convert(options.input, options.output)
+        sys.stdout.write(f"wrote {options.output}: {model['_name']}\n")
+        if options.data:
+            compare(options, model)
+    except (OSError, ValueError, ArithmeticError) as error:
+        sys.exit(f"convert_tied: {error}")
+
+
+def compare(options: argparse.Namespace, converted: Any) -> None:
+    """Prints the losses of both models, and that of the deq_bert of the two at its equilibrium."""
+    before, after = loss(options.input, options), loss(options.output, options)
     sys.stdout.write(f"loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per masked token)\n")
-    equilibrium = options.output if to_deq else options.input
-    if not (to_deq and model["deq_no_final_norm"]):
-        solved = loss(equilibrium, options, {"deq_gradient": "ift", "deq_gradient_damping": None})
-        sys.stdout.write(f"at the equilibrium of the same cell {solved:.4f} ({solved - before:+.4f})\n")
-    else:
+    to_deq = converted["_name"].startswith("deq_bert")
+    if to_deq and converted["deq_no_final_norm"]:
         sys.stdout.write("a pre-norm cell without a norm inside the map has no equilibrium to compare with\n")
+        return
+    solved = loss(
+        options.output if to_deq else options.input, options, deq_gradient="ift", deq_gradient_damping=None
+    )
+    sys.stdout.write(f"at the equilibrium of the same cell {solved:.4f} ({solved - before:+.4f})\n")
 
 
 if __name__ == "__main__":

@@ -18,3 +18,7 @@ def load() -> None:
         package = types.ModuleType("fairseq_implicit")
         package.__path__ = [str(ROOT / "fairseq_implicit")]
         sys.modules["fairseq_implicit"] = package
+
+
+if __name__ == "__main__":
+    sys.exit("corpora_alone is a part of prepare_corpus.py, train_tokenizer.py and binarise_corpus.py: run one of them")

@@ -8,6 +8,7 @@ and no document is ever in two splits.
 import hashlib
 import os
 import shutil
+import sys
 import unicodedata
 from typing import Dict, Iterable, List, NamedTuple
 
@@ -104,7 +105,11 @@ def write_splits(folder: str, documents: Iterable[Document], assign=split_of) ->
 def report(folder: str, counts: Dict[str, Counts]) -> str:
     """One line per split for the terminal."""
     return "\n".join(
-        f"  {os.path.join(folder, split + '.txt')}: {c.documents:,} documents, {c.paragraphs:,} paragraphs, "
-        f"{c.characters / 1e6:.2f} million characters"
+        f"  {os.path.join(folder, split + '.txt')}: "
+        + ", ".join(f"{number:,} {name[:-1] if number == 1 else name}" for name, number in c._asdict().items())
         for split, c in counts.items()
     )
+
+
+if __name__ == "__main__":
+    sys.exit("corpus_splits is a part of text_corpus.py and embedded_corpus.py: run one of them")

@@ -1,36 +1,40 @@
 """Depth as a dial: one checkpoint under other schemes, step counts and tolerances.
 
     python scripts/depth_sweep.py checkpoint_best.pt DATA --out dial.png
+    python scripts/depth_sweep.py checkpoint_best.pt DATA --all --out dial.png
     python scripts/depth_sweep.py checkpoint_best.pt DATA --schemes euler,rk4 --steps 1,2,4 --tolerances 1e-1,1e-2
 
-Evaluates the validation set under every setting, none of which changes a weight, and prints loss, accuracy, evaluations
-of the field per sample, and time relative to the first setting; the picture shows loss against evaluations. Step counts
-are per block for ode_bert and over the whole depth for neural_ode_bert. With --splits an ode_bert is also opened with
-each layer cut into that many blocks (progressive depth).
+Evaluates a few batches under a few settings, none of which changes a weight; with --all the whole validation set under
+more of them. Prints loss, accuracy, evaluations of the field per sample, and time relative to the first setting; the
+picture shows loss against evaluations. Step counts are per block for ode_bert and over the whole depth for
+neural_ode_bert. With --splits an ode_bert is also opened with each layer cut into that many blocks (progressive depth).
 """
 
 import argparse
 import logging
 import math
 import os
-import platform
 import sys
-import time
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import torch  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
+import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 if __name__ == "__main__":
     logging.disable(logging.INFO)  # fairseq announces optional packages on import
-from fairseq import checkpoint_utils, utils  # noqa: E402
 
-import fairseq_implicit  # noqa: E402, F401  (registers models, task and criterion)
 from fairseq_implicit.solvers.adaptive import PAIRS  # noqa: E402
+from scripts import pictures, validation  # noqa: E402
+from scripts.side_by_side import conditions, counted  # noqa: E402
+
+NAMES = ("loss", "correct", "sample_size", "evaluations", "batches")
+# By --all.
+SCHEMES = {False: "euler,rk4", True: "euler,rk2,rk4"}
+STEPS = {
+    "ode_bert": {False: "1,2", True: "1,2,3,4"},  # of each block
+    "neural_ode_bert": {False: "1,4,12", True: "1,2,3,4,6,8,12"},  # of the whole depth
+}
+TOLERANCES = {False: "1e-1,1e-2", True: "1e-1,1e-2,1e-3"}
 
 
 class Setting(NamedTuple):
@@ -42,13 +46,14 @@ class Setting(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Averages over the subset: loss in nats and accuracy in percent per masked token, evaluations per sample."""
+    """Averages over ``blocks``: loss in nats and accuracy in percent per masked token, evaluations per sample."""
 
     setting: Setting
     loss: float
     accuracy: float
     evaluations: float
     seconds: float
+    blocks: int
 
 
 def settings(model: str, trained: Dict[str, Any], options: argparse.Namespace) -> List[Setting]:
@@ -62,10 +67,10 @@ def settings(model: str, trained: Dict[str, Any], options: argparse.Namespace) -
             ode_gradient="autograd", ode_backend="own", ode_random_steps=None, ode_kinetic_energy=0.0, ode_jacobian=0.0,
             ode_local_error=0.0, ode_step_control="auto",
         )  # fmt: skip
-        default_steps = "1,2,3,4,6,8,12"
+        steps_of = STEPS["neural_ode_bert"]
     elif model.startswith("ode_bert"):
         plain = dict(ode_gradient="autograd", ode_random_steps=None, ode_tolerance=0.0, enc_calculate_num=None)
-        default_steps = "1,2,3,4"
+        steps_of = STEPS["ode_bert"]
     else:
         raise ValueError(f"the checkpoint holds {model}: the dial turns ode_bert and neural_ode_bert only")
     found = []
@@ -74,50 +79,29 @@ def settings(model: str, trained: Dict[str, Any], options: argparse.Namespace) -
     as_trained.pop("enc_calculate_num", None)
     found.append(Setting("as trained", "as trained", as_trained))
     splits = [int(value) for value in options.splits.split(",")] if model.startswith("ode_bert") else [None]
-    for scheme in options.schemes.split(","):
+    for scheme in (options.schemes or SCHEMES[options.all]).split(","):
         for split in splits:
             name = scheme if split in (None, trained.get("ode_split", 1)) else f"{scheme}, layers cut in {split}"
-            for steps in (options.steps or default_steps).split(","):
+            for steps in (options.steps or steps_of[options.all]).split(","):
                 overrides = {**plain, "ode_scheme": scheme, "ode_steps": int(steps), "ode_tolerance": 0.0}
                 if split is not None:
                     overrides["ode_split"] = split
-                found.append(Setting(name, f"{name}, {steps} steps", overrides))
+                found.append(Setting(name, f"{name}, {counted(int(steps), 'step')}", overrides))
     for pair in [pair for pair in options.pairs.split(",") if pair]:
-        for tolerance in options.tolerances.split(","):
+        for tolerance in (options.tolerances or TOLERANCES[options.all]).split(","):
             overrides = {**plain, "ode_scheme": pair, "ode_tolerance": float(tolerance)}
             found.append(Setting(f"{pair}, adaptive", f"{pair}, tolerance {tolerance}", overrides))
     return found
 
 
-def batches(task, subset: str, batch_size: int, limit: Optional[int]) -> Iterator[Dict[str, Any]]:
-    iterator = task.get_batch_iterator(
-        task.dataset(subset), max_sentences=batch_size, max_positions=task.max_positions(), ignore_invalid_inputs=True
-    ).next_epoch_itr(shuffle=False)
-    for number, sample in enumerate(iterator):
-        if limit is not None and number >= limit:
-            return
-        yield sample
-
-
-def measure(path: str, data: str, setting: Setting, options: argparse.Namespace) -> Measured:
+def measure(setting: Setting, options: argparse.Namespace) -> Measured:
     """Evaluates one setting, with masks that are the same for all."""
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-        [path], arg_overrides={"data": data, **setting.overrides}
+    model, cfg, task = validation.open_checkpoint(
+        options.checkpoint, options.data, options.device, **setting.overrides
     )
-    model = models[0].to(options.device).eval()
-    task.load_dataset(options.subset)
+    samples = validation.batches(task, options.subset, options.batch_size, validation.batch_limit(options))
     criterion = task.build_criterion(cfg.criterion).eval()
-    totals = dict.fromkeys(("loss", "correct", "sample_size", "evaluations", "batches", "seconds"), 0.0)
-    with torch.no_grad():
-        for sample in batches(task, options.subset, options.batch_size, options.batches):
-            if options.device != "cpu":
-                sample = utils.move_to_cuda(sample)
-            start = time.perf_counter()
-            _, _, logged = criterion(model, sample)
-            counts = {name: float(logged[name]) for name in totals if name != "seconds"}
-            totals["seconds"] += time.perf_counter() - start
-            for name, value in counts.items():
-                totals[name] += value
+    totals = validation.totals(model, criterion, samples, NAMES, options.device)
     tokens = max(totals["sample_size"], 1.0)
     return Measured(
         setting,
@@ -125,6 +109,7 @@ def measure(path: str, data: str, setting: Setting, options: argparse.Namespace)
         100.0 * totals["correct"] / tokens,
         totals["evaluations"] / max(totals["batches"], 1.0),
         totals["seconds"],
+        sum(len(sample["id"]) for sample in samples),
     )
 
 
@@ -140,57 +125,49 @@ def table(results: List[Measured]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: List[Measured], out: str, title: str) -> None:
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150)
-    for line in dict.fromkeys(one.setting.line for one in results[1:]):
+def plot(results: List[Measured], title: str) -> pictures.Figure:
+    figure, axes = pictures.figure()
+    for number, line in enumerate(dict.fromkeys(one.setting.line for one in results[1:])):
         points = sorted((one.evaluations, one.loss) for one in results[1:] if one.setting.line == line)
-        style = "--" if "adaptive" in line else "-"
-        axes.plot(*zip(*points), marker="o", markersize=4, linewidth=1.5, linestyle=style, label=line)
+        pictures.line(axes, *zip(*points), number, line)
     axes.plot([results[0].evaluations], [results[0].loss], "k*", markersize=11, label="as trained")
-    axes.set_xscale("log")
     axes.set_xlabel("evaluations of the field per sample")
     axes.set_ylabel("loss (nats per masked token)")
     axes.set_title(title)
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.tight_layout()
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    figure.savefig(out)
-    pyplot.close(figure)
+    pictures.logarithmic(axes.xaxis, counts=True)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("data", metavar="DATA", help="data folder, as for fairseq-validate")
-    parser.add_argument("--schemes", default="euler,rk2,rk4", help="of fixed steps (default: euler,rk2,rk4)")
-    parser.add_argument("--steps", help="per block (default: 1,2,3,4), or over the depth (default: 1,2,3,4,6,8,12)")
+    validation.add_dial_arguments(parser)
+    parser.add_argument("--schemes", help=f"of fixed steps (default: {SCHEMES[False]}; with --all {SCHEMES[True]})")
+    defaults = {model: f"(default: {steps[False]}; with --all {steps[True]})" for model, steps in STEPS.items()}
+    parser.add_argument(
+        "--steps",
+        help=f"per block {defaults['ode_bert']}, or over the depth of a neural_ode_bert {defaults['neural_ode_bert']}",
+    )
     parser.add_argument("--splits", default="1", help="blocks per layer of an ode_bert (default: 1)")
     parser.add_argument("--pairs", default="bosh3", help=f"of adaptive steps: {','.join(PAIRS)}; empty: none")
-    parser.add_argument("--tolerances", default="1e-1,1e-2,1e-3", help="(default: 1e-1,1e-2,1e-3)")
-    parser.add_argument("--subset", default="valid")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--batches", type=int, help="evaluate only so many batches")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tolerances", help=f"(default: {TOLERANCES[False]}; with --all {TOLERANCES[True]})")
     parser.add_argument("--out", metavar="PNG", help="picture of loss against evaluations")
     options = parser.parse_args()
     try:
-        if not os.path.isfile(options.checkpoint):
-            raise FileNotFoundError(f"there is no checkpoint {options.checkpoint}")
-        state = checkpoint_utils.load_checkpoint_to_cpu(options.checkpoint)
-        trained = state["cfg"]["model"]
-        model = trained["_name"]
+        if options.out:
+            pictures.check(options.out)
+        trained = validation.stored(options.checkpoint)["cfg"]["model"]
         results: List[Measured] = []
-        for setting in settings(model, trained, options):
-            results.append(measure(options.checkpoint, options.data, setting, options))
+        for setting in settings(trained["_name"], trained, options):
+            results.append(measure(setting, options))
             if not math.isfinite(results[-1].loss):
                 sys.stderr.write(f"{setting.label}: the loss is not finite\n")
         sys.stdout.write(
-            f"{options.checkpoint}: {model}, {options.subset} of {options.data}; torch {torch.__version__}, "
-            f"{options.device}, {torch.get_num_threads()} threads, {platform.machine()}\n{table(results)}\n"
+            f"{options.checkpoint}: {trained['_name']}, {counted(results[0].blocks, 'block')} of {options.subset} in "
+            f"{options.data}; {conditions(options.device, torch.get_num_threads())}\n{table(results)}\n"
         )
         if options.out:
-            plot(results, options.out, model)
+            pictures.save(plot(results, trained["_name"]), options.out)
             sys.stdout.write(f"  {options.out}\n")
     except (OSError, ValueError, ArithmeticError) as error:
         sys.exit(f"depth_sweep: {error}")

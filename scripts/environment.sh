@@ -3,17 +3,13 @@
 #
 # PYTHON   interpreter for a new environment (Python 3.11 or 3.12; by default the first of these on the PATH)
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 wheels=$root/.wheels
 logs=$venv/set-up-logs
 stamp=$venv/set-up-complete
 requirements=$root/requirements.txt
-
-fail() { # one sentence, exit status 1
-    echo "$*" >&2
-    exit 1
-}
+source "$root/scripts/recipe.sh"
 
 # watched LABEL LOG COMMAND...: runs COMMAND with its output in LOG and shows that it is alive: the seconds and the
 # last line of the log on a terminal, a line every 30 seconds elsewhere.
@@ -30,7 +26,7 @@ watched() {
                 echo "  $label: still at work after $((SECONDS - start)) s"
             fi
         done
-    ) 9>&- &
+    ) 8>&- 9>&- &
     beat=$!
     "$@" >>"$log" 2>&1 || status=$?
     kill "$beat" 2>/dev/null || true
@@ -68,15 +64,15 @@ section() { # the requirements between the heading "--- $1:" and the next headin
 }
 
 pip_install() { # pip with the pins as constraints, so that nothing it pulls in can replace torch
-    "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --constraint "$requirements" "$@"
+    run "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --constraint "$requirements" "$@"
 }
 
 make_venv() {
     local python=$1
     if "$python" -c 'import ensurepip' 2>/dev/null; then
-        "$python" -m venv --clear "$venv"
+        run "$python" -m venv --clear "$venv"
     else # Python packages of some distributions leave ensurepip out
-        "$python" -m venv --clear --without-pip "$venv" && "$python" -m pip --python "$venv/bin/python" install pip
+        run "$python" -m venv --clear --without-pip "$venv" && run "$python" -m pip --python "$venv/bin/python" install pip
     fi
 }
 
@@ -84,7 +80,7 @@ make_venv() {
 # models never call, take half the time; the Cython loops that matter set their own -O3.
 build_fairseq() {
     rm -rf "$wheels/partial"
-    env -u CUDA_HOME CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0" "$venv/bin/python" -m pip wheel \
+    run env -u CUDA_HOME CFLAGS="-O0 -g0" CXXFLAGS="-O0 -g0" "$venv/bin/python" -m pip wheel \
         --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir "$wheels/partial" "$1" &&
         mv "$wheels/partial"/*.whl "$wheels"/ && rmdir "$wheels/partial"
 }
@@ -135,7 +131,7 @@ set_up() {
         watched "packages" "$logs/packages.log" pip_install $packages
         watched "ODE and equilibrium packages" "$logs/undeclared.log" pip_install --no-deps $undeclared
     }
-    watched "trying fairseq and torch" "$logs/trial.log" "$venv/bin/python" -c \
+    watched "trying fairseq and torch" "$logs/trial.log" run "$venv/bin/python" -c \
         'import torch, fairseq, fairseq.data.token_block_utils_fast, sentencepiece; print(torch.__version__)'
     echo "$wanted" >"$stamp"
 }

@@ -11,11 +11,9 @@ import os
 import sys
 from typing import Dict, Optional, Tuple
 
-import matplotlib
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
+from scripts import pictures  # noqa: E402
 
 Curve = Tuple[list, list]  # updates, nats
 
@@ -26,8 +24,14 @@ def read_curves(folder: str) -> Dict[str, Curve]:
     """{curve: (updates, nats)} of the losses below `folder`. Where a run was interrupted and resumed, the later record
     of an update counts.
 
-    Raises FileNotFoundError when there is no folder or no loss in it.
+    Raises FileNotFoundError when there is no folder or no loss in it, ValueError without tensorboard.
     """
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ModuleNotFoundError:
+        raise ValueError(
+            "reading losses needs tensorboard: pip install 'fairseq_implicit[tensorboard]', or pip install tensorboard"
+        ) from None
     curves = {}
     for name in CURVES:
         path = os.path.join(folder, name)
@@ -44,23 +48,19 @@ def read_curves(folder: str) -> Dict[str, Curve]:
     return curves
 
 
-def plot(curves: Dict[str, Curve], out: str, unigram: Optional[float] = None, title: str = "") -> None:
-    """Writes the picture; `unigram` (nats) becomes a horizontal line."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=150)
-    for name, (updates, nats) in curves.items():
-        few = "o" if len(updates) < 40 and name == "valid" else None
-        axes.plot(updates, nats, label=CURVES[name], linewidth=1.5, marker=few, markersize=4)
+def plot(curves: Dict[str, Curve], unigram: Optional[float] = None, title: str = "") -> pictures.Figure:
+    """The picture; `unigram` (nats) becomes a horizontal line."""
+    figure, axes = pictures.figure()
+    for number, (name, (updates, nats)) in enumerate(curves.items()):
+        pictures.line(axes, updates, nats, number, CURVES[name], linestyle="-")
     if unigram is not None:
         axes.axhline(unigram, color="grey", linestyle="--", linewidth=1, label="unigram entropy")
     axes.set_xlabel("updates")
     axes.set_ylabel("loss (nats per masked token)")
     axes.set_title(title)
-    axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-    figure.savefig(out)
-    pyplot.close(figure)
+    pictures.whole_numbers(axes.xaxis)
+    return figure
 
 
 def main() -> None:
@@ -71,13 +71,13 @@ def main() -> None:
     parser.add_argument("--title", default="", metavar="TEXT")
     arguments = parser.parse_args()
     try:
+        pictures.check(arguments.out)
         unigram = None
         if arguments.data:
-            sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-            from corpus_entropy import folder_entropies
+            from scripts.corpus_entropy import folder_entropies  # fairseq takes seconds to import
 
             unigram = folder_entropies(arguments.data).unigram
-        plot(read_curves(arguments.folder), arguments.out, unigram, arguments.title)
+        pictures.save(plot(read_curves(arguments.folder), unigram, arguments.title), arguments.out)
     except (OSError, ValueError) as error:
         sys.exit(f"plot_losses: {error}")
     print(f"  {arguments.out}")

@@ -3,6 +3,7 @@
 #   environment, corpus, tokenizer, binarised data, pretraining, validation, filled masks, loss curves.
 # Every stage that is already done with the same inputs is kept; an interrupted training is resumed.
 set -euo pipefail
+source "$(dirname "$0")/recipe.sh"
 
 usage() {
     cat <<'HELP'
@@ -13,7 +14,10 @@ usage: bash scripts/quickstart.sh [options]
   --model FAMILY    ode, neural-ode or deq (default: ode)
   --arch NAME       a preset of that family (default: its tiny one, ode_bert_rk2_tiny)
   --updates N       training updates (default: 3000); with --continue, that many more
-  --dictionary N    symbols in the dictionary (default: 2048)
+  --dictionary-size N
+                    symbols in the dictionary (default: 2048; --dictionary is the same)
+  --character-coverage SHARE
+                    share of the text's characters that get pieces of their own (default: 0.9995)
   --continue        go on training a finished model
   --redo            throw the trained model of this --arch away and train again
   --out DIR         where everything is written (default: quickstart)
@@ -26,14 +30,20 @@ refuse() { # one sentence, exit status 2
     exit 2
 }
 
-text='' family=ode arch='' updates=3000 dictionary=2048 further='' redo='' out=quickstart
+text='' coverage='' family=ode arch='' updates=3000 dictionary=2048 further='' redo='' out=quickstart
+given=() # the options, for the commands that the end prints
 while [ $# -gt 0 ]; do
     case $1 in
-        --text | --model | --arch | --updates | --dictionary | --out)
+        --text | --model | --arch | --updates | --dictionary-size | --dictionary | --character-coverage | --out)
             [ $# -gt 1 ] && [ -n "$2" ] || refuse "$1 needs a value"
             case $1 in
-                --text) text=$2 ;; --model) family=$2 ;; --arch) arch=$2 ;; --updates) updates=$2 ;;
-                --dictionary) dictionary=$2 ;; --out) out=$2 ;;
+                --text) text=$2 ;;
+                --out) out=$2 ;;
+                --model) family=$2 given+=("$1" "$2") ;;
+                --arch) arch=$2 given+=("$1" "$2") ;;
+                --updates) updates=$2 given+=("$1" "$2") ;;
+                --character-coverage) coverage=$2 given+=("$1" "$2") ;;
+                *) dictionary=$2 given+=(--dictionary-size "$2") ;;
             esac
             shift 2
             ;;
@@ -53,13 +63,16 @@ prefix=${default_arch%%_bert*}_bert
 arch=${arch:-$default_arch}
 case $arch in "$prefix" | "$prefix"_*) ;; *) refuse "--arch $arch is no preset of --model $family ($prefix...)" ;; esac
 case $updates in '' | *[!0-9]* | 0*) refuse "--updates $updates is not a positive whole number" ;; esac
-case $dictionary in '' | *[!0-9]* | 0*) refuse "--dictionary $dictionary is not a positive whole number" ;; esac
+case $dictionary in '' | *[!0-9]* | 0*) refuse "--dictionary-size $dictionary is not a positive whole number" ;; esac
 [ -z "$further" ] || [ -z "$redo" ] || refuse "--continue and --redo contradict each other"
 [ -z "$text" ] || [ -e "$text" ] || refuse "--text $text does not exist"
-if [ -n "$text" ]; then text=$(cd "$(dirname "$text")" && pwd)/$(basename "$text"); fi
-mkdir -p "$out"
-out=$(cd "$out" && pwd)
+if [ -n "$text" ]; then text=$(absolute "$text") given+=(--text "$text"); fi
+claim "$out"
+out=$(absolute "$out")
 cd "$(dirname "$0")/.."
+# The same command, from anywhere; without --redo, which would throw away what it has to go on from.
+again() { command_line bash "$PWD/scripts/quickstart.sh" --out "$out" "${given[@]}" "$@"; }
+resume=$(again ${further:+--continue})
 
 SECONDS=0
 timings=''
@@ -83,12 +96,39 @@ stage() {
     note_time "$name" $((SECONDS - start))
 }
 
+# logged LOG PATTERN COMMAND...: what COMMAND prints goes to the end of LOG, and its lines with PATTERN to whoever watches.
+logged() {
+    local log=$1 pattern=$2 status=0
+    shift 2
+    exec 6> >(
+        tee -a "$log" | { grep --line-buffered -E "$pattern" || true; } |
+            sed -u -E 's/^([^|]*\| INFO \| [a-z_.]+ \| |INFO:[a-z_.]+:)/   /'
+    )
+    filter=$!
+    run "$@" >&6 6>&- || status=$?
+    finish_log
+    return $status
+}
+finish_log() { # to the last line
+    exec 6>&-
+    wait "$filter" || true
+}
+filter=''
+stopped() { if [ -n "$filter" ]; then finish_log; fi; }
+
 echo "== environment"
 source scripts/environment.sh
 note_time environment $SECONDS
 
 # fairseq and hydra warn about their own internals on every start.
 export PYTHONWARNINGS=ignore
+if [ "$arch" != "$default_arch" ]; then
+    presets=$(python -c 'import sys, difflib, fairseq_implicit
+from fairseq.models import ARCH_MODEL_REGISTRY
+print(*difflib.get_close_matches(sys.argv[1], ARCH_MODEL_REGISTRY, 4), sep=", ")' "$arch" 2>/dev/null) ||
+        fail "quickstart: $venv/bin/python -m fairseq_implicit fails: run it to see why"
+    case "$presets, " in "$arch, "*) ;; *) refuse "--arch $arch is not registered; the nearest names: $presets" ;; esac
+fi
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))} # more threads only wait in a model this small
 
@@ -100,28 +140,33 @@ if [ -n "$text" ]; then
     name=own-text
     # names, sizes and dates stand for the contents of what may be gigabytes
     corpus_key=$({ cat scripts/text_corpus.py scripts/corpus_splits.py; ls -lLR "$text"; } | key)
-    make_corpus=(python scripts/text_corpus.py "$text")
+    make_corpus=(run python scripts/text_corpus.py "$text")
 else
     name=embedded
     corpus_key=$(key scripts/embedded_corpus.py scripts/corpus_splits.py "$stamp" <(python -V))
-    make_corpus=(python scripts/embedded_corpus.py)
+    make_corpus=(run python scripts/embedded_corpus.py)
 fi
 corpus=$out/$name/corpus tokenizer=$out/$name/sentencepiece.bpe.model data=$out/$name/data-bin
 stage "$name-corpus" "$corpus" "$corpus_key" "${make_corpus[@]}" --out "$corpus"
 
 # --- tokenizer
-tokenizer_key=$(key scripts/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary"))
+tokenizer_key=$(key scripts/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary $coverage"))
 stage "$name-tokenizer" "$tokenizer" "$tokenizer_key" \
-    python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary"
+    run python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary" \
+    ${coverage:+--character-coverage "$coverage"}
 
 # --- binarise: raw text in, fairseq's memory-mapped token files out
 binarise() {
-    local splits=(--trainpref "$corpus/train.txt" --validpref "$corpus/valid.txt")
+    local log=$out/$name/preprocess.log splits=(--trainpref "$corpus/train.txt" --validpref "$corpus/valid.txt")
     if [ -s "$corpus/test.txt" ]; then splits+=(--testpref "$corpus/test.txt"); fi
     rm -rf "$data" "$data.partial"
-    fairseq-preprocess "${plugin[@]}" --only-source --srcdict "$tokenizer" "${splits[@]}" \
-        --destdir "$data.partial" --workers "$cores" 2>&1 | grep -E 'sents|Error|error' || true
-    [ -f "$data.partial/valid.idx" ] || fail "quickstart: fairseq-preprocess failed: see its message above"
+    # shellcheck disable=SC2016
+    logged "$log" 'sents|tokens so far' bash -c 'exec "$@" 2>&1' - \
+        fairseq-preprocess "${plugin[@]}" --only-source --srcdict "$tokenizer" "${splits[@]}" \
+        --destdir "$data.partial" --workers "$cores" || {
+        tail -n 5 "$log" >&2
+        fail "quickstart: fairseq-preprocess failed; the whole log is $log"
+    }
     mv "$data.partial" "$data"
 }
 data_key=$(key fairseq_implicit/data/sentencepiece_dictionary.py <(echo "$tokenizer_key"))
@@ -142,7 +187,7 @@ training=(
 bookkeeping=(
     --save-dir "$model" --tensorboard-logdir "$model/tensorboard"
     --save-interval-updates 250 --keep-interval-updates 1 --no-epoch-checkpoints
-    --validate-interval-updates 500 --max-valid-steps 80 --log-interval 100 --num-workers 1
+    --save-on-signal --validate-interval-updates 500 --max-valid-steps 80 --log-interval 100 --num-workers 1
 )
 training_key=$(echo "$data_key ${training[*]}" | key)
 if [ -n "$redo" ]; then rm -rf "$model"; fi
@@ -153,38 +198,29 @@ trained=$(cat "$model/trained" 2>/dev/null || echo 0)
 target=$updates
 if [ -n "$further" ]; then target=$((trained + updates)); fi
 
-if [ "$arch" != ode_bert_rk2_tiny ]; then
-    python - "$arch" 2>/dev/null <<'PYTHON' || refuse "--arch $arch is not registered by this version of fairseq_implicit"
-import sys, fairseq_implicit
-from fairseq.models import ARCH_MODEL_REGISTRY
-sys.exit(sys.argv[1] not in ARCH_MODEL_REGISTRY)
-PYTHON
-fi
-
 pretrain() {
     mkdir -p "$model"
     echo "$training_key" >"$model/inputs"
     cp "$tokenizer" "$data/dict.txt" "$model/" # the folder is then all that the hub needs
     # The bar goes to the terminal; the log goes to a file and its milestones to whoever watches.
-    local format=simple
+    local format=simple status=0
     if [ -t 2 ]; then format=tqdm; fi
-    PYTHONUNBUFFERED=1 fairseq-train "$data" "${plugin[@]}" "${training[@]}" "${bookkeeping[@]}" \
-        --max-update "$target" --total-num-update "$target" --log-format "$format" |
-        tee -a "$model/train.log" |
-        { grep --line-buffered -E 'loss=|valid on|blocks|num\. (shared )?model params|Loaded checkpoint' || true; } |
-        sed -u -E 's/^[^|]*\| INFO \| [a-z_.]+ \| /   /' ||
-        fail "quickstart: fairseq-train stopped; its log is $model/train.log, and the same command resumes it"
+    PYTHONUNBUFFERED=1 logged "$model/train.log" 'loss=|valid on|blocks|num\. (shared )?model params|Loaded checkpoint' \
+        fairseq-train "$data" "${plugin[@]}" "${training[@]}" "${bookkeeping[@]}" \
+        --max-update "$target" --total-num-update "$target" --log-format "$format" || status=$?
+    [ $status -eq 0 ] || fail "quickstart: fairseq-train ended with exit status $status before update $target (the reason" \
+        "stands above, its log is $model/train.log); from the last checkpoint goes on: $resume"
 }
 
 show_validation() {
     local log=$model/validate.log loss
-    if ! fairseq-validate "$data" "${plugin[@]}" --path "$model/checkpoint_best.pt" --batch-size 32 \
+    if ! run fairseq-validate "$data" "${plugin[@]}" --path "$model/checkpoint_best.pt" --batch-size 32 \
         --log-format simple --distributed-world-size 1 >"$log" 2>&1; then
         tail -n 5 "$log" >&2
         fail "quickstart: fairseq-validate failed; the whole log is $log"
     fi
     loss=$(grep -o '| loss [0-9.]*' "$log" | tail -n 1 | cut -d ' ' -f 3)
-    python scripts/corpus_entropy.py "$data" --loss-bits "$loss"
+    run python scripts/corpus_entropy.py "$data" --loss-bits "$loss"
 }
 
 if [ "$trained" -ge "$target" ]; then
@@ -210,8 +246,8 @@ shown() {
     note_time "$name" $((SECONDS - start))
 }
 shown "validation" show_validation
-shown "filled masks" python scripts/fill_masks.py "$model" --text "$corpus/valid.txt"
-shown "loss curves" python scripts/plot_losses.py "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
+shown "filled masks" run python scripts/fill_masks.py "$model" --text "$corpus/valid.txt"
+shown "loss curves" run python scripts/plot_losses.py "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
 
 cat <<SUMMARY
 
@@ -220,6 +256,7 @@ time per stage:$timings
 
 model    $model/checkpoint_best.pt
 curves   $model/losses.png
-try      .venv/bin/python scripts/fill_masks.py $model "Return the <mask> of the list."
-more     bash scripts/quickstart.sh --continue
+try      $(command_line "$venv/bin/python" "$root/scripts/fill_masks.py" "$model") "Return the <mask> of the list."
+more     $(again --continue)
+tune     $(command_line bash "$root/examples/glue/finetune.sh" GLUE/RTE RTE "$model" "$model/rte")
 SUMMARY

@@ -3,7 +3,7 @@
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/solvers -x -k order
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH="" cd "$(dirname "$0")/.."
 source scripts/environment.sh
 # Tensors in tests are small: a second thread would only wait for the first, and spin while another program works.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

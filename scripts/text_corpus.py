@@ -48,7 +48,7 @@ def text_files(path: str) -> List[str]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"--text {path}: no such file or folder")
+        raise FileNotFoundError(f"{path}: no such file or folder")
     found = sorted(
         os.path.join(folder, file)
         for folder, _, files in os.walk(path)
@@ -56,7 +56,7 @@ def text_files(path: str) -> List[str]:
         if file.lower().endswith(ENDINGS)
     )
     if not found:
-        raise FileNotFoundError(f"--text {path}: the folder holds no text file (endings: {' '.join(ENDINGS)})")
+        raise FileNotFoundError(f"{path}: the folder holds no text file (endings: {' '.join(ENDINGS)})")
     return found
 
 
@@ -111,8 +111,8 @@ def hash_split(documents: List[str]):
     """
     if len(documents) < 3:
         raise ValueError(
-            f"--text: {len(documents)} document(s) are too few to hold out a validation and a test set: separate "
-            "documents by a blank line, or give a folder with a train and a valid file"
+            f"{len(documents)} document(s) are too few to hold out a validation and a test set: separate documents by "
+            "a blank line, or give a folder with a train and a valid file"
         )
     if {split_of(name) for name in documents} == set(SPLITS):
         return split_of

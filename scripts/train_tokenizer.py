@@ -4,7 +4,8 @@
     python scripts/train_tokenizer.py prepared --preset bert-32k --out tokenizer/sentencepiece.bpe.model
 
 The size is that of the model's embedding: pieces, fairseq's own four symbols and <mask>. Multiples of 64 suit the
-matrix units of accelerators; other sizes are filled up in dict.txt.
+matrix units of accelerators; other sizes are filled up to the next in dict.txt, with symbols that no text has. Scripts
+with thousands of characters need a large dictionary, or a --character-coverage below 0.9995 (0.98 is the least).
 """
 
 import argparse
@@ -40,9 +41,19 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the model to write")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="published size and options")
     parser.add_argument(
-        "--dictionary-size", type=int, help=f"rows of the embedding (default: the preset's, else {DEFAULT_SIZE})"
+        "--dictionary-size",
+        "--dictionary",
+        type=int,
+        help=f"rows of the embedding (default: the preset's, else {DEFAULT_SIZE})",
     )
     parser.add_argument("--kind", choices=("unigram", "bpe"), help="sentencepiece's model type (default: unigram)")
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        metavar="SHARE",
+        help="share of the text's characters that get pieces of their own, the rest is <unk>: 0.98 to 1 (default: the "
+        "preset's, else 0.9995)",
+    )
     parser.add_argument(
         "--sample-size", type=byte_size, default=500 * 10**6, help="text to train on, drawn at random (500MB)"
     )
@@ -52,6 +63,10 @@ def main() -> None:
     options = dict(PRESETS[arguments.preset].options) if arguments.preset else {"model_type": "unigram"}
     if arguments.kind:
         options["model_type"] = arguments.kind
+    if arguments.character_coverage is not None:
+        if not 0.98 <= arguments.character_coverage <= 1.0:
+            parser.error(f"--character-coverage {arguments.character_coverage} must lie between 0.98 and 1")
+        options["character_coverage"] = arguments.character_coverage
     size = arguments.dictionary_size or (
         PRESETS[arguments.preset].dictionary_size if arguments.preset else DEFAULT_SIZE
     )
@@ -61,7 +76,9 @@ def main() -> None:
         )
     except (OSError, ValueError, CorpusError) as error:
         sys.exit(f"train_tokenizer: {error}")
-    print(f"  {arguments.out}: {-(-size // 64) * 64} symbols in the dictionary, {arguments.out.parent / 'dict.txt'}")
+    rows = -(-size // 64) * 64
+    filled = f", filled up to {rows:,} (a multiple of 64)" if rows != size else ""
+    print(f"  {arguments.out}: {size:,} symbols in the dictionary{filled}, {arguments.out.parent / 'dict.txt'}")
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ ALLOWED = {
     "data": {"compat"},
     "tasks": {"solvers", "fields", "depth", "models", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
-    "corpora": set(),
-    "compat": set(),
+    "corpora": {"folder_lock"},
+    "compat": {"folder_lock"},
+    "folder_lock": set(),
 }
-WITHOUT_FAIRSEQ = {"solvers", "fields", "depth", "corpora"}
+WITHOUT_FAIRSEQ = {"solvers", "fields", "depth", "corpora", "folder_lock"}
 # Numerics are torch and the standard library; the optional back ends are for adaptive steps.
-ONLY_TORCH = {"solvers": {"torch", "torchdyn", "torchdiffeq"}}
+ONLY_TORCH = {"solvers": {"torch", "torchdyn", "torchdiffeq"}, "folder_lock": set()}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -6,29 +6,33 @@
 # DATA is a folder of binarised text with its dict.txt and sentencepiece.bpe.model, as ode_bert_base.sh makes it (steps
 # 0 to 2); OUT receives checkpoints and logs. Run it again to resume. How to choose: examples/deq/README.md.
 set -euo pipefail
+source "$(dirname "$0")/../../scripts/recipe.sh"
 [ $# -ge 2 ] || { echo "usage: bash examples/pretraining/deq.sh DATA OUT [fairseq-train flags]" >&2; exit 2; }
-DATA=$(cd "$1" && pwd) OUT=$2
+for file in dict.txt sentencepiece.bpe.model; do
+    [ -f "$1/$file" ] || { echo "deq: $1 holds no $file: make it with steps 0 to 2 of ode_bert_base.sh" >&2; exit 2; }
+done
+DATA=$(absolute "$1")
+claim "$2"
+OUT=$(absolute "$2")
 shift 2
-mkdir -p "$OUT/checkpoints"
-OUT=$(cd "$OUT" && pwd)
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
 export PYTHONWARNINGS=ignore
-USER_DIR=$(python -m fairseq_implicit)
 
 ARCH=deq_bert_base         # one pre-norm layer with a final norm, 768 wide, feed-forward 53,760
 TOKENS_PER_SAMPLE=512
 BATCH=16                   # sequences per GPU and step
-GPUS=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+PRECISION=(--fp16)
+if [ "$GPUS" = 0 ]; then PRECISION=() GPUS=1; fi # a CPU
 UPDATE_FREQ=$((2048 / BATCH / GPUS > 0 ? 2048 / BATCH / GPUS : 1)) # 2,048 sequences per update on any number of GPUs
 PEAK_LR=0.00025            # half of RoBERTa's: the cell's weights act at every evaluation
 WARMUP_UPDATES=10000
 TOTAL_UPDATES=125000
-PRECISION=(--fp16)
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then PRECISION=(); fi
 
+mkdir -p "$OUT/checkpoints"
 cp "$DATA/dict.txt" "$DATA/sentencepiece.bpe.model" "$OUT/checkpoints/"
-fairseq-train "$DATA" --user-dir "$USER_DIR" \
+run fairseq-train "$DATA" --user-dir "$root/fairseq_implicit" \
     --task implicit_masked_lm --criterion implicit_masked_lm --arch "$ARCH" \
     --deq-warmup-updates 12500 --deq-warmup-steps 4 \
     --deq-solver anderson --deq-max-iter 24 --deq-gradient ift --deq-adjoint-max-iter 24 \
@@ -43,5 +47,6 @@ fairseq-train "$DATA" --user-dir "$USER_DIR" \
     --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates 1000 --keep-interval-updates 2 --no-epoch-checkpoints \
-    --validate-interval-updates 1000 --tensorboard-logdir "$OUT/tensorboard" \
+    --save-on-signal --validate-interval-updates 1000 --tensorboard-logdir "$OUT/tensorboard" \
     --log-format simple --log-interval 100 --seed 1 "$@"
+what_now "$OUT"

@@ -9,20 +9,22 @@
 #
 # Run it again to go on where it stopped, at whatever stage that was.
 set -euo pipefail
+source "$(dirname "$0")/../../scripts/recipe.sh"
 [ $# -ge 1 ] || { echo "usage: [CORPUS=...] bash examples/pretraining/pile.sh OUT [fairseq-train flags]" >&2; exit 2; }
-mkdir -p "$1"
-OUT=$(cd "$1" && pwd)
-shift
 CORPUS=${CORPUS:-hf://monology/pile-uncopyrighted}
-case $CORPUS in hf://*) ;; *) CORPUS=$(cd "$CORPUS" && pwd) ;; esac
+case $CORPUS in hf://*) ;; *) CORPUS=$(absolute "$CORPUS") ;; esac
+claim "$1"
+OUT=$(absolute "$1")
+shift
 WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 cd "$(dirname "$0")/../.."
 source scripts/environment.sh
+export PYTHONWARNINGS=ignore
 
 # download: every file is compared with the hub's checksum, an interrupted one goes on where it stopped
 case $CORPUS in
     hf://*)
-        python scripts/prepare_corpus.py "$CORPUS" --hub-folder "$OUT/download" --output "$OUT/prepared" \
+        run python scripts/prepare_corpus.py "$CORPUS" --hub-folder "$OUT/download" --output "$OUT/prepared" \
             --hub-files 'train/*.jsonl.zst' --hub-files 'val.jsonl.zst' --hub-files 'test.jsonl.zst' --download-only
         CORPUS=$OUT/download/${CORPUS#hf://}
         ;;
@@ -33,7 +35,7 @@ if [ "$(du -sk "$CORPUS" | cut -f1)" -lt 1000000 ]; then TRIAL=yes SHARD_SIZE=1M
 
 # clean text shards. Removing duplicates also takes away the several passes over the better components that the files
 # contain; --pile-epochs puts them back, mixed over all shards
-python scripts/prepare_corpus.py "$CORPUS/train" --valid-input "$CORPUS/val.jsonl.zst" \
+run python scripts/prepare_corpus.py "$CORPUS/train" --valid-input "$CORPUS/val.jsonl.zst" \
     --test-input "$CORPUS/test.jsonl.zst" --held-out-sample "$HELD_OUT_SAMPLE" --pile-epochs \
     --output "$OUT/prepared" --shard-size "$SHARD_SIZE" --workers "$WORKERS"
 

@@ -3,61 +3,90 @@
 #
 #   CORPUS=/data/pile OUT=/scratch/pile-prepared bash examples/pretraining/slurm_array.sh submit
 #
-# submits four jobs that wait for each other: an array that reads the files, an array that writes the shards, one task
-# that verifies and joins them and trains the tokenizer, and an array that binarises. The tools take their part from
-# SLURM's own variables. A task that fails or is killed can be submitted again: what is finished is kept, and the
-# result is the same.
+# makes the environment, if there is none yet, and submits four jobs that wait for each other: an array that reads the
+# files, an array that writes the shards, one task that verifies and joins them and trains the tokenizer, and an array
+# that binarises. The tools take their part from SLURM's own variables. A task that fails or is killed can be submitted
+# again: what is finished is kept, and the result is the same. A task whose time ends is told so two minutes before and
+# goes back into the queue.
 #
-# CORPUS    files or folders, separated by spaces      OUT     folder that all nodes see
-# TASKS     array tasks (default 30)                   FLAGS   more flags of prepare_corpus.py
-# TOKENIZER flags of train_tokenizer.py (default --preset bert-32k)
+# CORPUS    a file or folder, or several separated by spaces (where a name holds a space, by line breaks)
+# OUT       folder that all nodes see                  TASKS   array tasks (default 30)
+# FLAGS     more flags of prepare_corpus.py            TOKENIZER  flags of train_tokenizer.py (default --preset bert-32k)
 #SBATCH --job-name=corpus
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
 #SBATCH --mem=16G
 #SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
-STAGE=${1:?usage: CORPUS=... OUT=... bash slurm_array.sh submit}
-: "${CORPUS:?set CORPUS to the files or folders of the corpus}" "${OUT:?set OUT to a folder that all nodes see}"
-TASKS=${TASKS:-30}
+usage='usage: CORPUS=... OUT=... bash examples/pretraining/slurm_array.sh submit'
+stage=${1:?$usage}
+# SLURM runs a copy of this file from a folder of its own, so that `submit` says where the checkout is.
+root=${2:-$(cd "$(dirname "$0")/../.." && pwd)}
+source "$root/scripts/recipe.sh"
+recipe=slurm_array
+: "${CORPUS:?$usage}" "${OUT:?$usage}"
+TASKS=${TASKS:-30} FLAGS=${FLAGS:-} TOKENIZER=${TOKENIZER:---preset bert-32k}
 WORKERS=${SLURM_CPUS_PER_TASK:-8}
-export CORPUS OUT TASKS FLAGS=${FLAGS:-} TOKENIZER=${TOKENIZER:---preset bert-32k}
-export ROOT=${ROOT:-$(cd "$(dirname "$0")/../.." && pwd)}
-SCRIPT=$ROOT/examples/pretraining/slurm_array.sh
-PYTHON=$ROOT/.venv/bin/python
+python=$root/.venv/bin/python
 
-# CORPUS, FLAGS and TOKENIZER are lists of words.
-# shellcheck disable=SC2086
+# FLAGS and TOKENIZER are lists of words.
+read -ra flags <<<"$FLAGS"
+read -ra tokenizer_flags <<<"$TOKENIZER"
+case $CORPUS in
+    *$'\n'*) readarray -t corpus <<<"$CORPUS" ;;
+    *) if [ -e "$CORPUS" ]; then corpus=("$CORPUS"); else read -ra corpus <<<"$CORPUS"; fi ;;
+esac
+
 prepare() {
-    "$PYTHON" "$ROOT/scripts/prepare_corpus.py" $CORPUS --output "$OUT/prepared" --workers "$WORKERS" $FLAGS "$@"
+    run "$python" "$root/scripts/prepare_corpus.py" "${corpus[@]}" --output "$OUT/prepared" --workers "$WORKERS" \
+        "${flags[@]}" "$@"
 }
 
 submit() { # stage, sbatch flags: prints the job's number
     local stage=$1
     shift
-    sbatch --parsable --export=ALL --job-name="corpus-$stage" --output="$OUT/logs/%x-%A_%a.log" "$@" "$SCRIPT" "$stage"
+    sbatch --parsable --export=ALL --job-name="corpus-$stage" --output="$OUT/logs/%x-%A_%a.log" "$@" \
+        "$root/examples/pretraining/slurm_array.sh" "$stage" "$root"
 }
 
-case $STAGE in
+stopped() { # at the end of its time a task waits for another turn; its own number would stand for the whole array
+    if [ "$1" = USR1 ] && [ -n "${SLURM_JOB_ID:-}" ]; then
+        scontrol requeue "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    fi
+}
+
+case $stage in
     submit)
-        mkdir -p "$OUT/logs"
+        source "$root/scripts/environment.sh"
+        mkdir -p -- "$OUT/logs"
+        OUT=$(absolute "$OUT")
+        for number in "${!corpus[@]}"; do
+            case ${corpus[number]} in hf://*) ;; *) corpus[number]=$(absolute "${corpus[number]}") ;; esac
+        done
+        CORPUS=$(printf '%s\n' "${corpus[@]}")
+        export CORPUS OUT TASKS FLAGS TOKENIZER
         array=(--array="0-$((TASKS - 1))")
         read_job=$(submit read "${array[@]}")
         write_job=$(submit write "${array[@]}" --dependency="afterok:$read_job")
         join_job=$(submit join --dependency="afterok:$write_job")
-        submit binarise "${array[@]}" --dependency="afterok:$join_job"
+        last_job=$(submit binarise "${array[@]}" --dependency="afterok:$join_job")
+        echo "submitted $read_job, $write_job, $join_job and $last_job; their logs are in $OUT/logs. When the last has ended:"
+        echo "  fairseq-train \"\$(cat $(command_line "$OUT/data-bin/data-bin.txt"))\" --user-dir $(command_line \
+            "$root/fairseq_implicit") --task implicit_masked_lm ..."
         ;;
     read) prepare ;; # the part comes from SLURM_ARRAY_TASK_ID
     write) prepare --merge --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" ;;
     join)
         prepare --merge
-        # shellcheck disable=SC2086
-        "$PYTHON" "$ROOT/scripts/train_tokenizer.py" "$OUT/prepared" $TOKENIZER \
+        run "$python" "$root/scripts/train_tokenizer.py" "$OUT/prepared" "${tokenizer_flags[@]}" \
             --out "$OUT/tokenizer/sentencepiece.bpe.model"
         ;;
     binarise) # the part comes from SLURM_ARRAY_TASK_ID
-        "$PYTHON" "$ROOT/scripts/binarise_corpus.py" "$OUT/prepared" --workers "$WORKERS" --fast \
+        run "$python" "$root/scripts/binarise_corpus.py" "$OUT/prepared" --workers "$WORKERS" --fast \
             --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" --output "$OUT/data-bin"
         ;;
-    *) echo "unknown stage $STAGE: use submit" >&2; exit 2 ;;
+    *) fail "slurm_array: unknown stage $stage: use submit" ;;
 esac

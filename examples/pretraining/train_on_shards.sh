@@ -8,25 +8,24 @@ else
     ARCH=ode_bert_rk2_base DICTIONARY=32000 PRESET=(--preset bert-32k)
     TOKENS_PER_SAMPLE=512 BATCH=16 SEQUENCES=2048 TOTAL_UPDATES=125000 WARMUP_UPDATES=10000 PEAK_LR=0.0005 INTERVAL=1000
 fi
-USER_DIR=$(PYTHONWARNINGS=ignore python -m fairseq_implicit)
-GPUS=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
-UPDATE_FREQ=$((SEQUENCES / BATCH / GPUS > 0 ? SEQUENCES / BATCH / GPUS : 1))
+GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
 PRECISION=(--fp16)
-python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || PRECISION=()
+if [ "$GPUS" = 0 ]; then PRECISION=() GPUS=1; fi # a CPU
+UPDATE_FREQ=$((SEQUENCES / BATCH / GPUS > 0 ? SEQUENCES / BATCH / GPUS : 1))
 
 # sentencepiece model on a random sample of the shards, and its dict.txt
 [ -f "$OUT/tokenizer/sentencepiece.bpe.model" ] ||
-    python scripts/train_tokenizer.py "$OUT/prepared" --out "$OUT/tokenizer/sentencepiece.bpe.model" \
+    run python scripts/train_tokenizer.py "$OUT/prepared" --out "$OUT/tokenizer/sentencepiece.bpe.model" \
         "${PRESET[@]}" --dictionary-size "$DICTIONARY" --sample-size 500MB
 
 # text shards -> data-bin/shard0 ... shardN; finished shards are kept
-python scripts/binarise_corpus.py "$OUT/prepared" --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" \
+run python scripts/binarise_corpus.py "$OUT/prepared" --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" \
     --output "$OUT/data-bin" --workers "$WORKERS" --fast
 
 # pretraining: one shard is one epoch of fairseq, so everything counts updates
 mkdir -p "$OUT/checkpoints"
 cp "$OUT/data-bin/shard0/dict.txt" "$OUT/data-bin/shard0/sentencepiece.bpe.model" "$OUT/checkpoints/"
-PYTHONWARNINGS=ignore fairseq-train "$(cat "$OUT/data-bin/data-bin.txt")" --user-dir "$USER_DIR" \
+run fairseq-train "$(cat "$OUT/data-bin/data-bin.txt")" --user-dir "$root/fairseq_implicit" \
     --task implicit_masked_lm --criterion implicit_masked_lm --arch "$ARCH" \
     --sample-break-mode complete --tokens-per-sample "$TOKENS_PER_SAMPLE" \
     --mask-prob 0.15 --leave-unmasked-prob 0.1 --random-token-prob 0.1 \
@@ -37,5 +36,6 @@ PYTHONWARNINGS=ignore fairseq-train "$(cat "$OUT/data-bin/data-bin.txt")" --user
     --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates "$INTERVAL" --keep-interval-updates 2 \
-    --no-epoch-checkpoints --validate-interval-updates "$INTERVAL" --validate-interval 1000000 \
+    --no-epoch-checkpoints --save-on-signal --validate-interval-updates "$INTERVAL" --validate-interval 1000000 \
     --tensorboard-logdir "$OUT/tensorboard" --log-format simple --log-interval "$INTERVAL" --seed 1 "$@"
+what_now "$OUT"

@@ -65,7 +65,12 @@ def study(options: argparse.Namespace) -> None:
 def _study(plan: Plan, options: argparse.Namespace, out: str, lock: int) -> None:
     # fairseq takes seconds to import: not before the plan has been read without complaint.
     from bert_study.training import Trainer, prepare
+    from scripts import pictures
 
+    try:  # hours before they are drawn
+        pictures.check(os.path.join(out, "report", "curves-tokens.png"))
+    except pictures.PictureError as error:
+        raise StudyError(str(error)) from None
     data = prepare(plan, options.text, out)
     trainer = Trainer(plan, data, out, lock)
     from bert_study import results

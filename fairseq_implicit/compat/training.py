@@ -1,13 +1,12 @@
 """A training job: one writer to a folder, and no update lost when it is told to stop."""
 
-import datetime
 import logging
 import multiprocessing
 import os
 import signal
-import socket
 import threading
 import weakref
+from typing import TextIO
 
 import omegaconf
 import torch
@@ -16,11 +15,7 @@ from fairseq.distributed import utils as distributed_utils
 
 from fairseq_implicit.compat.flags import refuse_what_cannot_train
 from fairseq_implicit.compat.wrapping import wrap
-
-try:
-    import fcntl
-except ImportError:  # no POSIX system: no lock
-    fcntl = None
+from fairseq_implicit.folder_lock import FolderInUse, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -53,37 +48,19 @@ def _load_checkpoint(original, cfg, trainer, **kwargs):
 # --- one writer to a folder -------------------------------------------------------------------------------------------
 
 
-def own_folder(folder: str):
-    """Locks a folder for this process until the returned file is closed or the process ends, however it ends.
-
-    The lock is POSIX's, which the kernel keeps for the process alone: workers that outlive a killed training do not
-    hold it, and a folder on a network file system is protected from other machines.
+def own_folder(folder: str) -> TextIO:
+    """Locks ``--save-dir`` for this process until the returned file is closed or the process ends, however it ends.
 
     Raises:
         ValueError: another process writes there; the sentence names it.
     """
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, LOCK_FILE)
-    lock = open(path, "a+", encoding="utf-8")
-    if fcntl is None:
-        return lock
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        owner = lock.read().strip() or "its process is not known"
-        lock.close()
+        return lock_folder(folder, LOCK_FILE)
+    except FolderInUse as owner:
         raise ValueError(
             f"another training writes to --save-dir {folder} ({owner}): wait for it, stop it, or choose another "
             "--save-dir."
         ) from None
-    except OSError:  # a file system without locks
-        return lock
-    now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-    lock.flush()
-    return lock
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fairseq_implicit.corpora.durable import read_json, write_json, write_text
 from fairseq_implicit.corpora.encoding import LineEncoder
+from fairseq_implicit.corpora.manifest import MANIFEST, read_manifest
 from fairseq_implicit.corpora.mmap_format import HEADER_SIZE, INDEX_ENTRY_SIZE, PartWriter, join_parts
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.vocabulary import MODEL_FILE_NAME, Vocabulary
@@ -55,7 +56,7 @@ def shards_of_folder(folder: Path) -> list[ShardText]:
     Raises:
         CorpusError: the folder is no finished corpus.
     """
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_manifest(folder)
     if manifest is None:
         raise CorpusError(
             f"{folder} has no manifest.json, so it is no finished corpus; finish it with prepare_corpus.py (--merge), "
@@ -64,7 +65,7 @@ def shards_of_folder(folder: Path) -> list[ShardText]:
     names = sorted(manifest["files"])
     for name in names:
         if not (folder / name).is_file():
-            raise CorpusError(f"{folder / name} is missing although {folder / 'manifest.json'} lists it.")
+            raise CorpusError(f"{folder / name} is missing although {folder / MANIFEST} lists it.")
     train = [folder / name for name in names if name.startswith("train.")]
     held_out = {split: folder / f"{split}.txt" for split in ("valid", "test") if f"{split}.txt" in names}
     return shards_of_files(train, held_out)

@@ -12,6 +12,8 @@ class Counts:
 
     Attributes:
         documents_read, bytes_read: everything in the input, unreadable records included.
+        documents_lost, bytes_lost: unreadable records; they are among the dropped as well.
+        input_size, input_lost: bytes of the input files, and those of them behind damage that no reader can pass.
         dropped, dropped_bytes: by reason, as read for reasons of the reading step, as cleaned for duplicates.
         changed: documents by kind of change.
         pieces_added: documents that splitting long ones added.
@@ -24,6 +26,10 @@ class Counts:
 
     documents_read: int = 0
     bytes_read: int = 0
+    documents_lost: int = 0
+    bytes_lost: int = 0
+    input_size: int = 0
+    input_lost: int = 0
     dropped: Counter = field(default_factory=Counter)
     dropped_bytes: Counter = field(default_factory=Counter)
     changed: Counter = field(default_factory=Counter)
@@ -60,9 +66,24 @@ class Counts:
         came = self.bytes_read + self.copies_bytes
         return came - self.dropped_bytes.total() - self.bytes_removed - self.written_bytes.total()
 
+    def losses(self) -> dict[str, float]:
+        """Shares of the input that could not be read, by what was counted."""
+        pairs = {
+            "documents": (self.documents_lost, self.documents_read),
+            "bytes of text": (self.bytes_lost, self.bytes_read),
+            "bytes of the input files": (self.input_lost, self.input_size),
+        }
+        return {what: lost / max(of, 1) for what, (lost, of) in pairs.items()}
+
     def as_dict(self) -> dict:
         return {k: dict(sorted(v.items())) if isinstance(v, Counter) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict) -> Counts:
-        return cls(**{k: Counter(v) if isinstance(v, dict) else v for k, v in values.items()})
+        """The counts of a record; those that older records lack are 0."""
+        known = {k: values[k] for k in vars(cls()) if k in values}
+        return cls(**{k: Counter(v) if isinstance(v, dict) else v for k, v in known.items()})
+
+
+COUNTS = {f"{k}?": {"*": int} if isinstance(v, Counter) else int for k, v in vars(Counts()).items()}
+"""Shape of a record of counts (see `read_json`)."""

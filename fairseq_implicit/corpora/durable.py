@@ -9,6 +9,8 @@ import os
 import socket
 from pathlib import Path
 
+from fairseq_implicit.corpora.problems import CorpusError
+
 
 def temporary_beside(path: Path) -> Path:
     """A name beside ``path`` that no other process of any machine uses; left-overs match ``*.part-*``."""
@@ -25,14 +27,35 @@ def publish(temporary: Path, path: Path) -> None:
         os.close(folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small text file atomically."""
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Writes a small file atomically."""
     temporary = temporary_beside(path)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     publish(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Makes a finished folder of files durable and gives it its name in one step."""
+    for member in [*temporary.iterdir(), temporary]:
+        descriptor = os.open(member, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    publish(temporary, path)
+
+
+def is_whole(path: Path, size: int) -> bool:
+    """True when a file is there with the size that its record gives."""
+    return path.is_file() and path.stat().st_size == size
 
 
 def write_json(path: Path, value: object) -> None:
@@ -40,12 +63,46 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """A JSON file's value, or None when the file does not exist."""
+def read_json(path: Path, shape: dict) -> dict | None:
+    """The object in a JSON file of our own, or None when the file does not exist.
+
+    Args:
+        path: the file.
+        shape: keys that must be there, with the type of each value, a shape of its own, or a list of one shape for
+            all items; the key ``"*"`` stands for all keys, and one that ends in ``?`` may be missing.
+
+    Raises:
+        CorpusError: the file is damaged.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:  # no UTF-8 is a ValueError as well
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if not _fits(value, shape):
+        raise _damaged(path, "it is no record of this program")
+    return value
+
+
+def _fits(value: object, shape: object) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(item, shape[0]) for item in value)
+    if not isinstance(shape, dict):
+        return isinstance(value, shape)
+    if not isinstance(value, dict):
+        return False
+    if "*" in shape:
+        return all(_fits(item, shape["*"]) for item in value.values())
+    for name, part in shape.items():
+        key = name.removesuffix("?")
+        if key not in value and key == name or key in value and not _fits(value[key], part):
+            return False
+    return True
+
+
+def _damaged(path: Path, reason: str) -> CorpusError:
+    return CorpusError(f"{path} is damaged ({reason}); remove it and run the same command again.")
 
 
 def sha256_of(path: Path) -> str:

@@ -7,20 +7,28 @@ nor on interruptions. Documents come out in the order of their hash, which mixes
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fairseq_implicit.corpora.counts import Counts
-from fairseq_implicit.corpora.durable import HashedFile, read_json, sha256_of, temporary_beside, write_json
+from fairseq_implicit.corpora.counts import COUNTS, Counts
+from fairseq_implicit.corpora.durable import (
+    HashedFile,
+    is_whole,
+    publish,
+    read_json,
+    sha256_of,
+    write_bytes,
+    write_json,
+)
 from fairseq_implicit.corpora.near_duplicates import SIGNATURE, KeySet, keys_to_drop
-from fairseq_implicit.corpora.preparation import TRAIN, SourceFiles
+from fairseq_implicit.corpora.preparation import SourceFiles
 from fairseq_implicit.corpora.problems import CorpusError
-from fairseq_implicit.corpora.segments import SegmentFile, Stored, derived_key
+from fairseq_implicit.corpora.segments import COPY, TRAIN, SegmentFile, document_key
 from fairseq_implicit.corpora.settings import PrepareSettings
 from fairseq_implicit.corpora.workers import advance
 
@@ -28,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("test", "valid", "train")
 _NEAR_DUPLICATES = "near-duplicates.npy"
+_PIECE = {"counts": COUNTS, "files": {"*": {"sha256": str, "bytes": int}}}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def plan_shards(files: list[SourceFiles], settings: PrepareSettings) -> list[Sha
 
 def inputs_digest(files: list[SourceFiles]) -> str:
     """A short hash of all intermediate files' checksums."""
-    checksums = [read_json(file.record)["segments_sha256"] for file in files]
+    checksums = [file.read_record()["segments_sha256"] for file in files]
     return hashlib.sha256("".join(checksums).encode()).hexdigest()[:16]
 
 
@@ -67,13 +76,13 @@ def verify_source(files: SourceFiles) -> str | None:
 
     A marker spares the parts of a merge from reading again what another one has verified.
     """
-    record = read_json(files.record)
+    record = files.read_record()
     advance(consumed=files.segments.stat().st_size)
     pairs = [(files.segments, record["segments_sha256"]), (files.signatures, record["signatures_sha256"])]
     pairs = [(path, expected) for path, expected in pairs if expected is not None]
     marker = files.record.with_suffix(".verified")
     state = [[path.stat().st_size, path.stat().st_mtime_ns, sha256] for path, sha256 in pairs if path.is_file()]
-    if read_json(marker) == {"state": state} and len(state) == len(pairs):
+    if read_json(marker, {"state": list}) == {"state": state} and len(state) == len(pairs):
         return None
     for path, expected in pairs:
         if not path.is_file() or sha256_of(path) != expected:
@@ -85,22 +94,20 @@ def verify_source(files: SourceFiles) -> str | None:
     return None
 
 
-def find_near_duplicates(files: list[SourceFiles], settings: PrepareSettings, folder: Path) -> None:
-    """Writes the keys of all near-duplicates, and of the copies that component weights made of them."""
+def find_near_duplicates(files: list[SourceFiles], folder: Path) -> None:
+    """Writes the keys of all near-duplicates."""
     path = folder / _NEAR_DUPLICATES
     if path.is_file():
         return
     rows = [np.fromfile(file.signatures, dtype=SIGNATURE) for file in files]
-    keys = keys_to_drop(np.concatenate(rows) if rows else np.zeros(0, dtype=SIGNATURE))
-    copies = max([1, *(int(np.ceil(weight)) for weight in settings.component_weights.values())])
-    derived = [derived_key(key.astype(">u8").tobytes(), number) for key in keys for number in range(1, copies)]
-    if derived:
-        keys = np.concatenate([keys, np.frombuffer(b"".join(derived), dtype=">u8").reshape(-1, 2).astype(np.uint64)])
-        keys = keys[np.lexsort((keys[:, 1], keys[:, 0]))]
-    temporary = temporary_beside(path)
-    with open(temporary, "wb") as file:
-        np.save(file, keys)
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    np.save(buffer, keys_to_drop(np.concatenate(rows) if rows else np.zeros(0, dtype=SIGNATURE)))
+    write_bytes(path, buffer.getbuffer())
+
+
+def _held_out_keys(segments: list[SegmentFile]) -> KeySet:
+    keys = np.concatenate([file.held_out for file in segments])
+    return KeySet(keys[np.lexsort((keys[:, 1], keys[:, 0]))])
 
 
 def shard_name(split: str, number: int) -> str:
@@ -108,25 +115,37 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}.{number:05d}.txt"
 
 
-def write_shard(
-    shard: ShardRange, files: list[SourceFiles], settings: PrepareSettings, output: Path, folder: Path
-) -> Counts:
-    """Writes one train shard into ``output`` and its share of the held-out splits into ``folder``.
+def pieces_of(shard: ShardRange, count: int) -> list[ShardRange]:
+    """Cuts a shard into at most ``count`` ranges of buckets, which several workers can write."""
+    bounds = sorted({int(bound) for bound in np.linspace(shard.first, shard.last, count + 1)})
+    return [ShardRange(shard.number, *pair) for pair in zip(bounds, bounds[1:])]
 
-    The JSON record beside the latter is written last and marks the shard as complete.
+
+def _piece_path(split: str, piece: ShardRange, folder: Path) -> Path:
+    return folder / f"{split}.{piece.first:05d}-{piece.last:05d}"
+
+
+def write_piece(
+    piece: ShardRange, files: list[SourceFiles], settings: PrepareSettings, folder: Path
+) -> tuple[ShardRange, Counts]:
+    """Writes the documents of one range of buckets, a text file per split, into ``folder``.
+
+    The JSON record beside them is written last and marks the piece as complete.
     """
-    record_path = folder / f"shard.{shard.number:05d}.json"
-    record = read_json(record_path)
-    if record is not None and _is_complete(record, output, folder):
-        return Counts.from_dict(record["counts"])
+    record_path = _piece_path("piece", piece, folder).with_suffix(".json")
+    record = read_json(record_path, _PIECE)
+    if record is not None and all(
+        is_whole(_piece_path(split, piece, folder), facts["bytes"]) for split, facts in record["files"].items()
+    ):
+        return piece, Counts.from_dict(record["counts"])
     counts = Counts()
     near = KeySet(np.load(folder / _NEAR_DUPLICATES, mmap_mode="r")) if settings.drop_near_duplicates else ()
     segments = [SegmentFile(file.segments) for file in files]
-    places = {name: output if name == "train" else folder for name in SPLIT_NAMES}
-    texts = {name: HashedFile(place / shard_name(name, shard.number)) for name, place in places.items()}
+    held_out = _held_out_keys(segments) if settings.makes_copies() else ()
+    texts = {split: HashedFile(_piece_path(split, piece, folder)) for split in SPLIT_NAMES}
     try:
-        for bucket in range(shard.first, shard.last):
-            for split, text in _documents_of(bucket, segments, settings, near, counts):
+        for bucket in range(piece.first, piece.last):
+            for split, text in _documents_of(bucket, segments, settings, near, held_out, counts):
                 name = SPLIT_NAMES[split]
                 file = texts[name]
                 # One blank line between documents: it is fairseq's document separator, not part of any document.
@@ -135,60 +154,139 @@ def write_shard(
                 counts.written_bytes[name] += len(text)
                 counts.written_lines[name] += text.count(b"\n") + 1
                 advance(consumed=len(text), text=len(text))
+        published = _publish(texts)
     except BaseException:
         for file in texts.values():
             file.discard()
         raise
+    write_json(record_path, {"counts": counts.as_dict(), "files": published})
+    return piece, counts
+
+
+def _publish(texts: dict[str, HashedFile]) -> dict[str, dict]:
+    """Gives the files their names, without those in which nothing stands; returns checksums and sizes."""
     published = {}
-    for name, file in texts.items():
+    for split, file in texts.items():
         if file.size:
-            published[name] = {"sha256": file.publish(), "bytes": file.size}
+            published[split] = {"sha256": file.publish(), "bytes": file.size}
         else:
             file.discard()
-    write_json(record_path, {"counts": counts.as_dict(), "files": published, "number": shard.number})
-    return counts
-
-
-def _is_complete(record: dict, output: Path, folder: Path) -> bool:
-    for name, facts in record["files"].items():
-        path = (output if name == "train" else folder) / shard_name(name, record["number"])
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
-            return False
-    return True
+    return published
 
 
 def _documents_of(
-    bucket: int, segments: list[SegmentFile], settings: PrepareSettings, near: KeySet | tuple, counts: Counts
+    bucket: int,
+    segments: list[SegmentFile],
+    settings: PrepareSettings,
+    near: KeySet | tuple,
+    held_out: KeySet | tuple,
+    counts: Counts,
 ) -> Iterator[tuple[int, bytes]]:
-    """The documents of one bucket that stay, as (split number, text) in their final order."""
-    documents: list[Stored] = [stored for file in segments for stored in file.documents(bucket)]
-    documents.sort()
-    previous_key, keeper = b"", TRAIN
-    for key, split, text in documents:
-        if key == previous_key and not settings.keep_duplicates:
-            counts.drop("exact duplicate" if split == keeper else "exact duplicate of a held-out document", len(text))
-        elif key in near:
-            counts.drop("near duplicate", len(text))
-            previous_key, keeper = key, split
-        else:
-            previous_key, keeper = key, split
-            yield split, text
+    """The documents of one bucket that stay, as (split number, text) in their final order.
+
+    Here alone it is decided what is written: a document of a held-out split is in no other one, whatever the settings.
+    """
+    stored: dict[tuple[bytes, int], tuple[int, bytes]] = {}  # equal documents are held once
+    for file in segments:
+        for key, split, repeats, text in file.documents(bucket):
+            known = stored.get((key, split))
+            stored[key, split] = (repeats, text) if known is None else (known[0] + repeats, known[1])
+    previous_key = b""
+    for key, split in sorted(stored):
+        repeats, text = stored[key, split]
+        # A copy has a key of its own, in another bucket than the document that it copies.
+        identity = document_key(text, settings.seed) if split == COPY else key
+        if key == previous_key or (split == COPY and identity in held_out):
+            counts.drop("exact duplicate of a held-out document", repeats * len(text), repeats)
+            continue
+        previous_key = key
+        if not settings.keep_duplicates and repeats > 1:
+            counts.drop("exact duplicate", (repeats - 1) * len(text), repeats - 1)
+            repeats = 1
+        if identity in near:
+            counts.drop("near duplicate", repeats * len(text), repeats)
+            continue
+        for _ in range(repeats):
+            yield min(split, TRAIN), text
+
+
+class ShardJoin:
+    """One train shard, and its share of the held-out splits, out of its pieces in the order of their buckets.
+
+    The pieces may come in any order; each is appended as soon as those before it are. The JSON record in ``folder`` is
+    written last and marks the shard as complete.
+    """
+
+    def __init__(self, shard: ShardRange, pieces: list[ShardRange], output: Path, folder: Path):
+        self._pieces, self._folder = pieces, folder
+        self._record = folder / f"shard.{shard.number:05d}.json"
+        self._paths = {
+            split: (output if split == "train" else folder) / shard_name(split, shard.number) for split in SPLIT_NAMES
+        }
+        self._counts: dict[int, Counts] = {}
+        self._appended = 0
+        self._texts: dict[str, HashedFile] = {}
+
+    def finished(self) -> Counts | None:
+        """The counts of a shard that an earlier run has completed, else None."""
+        record = read_json(self._record, _PIECE)
+        if record is None or not all(is_whole(self._paths[s], facts["bytes"]) for s, facts in record["files"].items()):
+            return None
+        return Counts.from_dict(record["counts"])
+
+    def take(self, piece: ShardRange, counts: Counts) -> Counts | None:
+        """Takes a written piece; returns the counts of the shard when it was the last one."""
+        self._counts[piece.first] = counts
+        if len(self._pieces) > 1:
+            self._append()
+        if len(self._counts) < len(self._pieces):
+            return None
+        published = _publish(self._texts) if len(self._pieces) > 1 else self._rename(piece)
+        total = Counts()
+        for part in self._counts.values():
+            total.add(part)
+        write_json(self._record, {"counts": total.as_dict(), "files": published})
+        for each in self._pieces:
+            for split in SPLIT_NAMES:
+                _piece_path(split, each, self._folder).unlink(missing_ok=True)
+        return total
+
+    def discard(self) -> None:
+        """Removes what is unfinished; the pieces stay."""
+        for file in self._texts.values():
+            file.discard()
+
+    def _append(self) -> None:
+        if not self._texts:
+            self._texts = {split: HashedFile(path) for split, path in self._paths.items()}
+        while self._appended < len(self._pieces) and self._pieces[self._appended].first in self._counts:
+            for split, file in self._texts.items():
+                _append_text(file, _piece_path(split, self._pieces[self._appended], self._folder))
+            self._appended += 1
+
+    def _rename(self, piece: ShardRange) -> dict[str, dict]:
+        published = read_json(_piece_path("piece", piece, self._folder).with_suffix(".json"), _PIECE)["files"]
+        for split in published:
+            publish(_piece_path(split, piece, self._folder), self._paths[split])
+        return published
+
+
+def _append_text(joined: HashedFile, piece: Path) -> None:
+    if not piece.is_file():  # a split without a document there
+        return
+    if joined.size:
+        joined.write(b"\n")
+    with open(piece, "rb") as file:
+        while block := file.read(2**20):
+            joined.write(block)
 
 
 def join_split(split: str, numbers: list[int], folder: Path, output: Path) -> dict | None:
     """Joins the pieces of a held-out split into ``valid.txt`` or ``test.txt``; returns its checksum and size."""
-    pieces = [folder / shard_name(split, number) for number in numbers]
-    pieces = [piece for piece in pieces if piece.is_file()]
-    if not pieces:
-        return None
     joined = HashedFile(output / f"{split}.txt")
-    for piece in pieces:
-        if joined.size:
-            joined.write(b"\n")
-        with open(piece, "rb") as file:
-            while block := file.read(2**20):
-                joined.write(block)
-    return {"sha256": joined.publish(), "bytes": joined.size}
+    for number in numbers:
+        _append_text(joined, folder / shard_name(split, number))
+    return _publish({split: joined}).get(split)
 
 
 def add_up(counts: Counts) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_implicit.corpora.cleaning import clean, split_text, wrap_line
-from fairseq_implicit.corpora.counts import Counts
+from fairseq_implicit.corpora.counts import COUNTS, Counts
 from fairseq_implicit.corpora.durable import HashedFile, publish, read_json, temporary_beside, write_json
 from fairseq_implicit.corpora.filters import component_of, reason_to_drop
 from fairseq_implicit.corpora.near_duplicates import band_hashes, signature
@@ -17,20 +17,37 @@ from fairseq_implicit.corpora.problems import CorpusError, ReadProblem
 from fairseq_implicit.corpora.quality import quality_check
 from fairseq_implicit.corpora.readers import read_source
 from fairseq_implicit.corpora.records import Document
-from fairseq_implicit.corpora.segments import SegmentWriter, derived_key, document_key, share_of
+from fairseq_implicit.corpora.segments import (
+    COPY,
+    TEST,
+    TRAIN,
+    VALID,
+    SegmentWriter,
+    derived_key,
+    document_key,
+    share_of,
+)
 from fairseq_implicit.corpora.settings import PrepareSettings
 from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
 from fairseq_implicit.corpora.workers import advance
 
 logger = logging.getLogger(__name__)
 
-# Stored split numbers, in the order in which a split keeps a document that several splits have.
-TEST, VALID, TRAIN = 0, 1, 2
 SPLIT_NUMBERS = {"test": TEST, "valid": VALID, "train": TRAIN}
 
 # A badly damaged file could fill the report; the counts go on beyond this.
 _REPORTED_PROBLEMS = 200
 _SPLIT, _SAMPLE, _WEIGHT = 0, 1, 2
+IDENTITY = {"name": str, "split": str, "size": int, "changed": int}
+_RECORD = {
+    "source": IDENTITY,
+    "fingerprint": str,
+    "segments_sha256": str,
+    "signatures_sha256": (str, type(None)),
+    "counts": COUNTS,
+    "problems": [{"sentence": str}],
+    "problems_total": int,
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,10 @@ class SourceFiles:
     def of(cls, source: Source, work: Path) -> SourceFiles:
         name = hashlib.sha256(f"{source.split}\0{source.name}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
         return cls(work / f"{name}.segments", work / f"{name}.signatures", work / f"{name}.json")
+
+    def read_record(self) -> dict | None:
+        """The JSON record, or None when the source is not prepared."""
+        return read_json(self.record, _RECORD)
 
 
 def identity_of(source: Source) -> dict:
@@ -61,7 +82,7 @@ def identity_of(source: Source) -> dict:
 def is_prepared(source: Source, settings: PrepareSettings, work: Path) -> bool:
     """True when the source's intermediate files are complete, of these settings and of the file as it is now."""
     files = SourceFiles.of(source, work)
-    record = read_json(files.record)
+    record = files.read_record()
     return (
         record is not None
         and record["fingerprint"] == settings.fingerprint()
@@ -70,7 +91,7 @@ def is_prepared(source: Source, settings: PrepareSettings, work: Path) -> bool:
     )
 
 
-def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> Counts:
+def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> SourceFiles:
     """Reads, cleans and filters one source into its segment file; the JSON record is written last.
 
     Raises:
@@ -82,6 +103,7 @@ def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> Cou
     writer = SegmentWriter(temporary, settings.buckets)
     signatures = HashedFile(files.signatures) if settings.drop_near_duplicates else None
     step = _Step(source, settings, writer, signatures)
+    step.counts.input_size = max(identity["size"], 0)
     try:
         step.run()
     except BaseException:
@@ -103,7 +125,7 @@ def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> Cou
             "problems_total": step.problems_total,
         },
     )
-    return step.counts
+    return files
 
 
 class _Step:
@@ -121,7 +143,14 @@ class _Step:
 
     def run(self) -> None:
         limit = self._settings.documents_per_file
-        for item in read_source(self._source, self._settings.boundary, lambda size: advance(consumed=size)):
+        consumed = 0
+
+        def consume(size: int) -> None:
+            nonlocal consumed
+            consumed += size
+            advance(consumed=size)
+
+        for item in read_source(self._source, self._settings.boundary, consume):
             if isinstance(item, ReadProblem):
                 self._take_problem(item)
             else:
@@ -129,6 +158,8 @@ class _Step:
             if limit and self.counts.documents_read >= limit:
                 self.counts.changed["file not read beyond --documents-per-file"] += 1
                 return
+        if self.problems_total:
+            self.counts.input_lost = max(self.counts.input_size - consumed, 0)
 
     def _take_problem(self, problem: ReadProblem) -> None:
         if self._settings.strict:
@@ -139,6 +170,8 @@ class _Step:
             logger.warning("%s", problem.sentence)
         self.counts.documents_read += problem.lost_documents
         self.counts.bytes_read += problem.lost_bytes
+        self.counts.documents_lost += problem.lost_documents
+        self.counts.bytes_lost += problem.lost_bytes
         if problem.lost_documents:
             self.counts.drop(problem.reason, problem.lost_bytes, problem.lost_documents)
 
@@ -181,11 +214,12 @@ class _Step:
         counts.pieces_added += len(pieces) - 1
         counts.bytes_removed += size - sum(map(len, pieces))
         for piece in pieces:
-            self._write(key if len(pieces) == 1 and piece is data else document_key(piece, settings.seed), split, piece)
+            piece_key = key if piece is data else document_key(piece, settings.seed)
+            self._write(piece_key, split, piece)
             for number in range(1, copies):
                 counts.copies_added += 1
                 counts.copies_bytes += len(piece)
-                self._writer.add(derived_key(document_key(piece, settings.seed), number), split, piece)
+                self._writer.add(derived_key(piece_key, number), COPY, piece)
 
     def _write(self, key: bytes, split: int, data: bytes) -> None:
         self._writer.add(key, split, data)

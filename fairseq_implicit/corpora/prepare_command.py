@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fairseq_implicit.corpora import hub
-from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob
+from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob, verify_corpus
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
 from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
@@ -103,7 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
     work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
-    work.add_argument("--verify", action="store_true", help="compare a finished output folder with its checksums")
+    work.add_argument(
+        "--max-loss",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="fail with status 4 when more than this share of the documents or bytes could not be read (1: never)",
+    )
+    work.add_argument(
+        "--verify", action="store_true", help="compare a finished --output with its checksums; needs no input"
+    )
 
     download = parser.add_argument_group("Hugging Face hub")
     download.add_argument(
@@ -259,6 +268,11 @@ def _sources(arguments: argparse.Namespace) -> list[Source]:
     )
 
 
+def _verify(output: Path) -> int:
+    logger.info("%s: all %d files are as their checksums say", output, verify_corpus(output))
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs one command; returns the exit status.
 
@@ -267,6 +281,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if arguments.workers < 1:
         raise CorpusError(f"--workers {arguments.workers} must be at least 1.")
+    if not 0 <= arguments.max_loss <= 1:
+        raise CorpusError(f"--max-loss {arguments.max_loss} must lie in [0, 1].")
     settings = settings_from(arguments)
     warn_of_unknown_components(settings)
     quality_check(settings.quality_filters)
@@ -274,27 +290,37 @@ def run(arguments: argparse.Namespace) -> int:
         _local(arguments.inputs + arguments.valid_input + arguments.test_input, arguments)
         return 0
     sources = _sources(arguments)
+    if arguments.verify and not sources:
+        return _verify(arguments.output)
     if not sources:
         raise CorpusError("No input is given; name files, folders, '-' or hf://OWNER/NAME.")
     part, parts = arguments.part or ((0, 1) if arguments.merge else part_from_environment(os.environ))
     if parts > 1 and any(source.name == STANDARD_INPUT for source in sources):
         raise CorpusError(f"The standard input cannot be divided into {parts} parts; give files, or --part 0/1.")
-    job = CorpusJob(arguments.output, sources, settings, arguments.workers)
-    if job.open():
-        if arguments.verify:
-            job.verify()
-        logger.info("%s is complete, nothing to do", arguments.output)
-        if any(source.name == STANDARD_INPUT for source in sources):
-            logger.warning("the standard input was not read; give another --output for another text")
-        return 0
+    job = CorpusJob(arguments.output, sources, settings, arguments.workers, arguments.max_loss)
+    finished = job.is_finished()
     if arguments.verify:
-        raise CorpusError(f"--verify: {arguments.output} is not finished; run the same command without it first.")
+        return _verify(arguments.output)
+    if not finished:
+        with job.own(part, parts):
+            finished = job.is_finished()  # by the process for which this one would have had to wait
+            if not finished:
+                job.open()
+                return _prepare(job, arguments, part, parts)
+    logger.info("%s is complete, nothing to do", arguments.output)
+    if any(source.name == STANDARD_INPUT for source in sources):
+        logger.warning("the standard input was not read; give another --output for another text")
+    return 0
+
+
+def _prepare(job: CorpusJob, arguments: argparse.Namespace, part: int, parts: int) -> int:
+    fresh = set()
     if not arguments.merge:
-        job.prepare(part, parts)
+        fresh = job.prepare(part, parts)
         if parts > 1:
             logger.info("part %d/%d is read; when all are, run the same command with --merge", part, parts)
             return 0
-    counts = job.merge(part, parts)
+    counts = job.merge(part, parts, fresh)
     if counts is None:
         logger.info("shards of part %d/%d are written; when all are, run --merge without --part", part, parts)
         return 0

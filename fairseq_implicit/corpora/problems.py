@@ -10,7 +10,25 @@ from dataclasses import asdict, dataclass
 
 
 class CorpusError(RuntimeError):
-    """The preparation cannot go on; the message is one sentence with the file, flag or number at fault."""
+    """The preparation cannot go on; the message is one sentence with the file, flag or number at fault.
+
+    Attributes:
+        status: exit status of the command.
+    """
+
+    status = 1
+
+
+class NothingWritten(CorpusError):
+    """The result would be empty."""
+
+    status = 3
+
+
+class TooMuchLost(CorpusError):
+    """More of the input was unreadable than ``--max-loss`` allows."""
+
+    status = 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,7 @@ def run_command(
         return run(parser.parse_args(argv))
     except CorpusError as error:
         sys.stderr.write(f"{error}\n")
-        return 1
+        return error.status
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(f"{place}{error.strerror or error}; mend it and run the same command again to go on.\n")

@@ -6,7 +6,7 @@ from fairseq_implicit.corpora.counts import Counts
 
 
 def report_table(counts: Counts, problems: list[dict], problems_total: int, shards: int) -> str:
-    """A table for people. Left: what happened; right: documents and megabytes of text."""
+    """A table for people. Left: what happened; right: documents and bytes of text; ``shards`` are train files."""
     rows: list[tuple[str, int | str, float | None]] = [("read", counts.documents_read, counts.bytes_read)]
     rows += [
         (f"  dropped: {reason}", -number, -counts.dropped_bytes[reason])

@@ -2,11 +2,12 @@
 
 A segment file is a sequence of zstd frames. Each frame holds the documents of one bucket (one range of the document
 hash) out of one block of input, in hash order. The index at the end says where each bucket's frames are, so that the
-merge of a bucket reads only its own bytes of every source. Layout::
+merge of a bucket reads only its own bytes of every source. Equal documents of one block are stored once. Layout::
 
-    frame, frame, ...                                  records: key (16), split (u8), length (u32), text
-    index: (bucket u16, offset u64, length u32, documents u32, bytes u64) per frame, little-endian
-    footer: index offset (u64), number of index entries (u64), magic (8)
+    frame, frame, ...          records: key (16), split (u8), repeats (u64), length (u32), text
+    held-out keys: 16 bytes for each document of a held-out split
+    index: (bucket u16, offset u64, length u32, bytes u64) per frame, little-endian
+    footer: offset of the held-out keys (u64), offset of the index (u64), magic (8)
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ import zstandard
 
 from fairseq_implicit.corpora.problems import CorpusError
 
-_MAGIC = b"FICORP01"
-_RECORD = struct.Struct("<16sBI")
+_MAGIC = b"FICORP02"
+_RECORD = struct.Struct("<16sBQI")
 _FOOTER = struct.Struct("<QQ8s")
-INDEX = np.dtype([("bucket", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("documents", "<u4"), ("bytes", "<u8")])
+INDEX = np.dtype([("bucket", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("bytes", "<u8")])
+# Stored split numbers, in the order in which a split keeps a document that several splits have. A copy is a train
+# document once more, under a key of its own (`derived_key`).
+TEST, VALID, TRAIN, COPY = 0, 1, 2, 3
 # Text that is held and sorted before it is written: larger blocks mean longer frames, smaller ones less memory.
 BLOCK_SIZE = 64 * 2**20
-# Cost of one document in memory beyond its text (the tuple, the key, the bytes object).
-_DOCUMENT_OVERHEAD = 200
+# Cost of one document in memory beyond its text (the entry of the dictionary, the key, the tuple, the bytes object).
+_DOCUMENT_OVERHEAD = 300
 
-Stored = tuple[bytes, int, bytes]
-"""(key, split number, text)."""
+Stored = tuple[bytes, int, int, bytes]
+"""(key, split number, number of equal documents, text)."""
 
 
 def document_key(text: bytes, seed: int) -> bytes:
@@ -72,46 +76,54 @@ class SegmentWriter:
         self._path = path
         self._file = open(path, "wb")
         self._buckets = buckets
-        self._documents: list[Stored] = []
+        # Sorted, the keys with the split behind them give the order of the records.
+        self._documents: dict[tuple[bytes, int], tuple[int, bytes]] = {}
         self._size = 0
         self._offset = 0
-        self._index: list[tuple[int, int, int, int, int]] = []
+        self._index: list[tuple[int, int, int, int]] = []
+        self._held_out = bytearray()
         self._hash = hashlib.sha256()
         self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
 
     def add(self, key: bytes, split: int, text: bytes) -> None:
         """Adds one document."""
-        self._documents.append((key, split, text))
+        equal = self._documents.get((key, split))
+        if equal is not None:
+            self._documents[key, split] = (equal[0] + 1, equal[1])
+            return
+        self._documents[key, split] = (1, text)
         self._size += len(text) + _DOCUMENT_OVERHEAD
+        if split < TRAIN:
+            self._held_out += key
         if self._size >= BLOCK_SIZE:
             self._flush()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | bytearray) -> None:
         self._file.write(data)
         self._hash.update(data)
         self._offset += len(data)
 
     def _flush(self) -> None:
-        self._documents.sort()
-        start = 0
-        while start < len(self._documents):
-            bucket = bucket_of(self._documents[start][0], self._buckets)
-            parts: list[bytes] = []
-            size, end = 0, start
+        bucket, size, length, parts = -1, 0, 0, []
+        for key, split in sorted(self._documents):
+            repeats, text = self._documents[key, split]
             # A frame's length must fit the index's 32 bits; 1 GiB of text per frame stays far below.
-            while end < len(self._documents) and size < 2**30:
-                key, split, text = self._documents[end]
-                if bucket_of(key, self._buckets) != bucket:
-                    break
-                parts += (_RECORD.pack(key, split, len(text)), text)
-                size += len(text)
-                end += 1
-            frame = self._compressor.compress(b"".join(parts))
-            self._index.append((bucket, self._offset, len(frame), end - start, size))
-            self._write(frame)
-            start = end
+            if bucket_of(key, self._buckets) != bucket or length >= 2**30:
+                self._write_frame(bucket, size, parts)
+                bucket, size, length, parts = bucket_of(key, self._buckets), 0, 0, []
+            parts += (_RECORD.pack(key, split, repeats, len(text)), text)
+            length += len(text)
+            # Counted with its repetitions, for the sizes of shards must not depend on what was found equal here.
+            size += repeats * len(text)
+        self._write_frame(bucket, size, parts)
         self._documents.clear()
         self._size = 0
+
+    def _write_frame(self, bucket: int, size: int, parts: list[bytes]) -> None:
+        if parts:
+            frame = self._compressor.compress(b"".join(parts))
+            self._index.append((bucket, self._offset, len(frame), size))
+            self._write(frame)
 
     def abandon(self) -> None:
         """Removes the unfinished file."""
@@ -120,11 +132,13 @@ class SegmentWriter:
         self._path.unlink(missing_ok=True)
 
     def close(self) -> str:
-        """Writes the index and makes the file durable; returns the file's SHA-256."""
+        """Writes the keys and the index and makes the file durable; returns the file's SHA-256."""
         self._flush()
+        held_out_offset = self._offset
+        self._write(self._held_out)
         index_offset = self._offset
         self._write(np.array(self._index, dtype=INDEX).tobytes())
-        self._write(_FOOTER.pack(index_offset, len(self._index), _MAGIC))
+        self._write(_FOOTER.pack(held_out_offset, index_offset, _MAGIC))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -136,6 +150,7 @@ class SegmentFile:
 
     Attributes:
         index: one entry per frame, dtype `INDEX`, sorted by bucket.
+        held_out: keys of the documents of held-out splits, ``(documents, 2)`` uint64, in no order.
 
     Raises:
         CorpusError: the file is no complete segment file.
@@ -147,14 +162,16 @@ class SegmentFile:
         with open(path, "rb") as file:
             file.seek(max(size - _FOOTER.size, 0))
             footer = file.read()
-            offset, entries, magic = _FOOTER.unpack(footer) if len(footer) == _FOOTER.size else (0, 0, b"")
-            if magic != _MAGIC or offset + entries * INDEX.itemsize + _FOOTER.size != size:
+            held_out, offset, magic = _FOOTER.unpack(footer) if len(footer) == _FOOTER.size else (0, 0, b"")
+            end = size - _FOOTER.size
+            if magic != _MAGIC or not held_out <= offset <= end or (end - offset) % INDEX.itemsize:
                 raise CorpusError(
                     f"The intermediate file {path} is incomplete; remove it with the .json file beside it and run the "
                     "same command again."
                 )
-            file.seek(offset)
-            index = np.frombuffer(file.read(entries * INDEX.itemsize), dtype=INDEX)
+            file.seek(held_out)
+            self.held_out = np.frombuffer(file.read(offset - held_out), dtype=">u8").reshape(-1, 2).astype(np.uint64)
+            index = np.frombuffer(file.read(end - offset), dtype=INDEX)
         self.index = index[np.argsort(index["bucket"], kind="stable")]
 
     def documents(self, bucket: int) -> Iterator[Stored]:
@@ -175,7 +192,7 @@ class SegmentFile:
                     ) from error
                 position = 0
                 while position < len(data):
-                    key, split, length = _RECORD.unpack_from(data, position)
+                    key, split, repeats, length = _RECORD.unpack_from(data, position)
                     position += _RECORD.size
-                    yield key, split, data[position : position + length]
+                    yield key, split, repeats, data[position : position + length]
                     position += length

@@ -134,6 +134,10 @@ class PrepareSettings:
         if both:
             raise CorpusError(f"--include-component and --exclude-component both name {', '.join(sorted(both))}.")
 
+    def makes_copies(self) -> bool:
+        """True when the documents of a component are written more than once."""
+        return any(weight > 1 for weight in self.component_weights.values())
+
     def as_dict(self) -> dict:
         """The settings as JSON-ready values."""
         return json.loads(json.dumps(asdict(self)))
@@ -141,4 +145,5 @@ class PrepareSettings:
     def fingerprint(self) -> str:
         """Hash of everything that decides the output; ``strict`` and input names are not part of it."""
         values = {name: value for name, value in self.as_dict().items() if name != "strict"}
+        values["intermediate files"] = 2  # their format: those of another one are made again
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

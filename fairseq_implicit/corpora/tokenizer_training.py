@@ -13,7 +13,8 @@ from pathlib import Path
 import sentencepiece
 
 from fairseq_implicit.corpora.cleaning import wrap_line
-from fairseq_implicit.corpora.durable import read_json, write_text
+from fairseq_implicit.corpora.durable import write_text
+from fairseq_implicit.corpora.manifest import read_manifest
 from fairseq_implicit.corpora.vocabulary import Vocabulary
 
 # sentencepiece's <unk>, <s>, </s> fall away in fairseq's dictionary; <s>, <pad>, </s>, <unk> and <mask> are added.
@@ -82,7 +83,7 @@ def text_files(inputs: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            manifest = read_json(path / "manifest.json")
+            manifest = read_manifest(path)
             if manifest is None:
                 raise FileNotFoundError(f"{path} has no manifest.json: it is no finished corpus of prepare_corpus.py")
             files += [path / name for name in sorted(manifest["files"]) if name.startswith("train.")]
@@ -124,6 +125,23 @@ def _training_lines(line: str) -> Iterator[str]:
             yield piece
 
 
+def _advice(error: str) -> str:
+    """What to do about an error of sentencepiece, in rows of the embedding and in flags of the command."""
+    beside_pieces = _ADDED_BY_FAIRSEQ - _DROPPED_BY_FAIRSEQ
+    if few := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        least = int(few[1]) + beside_pieces
+        return (
+            f"its characters alone need {least}; give --dictionary-size {least} or more, or leave rare characters out "
+            "with a lower --character-coverage"
+        )
+    if many := re.search(r"value <= (\d+)", error):
+        most = int(many[1]) + beside_pieces
+        return f"it has {most} at most; give more text, or --dictionary-size {most} or less"
+    if "sentences_.empty()" in error:
+        return "it holds no text"
+    return error.rsplit("] ", 1)[-1].strip() or error  # what follows the C++ condition
+
+
 def train_tokenizer(
     inputs: list[Path],
     out: Path,
@@ -151,12 +169,15 @@ def train_tokenizer(
         ValueError: the text does not suffice for so many pieces.
     """
     files = text_files(inputs)
+    pieces = dictionary_size - _ADDED_BY_FAIRSEQ + _DROPPED_BY_FAIRSEQ
+    if pieces <= _DROPPED_BY_FAIRSEQ:
+        raise ValueError(f"--dictionary-size {dictionary_size} leaves no room for a piece of text: give some thousands")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sampled_lines(files, sample_size, seed),  # file names would be stored in the model
             model_writer=model,
-            vocab_size=dictionary_size - _ADDED_BY_FAIRSEQ + _DROPPED_BY_FAIRSEQ,
+            vocab_size=pieces,
             input_sentence_size=_LARGEST_SAMPLE,
             shuffle_input_sentence=True,
             max_sentence_length=_LONGEST_LINE,
@@ -165,10 +186,8 @@ def train_tokenizer(
             **options,
         )
     except RuntimeError as error:
-        reason = str(error).rsplit("] ", 1)[-1].strip() or "it holds no text"  # what follows the C++ condition
         raise ValueError(
-            f"{', '.join(map(str, inputs))} gives no dictionary of {dictionary_size} symbols ({reason}): "
-            "give more text or another --dictionary-size"
+            f"{', '.join(map(str, inputs))} gives no dictionary of {dictionary_size} symbols: {_advice(str(error))}"
         ) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")

@@ -23,18 +23,32 @@ logger = logging.getLogger(__name__)
 _consumed = None
 _text = None
 _SECONDS_BETWEEN_LOG_LINES = 30
+# Documents are small and the lock is shared: what this process has not reported yet.
+_held = [0, 0]
+_REPORTED_TOGETHER = 2**18
 
 
 def advance(consumed: int = 0, text: int = 0) -> None:
     """Reports progress from inside a task: bytes of input files consumed, bytes of text that came out of them."""
-    if _consumed is None:
-        return
-    if consumed:
-        with _consumed.get_lock():
-            _consumed.value += consumed
-    if text:
-        with _text.get_lock():
-            _text.value += text
+    _held[0] += consumed
+    _held[1] += text
+    if max(_held) >= _REPORTED_TOGETHER:
+        _report()
+
+
+def _report() -> None:
+    for number, shared in enumerate((_consumed, _text)):
+        if shared is not None and _held[number]:
+            with shared.get_lock():
+                shared.value += _held[number]
+        _held[number] = 0
+
+
+def _call(function: Callable, task: tuple) -> object:
+    try:
+        return function(*task)
+    finally:
+        _report()
 
 
 def _start_worker(consumed, text, parent: int) -> None:
@@ -75,13 +89,13 @@ def run_tasks(
             ticker = threading.Thread(target=bar.follow, daemon=True)
             ticker.start()
             for task in tasks:
-                yield function(*task)
+                yield _call(function, task)
             return
         others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(
             min(workers, len(tasks)), context, _start_worker, (_consumed, _text, os.getpid())
         ) as pool:
-            waiting = {pool.submit(function, *task) for task in tasks}
+            waiting = {pool.submit(_call, function, task) for task in tasks}
             try:
                 while waiting:
                     done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)

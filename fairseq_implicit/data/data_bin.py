@@ -70,10 +70,9 @@ def open_split(folder: str, split: str, combine: bool) -> List[MappedTokens]:
         if number > 0 and not (combine and os.path.isfile(prefix + ".idx")):
             break
         if number == 0 and not os.path.isfile(prefix + ".idx"):
-            advice = {"train": "pass --trainpref", "valid": "pass --validpref, or train with --disable-validation"}
-            raise FileNotFoundError(
-                f"{folder} has no {split}.idx: {advice.get(split, 'pass --testpref')} to fairseq-preprocess."
-            )
+            flag = {"train": "--trainpref", "valid": "--validpref"}.get(split, "--testpref")
+            instead = ", or train with --disable-validation" if split == "valid" else ""
+            raise FileNotFoundError(f"{folder} has no {split}.idx: pass {flag} to fairseq-preprocess{instead}.")
         files.append(MappedTokens(prefix))
     if sum(file.token_count for file in files) == 0:
         raise ValueError(f"{os.path.join(folder, split)}.bin holds no tokens: the text it was made from is empty.")

@@ -1,17 +1,20 @@
 """Writes small corpora in the real on-disk formats, and reads prepared shards back."""
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tarfile
 
 import zstandard
 
+from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.prepare_command import build_parser, run
 from fairseq_implicit.corpora.readers import read_source
 from fairseq_implicit.corpora.records import Document
@@ -36,6 +39,12 @@ NAUGHTY = [
 
 def pile_lines(texts, component="Pile-CC"):
     return [json.dumps({"text": text, "meta": {"pile_set_name": component}}) for text in texts]
+
+
+def made_up_texts(number, seed, words=30):
+    """Documents of one line, as many as wanted, the same for the same seed."""
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(5000)}" for _ in range(rng.randrange(5, words))) for _ in range(number)]
 
 
 def write_zst(path, lines, frames=1):
@@ -109,6 +118,23 @@ def documents_of(folder, split="train"):
     """The documents of all shards of a split, in order."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"{split}*.txt"))]
     return [document for text in texts for document in text.removesuffix("\n").split("\n\n")]
+
+
+def checksums(folder):
+    """SHA-256 of the text files of a finished preparation."""
+    assert not (folder / "work").exists()
+    names = [path.name for path in folder.iterdir() if path.suffix == ".txt" and path.name != "report.txt"]
+    return {name: sha256_of(folder / name) for name in names}
+
+
+def run_one(tmp_path, lines, *flags):
+    """(documents, counts) of one JSON lines file."""
+    folder = tmp_path / hashlib.md5(repr((lines, flags)).encode()).hexdigest()
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    prepare(folder / "a.jsonl", "--output", folder / "out", "--valid-fraction", "0", *flags)
+    counts = json.loads((folder / "out" / "report.json").read_text())["counts"]
+    return sorted(documents_of(folder / "out")), counts
 
 
 def start_in_own_group(arguments, calls=None):

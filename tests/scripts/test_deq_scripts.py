@@ -66,6 +66,24 @@ def test_bridge_prints_that_the_loss_stays(toy_flags, fairseq_train, toy_data, m
         run(convert_tied, monkeypatch, capsys, there, back)
 
 
+def test_bridge_says_what_it_cannot_read_or_write(equilibrium, monkeypatch, capsys, tmp_path):
+    (tmp_path / "damaged.pt").write_bytes(bytes(4096))
+    with pytest.raises(SystemExit, match=r"^convert_tied: checkpoint .*damaged\.pt [^\n]*$"):
+        run(convert_tied, monkeypatch, capsys, tmp_path / "damaged.pt", tmp_path / "ode.pt")
+    monkeypatch.setattr(convert_tied, "tied_from_deq", lambda checkpoint: checkpoint)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^convert_tied: .*file/ode\.pt cannot be written: [^\n]*Not a directory"):
+        run(convert_tied, monkeypatch, capsys, equilibrium, tmp_path / "file" / "ode.pt")
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(convert_tied.torch, "save", full)
+    with pytest.raises(SystemExit, match=r"^convert_tied: .*ode\.pt cannot be written: [^\n]*$"):
+        run(convert_tied, monkeypatch, capsys, equilibrium, tmp_path / "ode.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.pt", "file"]
+
+
 def test_bridge_refuses_a_cell_of_its_own(equilibrium, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match="deq_injection is residual"):
         run(convert_tied, monkeypatch, capsys, equilibrium, tmp_path / "ode.pt")

@@ -1,7 +1,9 @@
 """The tools around the quickstart: refused flags, tokenizer, entropies, loss curves, questions with a mask."""
 
 import math
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import sentencepiece
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts import pictures
 from scripts.corpus_entropy import entropies
 from scripts.fill_masks import questions
 from scripts.plot_losses import plot, read_curves
+from scripts.train_tokenizer import main as train_tokenizer_command
 from scripts.train_tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +31,7 @@ ROOT = Path(__file__).parents[2]
         (["--arch", "deq_bert_tiny"], "deq_bert_tiny"),
         (["--updates", "0"], "--updates 0"),
         (["--updates", "many"], "--updates many"),
+        (["--dictionary", "x"], "--dictionary-size x"),
         (["--continue", "--redo"], "--continue and --redo"),
     ],
 )
@@ -41,7 +46,7 @@ def test_a_wrong_flag_is_one_sentence_and_status_2(tmp_path, flags, named):
 def test_help_names_every_option():
     command = ["bash", str(ROOT / "scripts/quickstart.sh"), "--help"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for flag in ("--text", "--model", "--arch", "--updates", "--dictionary", "--continue", "--redo", "--out"):
+    for flag in ("--text", "--model", "--arch", "--updates", "--dictionary-size", "--continue", "--redo", "--out"):
         assert flag in text
 
 
@@ -78,7 +83,51 @@ def test_tokenizer_refuses_what_cannot_be(text, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no text"):
         train_tokenizer(str(tmp_path / "empty.txt"), str(tmp_path / "m.model"), 64)
+    with pytest.raises(ValueError, match="--dictionary-size 5 leaves no room"):
+        train_tokenizer(str(text), str(tmp_path / "m.model"), 5)
     assert not (tmp_path / "m.model").exists()
+
+
+@pytest.mark.parametrize(
+    "size, sentence", [(50000, r"give more text, or --dictionary-size (\d+) or less"), (16, r"alone need (\d+)")]
+)
+def test_the_size_that_is_advised_is_the_nearest_that_works(text, tmp_path, size, sentence):
+    with pytest.raises(ValueError, match=sentence) as error:
+        train_tokenizer(str(text), str(tmp_path / "m.model"), size)
+    advised = int(re.search(sentence, str(error.value))[1])
+    with pytest.raises(ValueError, match=sentence):
+        train_tokenizer(str(text), str(tmp_path / "m.model"), advised + (1 if size > advised else -1))
+    train_tokenizer(str(text), str(tmp_path / "m.model"), advised)
+
+
+def tokenizer_command(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr("sys.argv", ["train_tokenizer", *map(str, arguments)])
+    train_tokenizer_command()
+    return capsys.readouterr().out
+
+
+def test_characters_that_are_left_out_and_rows_that_are_filled_up_are_said(tmp_path, monkeypatch, capsys):
+    """A text of many rare characters fits a small dictionary when a share of its characters is enough."""
+    rng = np.random.default_rng(0)
+    file, model = tmp_path / "text.txt", tmp_path / "m.model"
+    lines = ["".join(rng.choice(list("abcdef"), 30)) + chr(0x4E00 + number) for number in range(300)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    arguments = (file, "--out", model, "--dictionary", 200, "--character-coverage")
+    with pytest.raises(SystemExit, match="alone need 3..; .* a lower --character-coverage"):
+        tokenizer_command(monkeypatch, capsys, *arguments, 1)
+    with pytest.raises(SystemExit):
+        tokenizer_command(monkeypatch, capsys, *arguments, 0.9)
+    assert "--character-coverage 0.9 must lie between 0.98 and 1" in capsys.readouterr().err
+    output = tokenizer_command(monkeypatch, capsys, *arguments, 0.98)
+    assert "200 symbols in the dictionary, filled up to 256 (a multiple of 64)" in output
+    rows = (tmp_path / "dict.txt").read_text().splitlines()
+    assert len(rows) == 256 - len(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+
+
+@pytest.mark.parametrize("name", ["corpora_alone", "corpus_splits"])
+def test_a_part_of_other_commands_says_so(name):
+    result = subprocess.run([sys.executable, ROOT / f"scripts/{name}.py"], capture_output=True, text=True)
+    assert result.returncode == 1 and f"{name} is a part of" in result.stderr
 
 
 def test_entropies_of_known_sources():
@@ -119,7 +168,7 @@ def test_loss_curves_in_nats_with_the_later_record_of_a_resumed_run(tmp_path):
     assert updates == [1, 2, 3, 4, 5, 6]
     assert nats == pytest.approx([bits * math.log(2) for bits in (8, 8, 6, 6, 6, 6)])
     picture = tmp_path / "pictures/losses.png"
-    plot(curves, str(picture), unigram=5.0, title="a title")
+    pictures.save(plot(curves, unigram=5.0, title="a title"), str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
 
 

@@ -87,6 +87,17 @@ def test_bad_input_is_refused_with_a_sentence(tmp_path):
     assert "latin.txt is not UTF-8 text" in refused(tmp_path, tmp_path / "latin.txt")
 
 
+def test_the_report_counts(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("one\n\ntwo\nlines\n\nthree\n\nfour\n")
+    lines = run(file, "--out", tmp_path / "corpus").stdout.splitlines()
+    assert [line.rsplit(": ", 1)[1] for line in lines][1:] == [
+        f"1 document, {len(found)} paragraph{'s' * (len(found) > 1)}, {sum(map(len, found))} characters"
+        for split, found in texts(tmp_path / "corpus").items()
+        if split != "train"
+    ]
+
+
 def test_order_of_files_is_that_of_their_names(tmp_path):
     for name in ("c.txt", "a.txt", "sub/b.txt", "image.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -16,9 +16,10 @@ from tests.conftest import ROOT
 SCRIPT = os.path.join(ROOT, "examples", "study", "study.py")
 
 
-def study(*words, folder=None):
+def study(*words, folder=None, **environment):
     command = [sys.executable, SCRIPT, *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, **environment}, **output)
 
 
 def finish(*words):
@@ -61,6 +62,7 @@ def finished(text, tmp_path_factory):
 def test_a_stopped_study_goes_on(finished):
     _, out, stopped, early, output = finished
     assert "study: ended; the same command goes on from here" in stopped
+    assert "DEBUG" not in output and "Profiler" not in output  # of matplotlib and of torch's profiler
     assert 0 < len(early) < 4 and all(path.stat().st_mtime_ns == then for path, then in early.items())
     names = sorted(str(path.parent.relative_to(out / "runs")) for path in out.glob("runs/*/*/finished"))
     assert names == [f"{model}/{kind}-lr0.001" for model in ("deq", "euler") for kind in ("grid", "seed1")]
@@ -113,3 +115,12 @@ def test_refusals_of_a_folder(finished, text, tmp_path):
     assert status == 1 and "another study, or a run that a killed one left behind, still works in" in output
     status, output = finish("smoke", "--text", tmp_path / "absent", "--out", tmp_path / "new")
     assert status == 1 and f"study: --text {tmp_path / 'absent'} does not exist" in output
+
+
+def test_a_study_that_cannot_draw_says_so_before_it_trains(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError(name='matplotlib')\n")
+    process = study("smoke", "--out", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and output.splitlines() == [
+        "study: pictures need matplotlib: pip install 'fairseq_implicit[plots]', or pip install matplotlib"
+    ]

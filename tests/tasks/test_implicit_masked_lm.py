@@ -135,7 +135,7 @@ def test_refuses_missing_folders_and_files(toy_data, folder, tmp_path):
     with pytest.raises(ValueError, match="names an empty folder"):
         setup(f"{toy_data}{os.pathsep}")
     os.remove(folder / "valid.idx")
-    with pytest.raises(FileNotFoundError, match="no valid.idx: pass --validpref, or train with --disable-validation"):
+    with pytest.raises(FileNotFoundError, match="no valid.idx: pass --validpref to fairseq-preprocess, or train with"):
         setup(folder).load_dataset("valid")
     os.remove(folder / "dict.txt")
     with pytest.raises(FileNotFoundError, match="has no dict.txt"):

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any, Dict
 
@@ -14,10 +13,8 @@ from fairseq.trainer import Trainer as FairseqTrainer
 from fairseq.utils import move_to_cuda
 
 from bert_study.plan import Plan, Run
-from bert_study.training import ROOT, command, run_folder
-
-sys.path.insert(0, ROOT)
-from scripts.side_by_side import median_seconds, peak_bytes  # noqa: E402
+from bert_study.training import command, run_folder
+from scripts.side_by_side import counted, median_seconds, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -83,5 +80,5 @@ def measure(plan: Plan, runs: Dict[str, Run], data: str, out: str) -> Dict[str, 
         found[name] = asdict(Measured(total, depth, seconds[name], model.peak()))
     device = next(iter(models.values())).device
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    threads = f", {plan.threads} thread{'s' if plan.threads > 1 else ''}" if device.type == "cpu" else ""
-    return {"models": found, "machine": f"torch {torch.__version__}, {where}{threads}, {plan.rounds} rounds"}
+    threads = f", {counted(plan.threads, 'thread')}" if device.type == "cpu" else ""
+    return {"models": found, "machine": f"torch {torch.__version__}, {where}{threads}, {counted(plan.rounds, 'round')}"}

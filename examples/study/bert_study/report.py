@@ -2,20 +2,16 @@
 
 import math
 import os
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-
-from bert_study.estimates import Spread, goal_met, paired_difference  # noqa: E402
-from bert_study.plan import Plan, arguments  # noqa: E402
-from bert_study.results import ModelResult, Text  # noqa: E402
+from bert_study.estimates import Spread, goal_met, paired_difference
+from bert_study.plan import Plan, arguments
+from bert_study.results import ModelResult, Text
+from scripts import pictures
 
 METRICS = {"loss": "loss, nats per masked token", "accuracy": "accuracy, % of the masked tokens"}
-COLOURS = pyplot.get_cmap("tab20").colors
 
 Results = Dict[str, ModelResult]
 Measurements = Dict[str, Dict[str, Any]]  # of measure(), by model
@@ -58,6 +54,11 @@ def _table(header: List[str], rows: List[List[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def _by_loss(found: Results) -> List[Tuple[str, ModelResult]]:
+    """The best first."""
+    return sorted(found.items(), key=lambda item: item[1].spread(lambda run: run.loss).mean)
+
+
 def _number(value: float, digits: int) -> str:
     return "–" if not math.isfinite(value) else f"{value:.{digits}f}"
 
@@ -95,7 +96,7 @@ def _seeds(plan: Plan) -> str:
 
 def _main_table(plan: Plan, text: Text, found: Results, models: Measurements) -> str:
     rows = []
-    for name, result in sorted(found.items(), key=lambda item: item[1].spread(lambda run: run.loss).mean):
+    for name, result in _by_loss(found):
         leaves = [run.curve.first_below(text.plateau) for run in result.runs]
         reached = [value for value in leaves if math.isfinite(value)]
         off = (
@@ -225,41 +226,33 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
     reference = models[plan.reference]["seconds"]
     axes = {
         "tokens": ("tokens, millions", lambda name, update: update * found[name].tokens_per_update / 1e6),
-        "operations": ("operations of the depth, 10^12", _operations_axis(found, models)),
+        "operations": ("operations of the depth, 10¹²", _operations_axis(found, models)),
         "time": (
             "time, in that of the reference's whole training",
             lambda name, update: update * models[name]["seconds"] / (reference * plan.updates),
         ),
     }
+    numbers = {name: number for number, name in enumerate(plan.models)}  # a model looks the same in every report
     lines = ["\n## Curves\n"]
     for axis, (label, place) in axes.items():
-        figure, panels = pyplot.subplots(1, 2, figsize=(16, 6), dpi=100)
+        figure, panels = pictures.figure(1, 2, size=(14, 5.5))
         for panel, (metric, word) in zip(panels, METRICS.items()):
-            for number, (name, result) in enumerate(found.items()):
+            for name, result in _by_loss(found):
                 spreads = result.by_update(metric)
-                panel.plot(
-                    [place(name, update) for update in spreads],
-                    [spread.mean for spread in spreads.values()],
-                    "--" if result.model.depth > 1 else "-",
-                    color=COLOURS[number % len(COLOURS)],
-                    label=result.model.label,
-                    linewidth=1.3,
-                    marker=".",
-                    markersize=4,
-                )
+                places = [place(name, update) for update in spreads]
+                means = [spread.mean for spread in spreads.values()]
+                pictures.line(panel, places, means, numbers[name], result.model.label)
             if axis != "tokens":
-                panel.set_xscale("log")
+                pictures.logarithmic(panel.xaxis)
             panel.set_xlabel(label)
             panel.set_ylabel(f"validation {word}")
-            panel.grid(alpha=0.3)
         for level, word in ((text.unigram, "unigram"), (text.bigram, "bigram")):
             panels[0].axhline(level, color="grey", linestyle=":", linewidth=1)
             at = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            at["bbox"] = dict(facecolor="white", edgecolor="none", alpha=0.7, pad=1)  # curves pass below the words
             panels[0].annotate(f"{word} entropy", (0.99, level), **at)
-        panels[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        figure.tight_layout()
-        figure.savefig(os.path.join(folder, f"curves-{axis}.png"), metadata={"Software": None})
-        pyplot.close(figure)
+        figure.legend(*panels[1].get_legend_handles_labels(), fontsize=8, loc="outside right upper", handlelength=4)
+        pictures.save(figure, os.path.join(folder, f"curves-{axis}.png"))
         lines.append(f"![loss and accuracy of the validation against {axis}](curves-{axis}.png)\n")
     return "\n".join(lines)
 
