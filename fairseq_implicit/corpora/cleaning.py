@@ -50,14 +50,24 @@ def clean(text: str) -> tuple[str, list[str]]:
     Returns:
         the cleaned text, ``""`` when nothing is left, and the names of the changes that were made.
     """
+    text, _, _, changes = clean_utf8(text)
+    return text, changes
+
+
+def clean_utf8(text: str) -> tuple[str, bytes, int, list[str]]:
+    """`clean` for a caller that needs the bytes too, which the cleaning has at hand.
+
+    Returns:
+        the cleaned text, the same in UTF-8, the size of ``text`` in UTF-8 bytes, and the names of the changes.
+    """
     if not text:
-        return "", []
+        return "", b"", 0, []
     changes: list[str] = []
     ascii_only = text.isascii()
     try:
         read = text.encode("utf-8")
     except UnicodeEncodeError:
-        read = _SURROGATES.sub("\ufffd", text).encode("utf-8")
+        read = _SURROGATES.sub("\ufffd", text).encode("utf-8")  # three bytes each, like the surrogates
         changes.append("unpaired surrogates replaced")
     data = read
     if b"\r" in data:
@@ -75,16 +85,18 @@ def clean(text: str) -> tuple[str, list[str]]:
         changes.append("control characters removed")
     if changes:
         text = visible.decode("utf-8")
+    changes_of_bytes = len(changes)
     if not ascii_only:
         text = _normalised(text, changes)
-    folded, blank_lines = _BLANK_LINE.subn("", f"\n{text}\n")
-    if blank_lines:
-        text = folded[1:-1]
-        changes.append("blank lines folded")
+    if b"\n" in visible or not text or text[0] in _BLANK:
+        folded, blank_lines = _BLANK_LINE.subn("", f"\n{text}\n")
+        if blank_lines:
+            text = folded[1:-1]
+            changes.append("blank lines folded")
     if text.startswith("\ufeff"):
         text = text.lstrip("\ufeff")
         changes.append("byte order mark removed")
-    return text, changes
+    return text, visible if len(changes) == changes_of_bytes else text.encode("utf-8"), len(read), changes
 
 
 def _normalised(text: str, changes: list[str]) -> str:
