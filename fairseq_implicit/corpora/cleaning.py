@@ -14,24 +14,31 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 # Line separators proper become line feeds. U+0085 is none of them: in crawled text it is a misread ellipsis of
 # code page 1252, so it becomes a space like the other white-space controls; the remaining controls carry nothing.
-_LINE_SEPARATORS = "\v\f\u2028\u2029"
-_WHITE_CONTROLS = "\x1c\x1d\x1e\x1f\x85"
-_CONTROL_TABLE: dict[int, str | None] = {
-    code: None for code in [*range(0x00, 0x20), *range(0x7F, 0xA0)] if chr(code) not in "\t\n\r"
-}
-_CONTROL_TABLE |= {ord(c): "\n" for c in _LINE_SEPARATORS} | {ord(c): " " for c in _WHITE_CONTROLS}
-# Bytes below 0x80 never occur inside a multi-byte UTF-8 sequence. Looking for the others by their bytes is several
-# times as fast as a character class over the text, which would be the most expensive step of the whole preparation.
-_ASCII_CONTROLS = bytes(code for code in sorted(_CONTROL_TABLE) if code < 0x80)
+# All this is done on UTF-8, where bytes below 0x80 never occur inside a character: `str.translate` and a character
+# class over the text would be the most expensive steps of the whole preparation.
+_ASCII_REPLACED = bytes.maketrans(b"\v\f\x1c\x1d\x1e\x1f", b"\n\n    ")
+_ASCII_REMOVED = bytes(code for code in [*range(0x20), 0x7F] if chr(code) not in "\t\n\r\v\f\x1c\x1d\x1e\x1f")
+# Two patterns of a literal beginning: together in one they would take ten times as long.
 _C1_CONTROLS = re.compile(b"\xc2[\x80-\x9f]")
-_SEPARATOR_BYTES = ("\u2028".encode(), "\u2029".encode())
+_SEPARATORS = re.compile(b"\xe2\x80[\xa8\xa9]")
+_NEXT_LINE = "\x85".encode()
+
+# Normalising takes time that is quadratic in the length of a run of combining marks. Unicode's stream-safe text has no
+# run of more than 30: a combining grapheme joiner, which shows nothing, separates them (UAX #15, section 13). Three
+# Tibetan vowel signs are no marks themselves but decompose to marks only.
+_MARKS = frozenset([*filter(unicodedata.combining, map(chr, range(0x300, 0x1F000))), "\u0f73", "\u0f75", "\u0f81"])
+_MARK = f"[{''.join(_MARKS)}]"
+# A character class is a table up to U+FFFF and a slow list beyond: looking ahead with a coarser one spares the list.
+_PERHAPS_MARK = "[{}\U00010000-\U0010ffff]".format("".join(mark for mark in _MARKS if len(mark.encode()) < 4))
+_LONG_RUN = re.compile(f"(?={_PERHAPS_MARK}{{31}})({_MARK}{{30}})(?={_MARK})")
+_JOINER = "\u034f"
 
 # Characters that sentencepiece's nmt_nfkc normalisation turns into a space or into nothing: a line of only these
 # would encode to no piece at all and end the document.
 _INVISIBLE = "\u061c\u200b\u200c\u200e\u200f\u2581\ufeff\ufffd"
 _WHITE = "".join(chr(code) for code in range(0x3001) if chr(code).isspace() and chr(code) != "\n")
 _BLANK = _WHITE + _INVISIBLE
-_BLANK_LINE = re.compile(f"\n[{re.escape(_BLANK)}]*\n")
+_BLANK_LINE = re.compile(f"\n[{re.escape(_BLANK)}]*(?=\n)")
 
 
 def clean(text: str) -> tuple[str, list[str]]:
@@ -43,45 +50,72 @@ def clean(text: str) -> tuple[str, list[str]]:
     Returns:
         the cleaned text, ``""`` when nothing is left, and the names of the changes that were made.
     """
-    if not text:
-        return "", []
-    changes: list[str] = []
-    ascii_only = text.isascii()
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = _SURROGATES.sub("\ufffd", text)
-        data = text.encode("utf-8")
-        changes.append("unpaired surrogates replaced")
-    if b"\r" in data:
-        without_pairs = text.replace("\r\n", "\n")
-        if without_pairs != text:
-            changes.append("CRLF line ends")
-        text = without_pairs.replace("\r", "\n")
-        if text != without_pairs:
-            changes.append("lone carriage returns")
-    if _has_controls(data):
-        text = text.translate(_CONTROL_TABLE)
-        changes.append("control characters removed")
-    if not ascii_only and not unicodedata.is_normalized("NFC", text):
-        text = unicodedata.normalize("NFC", text)
-        changes.append("Unicode NFC")
-    if _BLANK_LINE.search(f"\n{text}\n"):
-        text = "\n".join(line for line in text.split("\n") if line.strip(_BLANK))
-        changes.append("blank lines folded")
-    if text.startswith("\ufeff"):
-        text = text.lstrip("\ufeff")
-        changes.append("byte order mark removed")
+    text, _, _, changes = clean_utf8(text)
     return text, changes
 
 
-def _has_controls(data: bytes) -> bool:
-    """True when a UTF-8 text contains a character of `_CONTROL_TABLE`."""
-    return (
-        len(data.translate(None, _ASCII_CONTROLS)) != len(data)
-        or _C1_CONTROLS.search(data) is not None
-        or any(separator in data for separator in _SEPARATOR_BYTES)
-    )
+def clean_utf8(text: str) -> tuple[str, bytes, int, list[str]]:
+    """`clean` for a caller that needs the bytes too, which the cleaning has at hand.
+
+    Returns:
+        the cleaned text, the same in UTF-8, the size of ``text`` in UTF-8 bytes, and the names of the changes.
+    """
+    if not text:
+        return "", b"", 0, []
+    changes: list[str] = []
+    ascii_only = text.isascii()
+    try:
+        read = text.encode("utf-8")
+    except UnicodeEncodeError:
+        read = _SURROGATES.sub("\ufffd", text).encode("utf-8")  # three bytes each, like the surrogates
+        changes.append("unpaired surrogates replaced")
+    data = read
+    if b"\r" in data:
+        data = read.replace(b"\r\n", b"\n")
+        if len(data) != len(read):
+            changes.append("CRLF line ends")
+        if b"\r" in data:
+            data = data.replace(b"\r", b"\n")
+            changes.append("lone carriage returns")
+    visible = data.translate(_ASCII_REPLACED, _ASCII_REMOVED)
+    if not ascii_only:
+        visible = _C1_CONTROLS.sub(lambda found: b" " if found[0] == _NEXT_LINE else b"", visible)
+        visible = _SEPARATORS.sub(b"\n", visible)
+    if visible != data:
+        changes.append("control characters removed")
+    if changes:
+        text = visible.decode("utf-8")
+    changes_of_bytes = len(changes)
+    if not ascii_only:
+        text = _normalised(text, changes)
+    if b"\n" in visible or not text or text[0] in _BLANK:
+        folded, blank_lines = _BLANK_LINE.subn("", f"\n{text}\n")
+        if blank_lines:
+            text = folded[1:-1]
+            changes.append("blank lines folded")
+    if text.startswith("\ufeff"):
+        text = text.lstrip("\ufeff")
+        changes.append("byte order mark removed")
+    return text, visible if len(changes) == changes_of_bytes else text.encode("utf-8"), len(read), changes
+
+
+def _normalised(text: str, changes: list[str]) -> str:
+    """Stream-safe Unicode NFC, in linear time."""
+    result = divided = _stream_safe(text)
+    if not unicodedata.is_normalized("NFC", divided):
+        composed = unicodedata.normalize("NFC", divided)
+        result = _stream_safe(composed)  # some characters end in marks once more when they are normalised
+        changes.append("Unicode NFC")
+    if len(divided) != len(text) or (divided is not result and len(result) != len(composed)):
+        changes.append("long runs of combining marks divided")
+    return result
+
+
+def _stream_safe(text: str) -> str:
+    # Every run of more than 30 marks has one at a place that is a multiple of 31.
+    if _MARKS.isdisjoint(text[::31]):
+        return text
+    return _LONG_RUN.sub(rf"\1{_JOINER}", text)
 
 
 def split_text(text: str, longest: int) -> list[str]:

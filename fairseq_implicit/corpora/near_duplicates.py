@@ -2,7 +2,8 @@
 
 Broder 1997 (resemblance of documents), Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4 (bands).
 Shingles are 5 words, signatures 14 bands of 8 minima, the choice of FineWeb (Penedo et al. 2024, section 3.4): two
-documents of resemblance s share a band with probability 1 − (1 − s⁸)¹⁴, a half at s = 0.72.
+documents of resemblance s share a band with probability 1 − (1 − s⁸)¹⁴, a half at s = 0.72. In a script that is written
+without spaces between words, every character counts as a word.
 
 A document is dropped when another one that precedes it shares a band with it. The order is held-out splits first, then
 the document key, so the result depends neither on the order of the files nor on the number of workers, and one pass per
@@ -21,7 +22,14 @@ BANDS, ROWS, SHINGLE = 14, 8, 5
 SHORTEST = 20
 SIGNATURE = np.dtype([("rank", "u1"), ("key", ">u8", 2), ("bands", "<u8", BANDS)])
 
-_WORD = re.compile(r"\w+")
+# Scripts without word spaces: those of Unicode's line breaking classes ID, CJ and SA (UAX #14; ideographs, kana, Thai,
+# Lao, Myanmar, Khmer, Tai) but Hangul. Whole blocks, for \w leaves out the vowel signs.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u3005-\u3007\u3040-\u312f\u31a0-\u31bf"
+    "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_ASCII_WORD = re.compile(r"\w+")
 _random = np.random.Generator(np.random.PCG64(20210101))
 _MULTIPLIERS = _random.integers(1, 2**63, size=BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
 _ADDENDS = _random.integers(0, 2**63, size=BANDS * ROWS, dtype=np.uint64)
@@ -29,13 +37,14 @@ _BAND_MULTIPLIERS = _random.integers(1, 2**63, size=(BANDS, ROWS), dtype=np.uint
 _WORD_MULTIPLIERS = _random.integers(1, 2**63, size=SHINGLE, dtype=np.uint64) | np.uint64(1)
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)
-# Shingles hashed at once: 112 permutations of this many 64-bit numbers stay within a few megabytes.
-_SHINGLE_BLOCK = 4096
+# Shingles hashed at once: 112 permutations of this many 64-bit numbers stay within the processor's second cache.
+_SHINGLE_BLOCK = 512
 
 
 def band_hashes(text: str) -> np.ndarray | None:
     """One 64-bit hash per band, ``(BANDS,)`` uint64, or None for a text of fewer than `SHORTEST` words."""
-    words = np.array([zlib.crc32(word.encode()) for word in _WORD.findall(text.lower())], dtype=np.uint64)
+    pattern = _ASCII_WORD if text.isascii() else WORD
+    words = np.array([zlib.crc32(word.encode()) for word in pattern.findall(text.lower())], dtype=np.uint64)
     if len(words) < SHORTEST:
         return None
     count = len(words) - SHINGLE + 1
@@ -46,11 +55,14 @@ def band_hashes(text: str) -> np.ndarray | None:
     shingles ^= shingles >> _SHIFT
     shingles *= _MIX
     minima = np.full(BANDS * ROWS, np.iinfo(np.uint64).max, dtype=np.uint64)
+    values = np.empty((min(len(shingles), _SHINGLE_BLOCK), BANDS * ROWS), dtype=np.uint64)
     for start in range(0, len(shingles), _SHINGLE_BLOCK):
-        block = shingles[start : start + _SHINGLE_BLOCK]
-        # Multiply-shift hashing: the high half of a·x + b modulo 2⁶⁴ is a nearly universal hash of x.
-        values = (block[None, :] * _MULTIPLIERS[:, None] + _ADDENDS[:, None]) >> _SHIFT
-        np.minimum(minima, values.min(axis=1), out=minima)
+        block = shingles[start : start + _SHINGLE_BLOCK, None]
+        hashed = np.multiply(block, _MULTIPLIERS, out=values[: len(block)])
+        hashed += _ADDENDS
+        np.minimum(minima, hashed.min(axis=0), out=minima)
+    # Multiply-shift hashing: the high half of a·x + b modulo 2⁶⁴ is a nearly universal hash of x.
+    minima >>= _SHIFT
     rows = minima.reshape(BANDS, ROWS) * _BAND_MULTIPLIERS
     hashes = rows.sum(axis=1, dtype=np.uint64)
     return (hashes ^ (hashes >> _SHIFT)) * _MIX

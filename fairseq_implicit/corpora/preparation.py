@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq_implicit.corpora.cleaning import clean, split_text, wrap_line
+from fairseq_implicit.corpora.cleaning import clean_utf8, split_text, wrap_line
 from fairseq_implicit.corpora.counts import COUNTS, Counts
 from fairseq_implicit.corpora.durable import HashedFile, publish, read_json, temporary_beside, write_json
 from fairseq_implicit.corpora.filters import component_of, reason_to_drop
@@ -186,20 +186,21 @@ class _Step:
 
     def _take_document(self, document: Document) -> None:
         counts, settings = self.counts, self._settings
-        size = len(document.text.encode("utf-8", "surrogatepass"))
+        reason = reason_to_drop(document, settings)
+        if reason is None:
+            text, data, size, changes = clean_utf8(document.text)
+        else:
+            size = len(document.text.encode("utf-8", "surrogatepass"))
         counts.documents_read += 1
         counts.bytes_read += size
         counts.components[component_of(document) or "(none)"] += 1
         advance(text=size)
-        reason = reason_to_drop(document, settings)
         if reason is not None:
             counts.drop(reason, size)
             return
-        text, changes = clean(document.text)
         if not text:
             counts.drop("empty", size)
             return
-        data = text.encode("utf-8")
         if len(data) < settings.min_document_size:
             counts.drop("shorter than --min-document-size", size)
             return
@@ -217,8 +218,8 @@ class _Step:
         if copies == 0:
             counts.drop("component weight", size)
             return
-        counts.changed.update(changes)
-        counts.changed.update(document.repairs)
+        for change in (*changes, *document.repairs):  # Counter.update is slow, and most documents have none
+            counts.changed[change] += 1
         pieces = self._pieces_of(text, data)
         counts.pieces_added += len(pieces) - 1
         counts.bytes_removed += size - sum(map(len, pieces))
@@ -248,6 +249,8 @@ class _Step:
     def _copies_of(self, document: Document, key: bytes) -> int:
         weight = self._settings.component_weights.get(component_of(document), 1.0)
         whole = int(weight)
+        if whole == weight:
+            return whole
         return whole + (share_of(key, _WEIGHT) < weight - whole)
 
     def _pieces_of(self, text: str, data: bytes) -> list[bytes]:

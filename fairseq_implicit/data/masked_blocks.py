@@ -112,6 +112,12 @@ class MaskedBlockDataset(FairseqDataset):
             )
         return np.append(self.masking.bos, text)
 
+    def pieces_per_word(self, blocks: int = 64) -> float:
+        """Mean number of pieces from one ``▁`` to the next in blocks drawn evenly from all; the masking selects words."""
+        counts = [self.masking.words(self.tokens(i)) for i in range(0, len(self), max(1, len(self) // blocks))]
+        tokens, words = np.sum(counts, axis=0)
+        return float(tokens / max(words, 1))
+
     def __getitem__(self, index: int) -> Dict[str, Any]:
         rng = np.random.default_rng([self.seed & 0xFFFFFFFF, self.epoch, int(index)])
         source, target = self.masking.apply(self.tokens(index), rng)

@@ -8,6 +8,12 @@ from fairseq.data import Dictionary
 
 from fairseq_implicit.data.sentencepiece_dictionary import MASK, word_starts
 
+# What stands between two '▁' is no word in a script without word spaces but a clause or a paragraph: one of more pieces
+# than this is cut into spans of 1 to 4 pieces, drawn anew with every mask in the shares of MacBERT's n-grams (Cui et
+# al. 2020, section 3.2). English words of so many pieces are addresses, numbers and misprints.
+LONGEST_WORD = 8
+_SPAN_LENGTHS = np.repeat([1, 2, 3, 4], [4, 3, 2, 1])
+
 
 @dataclass(frozen=True)
 class Masking:
@@ -24,7 +30,8 @@ class Masking:
         probability: share of the tokens (or words) that are selected.
         leave_unmasked: share of the selected that stay as they are.
         random: share of the selected that become a random token; the rest become ``<mask>``.
-        word_starts: ids that begin a word, ``(vocabulary,)`` bool, to select whole words; None selects tokens.
+        word_starts: ids that begin a word, ``(vocabulary,)`` bool, to select whole words, or spans of pieces in "words"
+            of more than `LONGEST_WORD` pieces; None selects tokens.
     """
 
     pad: int
@@ -56,7 +63,7 @@ class Masking:
 
         Args:
             dictionary: with ``<mask>``.
-            whole_words: select whole words (pieces from one ``▁`` to the next).
+            whole_words: select whole words (pieces from one ``▁`` to the next); spans in text without word spaces.
             shares: ``probability``, ``leave_unmasked``, ``random``.
         """
         made_up = np.array([symbol.startswith("madeupword") or symbol == MASK for symbol in dictionary.symbols])
@@ -82,17 +89,15 @@ class Masking:
         Returns:
             source ``(length,)``, and target ``(length,)`` with ``pad`` wherever nothing is to be predicted.
         """
-        maskable = (tokens != self.bos) & (tokens != self.eos) & (tokens != self.pad)
-        # unit[i]: which selectable unit (token or word) position i belongs to
-        if self.word_starts is None:
-            begins = maskable
-        else:
-            after_special = np.append(True, ~maskable[:-1])
-            begins = maskable & (self.word_starts[tokens] | after_special)
+        maskable = self._maskable(tokens)
+        # unit[i]: which selectable unit (token, word or span) position i belongs to
+        begins = maskable if self.word_starts is None else self._unit_begins(tokens, maskable, rng)
         unit = np.cumsum(begins) - 1
         units = int(unit[-1]) + 1 if len(unit) else 0
         # probabilistic rounding keeps the expected share exact on short sequences
         selected = min(int(self.probability * units + rng.random()), units)
+        if self.probability * np.count_nonzero(maskable) >= 1.0:
+            selected = max(selected, 1)  # a few long words may be due less than one target, and a block without is wasted
         fate = np.full(units + 1, 2.0)  # the extra entry belongs to special symbols before the first unit
         fate[rng.permutation(units)[:selected]] = rng.random(selected)
         fate = np.where(maskable, fate[unit], 2.0)
@@ -103,3 +108,28 @@ class Masking:
         source[randomised] = self.replacements[rng.integers(len(self.replacements), size=int(randomised.sum()))]
         target = np.where(chosen, tokens, self.pad)
         return source, target
+
+    def words(self, tokens: np.ndarray) -> Tuple[int, int]:
+        """Number of text tokens, and of the words that they make up (with `word_starts`): from one ``▁`` to the next."""
+        maskable = self._maskable(tokens)
+        return int(np.count_nonzero(maskable)), int(np.count_nonzero(self._word_begins(tokens, maskable)))
+
+    def _maskable(self, tokens: np.ndarray) -> np.ndarray:
+        return (tokens != self.bos) & (tokens != self.eos) & (tokens != self.pad)
+
+    def _word_begins(self, tokens: np.ndarray, maskable: np.ndarray) -> np.ndarray:
+        """Where a word begins, ``(length,)`` bool."""
+        after_special = np.append(True, ~maskable[:-1])
+        return maskable & (self.word_starts[tokens] | after_special)
+
+    def _unit_begins(self, tokens: np.ndarray, maskable: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Where a word, or a span inside a word of more than `LONGEST_WORD` pieces, begins, ``(length,)`` bool."""
+        begins = self._word_begins(tokens, maskable)
+        places = np.flatnonzero(maskable)
+        word = np.cumsum(begins[places]) - 1
+        too_long = np.bincount(word) > LONGEST_WORD
+        if too_long.any():
+            inside = places[too_long[word]]
+            ends = np.cumsum(_SPAN_LENGTHS[rng.integers(len(_SPAN_LENGTHS), size=len(inside))])
+            begins[inside[ends[ends < len(inside)]]] = True
+        return begins

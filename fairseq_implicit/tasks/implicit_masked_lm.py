@@ -18,7 +18,7 @@ from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCrite
 from fairseq_implicit.data import data_bin
 from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
 from fairseq_implicit.data.masked_blocks import InferenceDataset, MaskedBlockDataset
-from fairseq_implicit.data.masking import Masking
+from fairseq_implicit.data.masking import LONGEST_WORD, Masking
 from fairseq_implicit.data.sentencepiece_dictionary import MASK, SentencePieceDictionary
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 #: Seed of the masks of every split but training.
 EVALUATION_SEED = 1
+#: Words of more pieces than this on average are none. English has 1.3, code and small dictionaries below 3.
+_PIECES_OF_A_WORD = 4.0
 
 
 @dataclass
@@ -60,7 +62,11 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
         default=0.1, metadata={"help": "share of the tokens to predict that become a random token"}
     )
     mask_whole_words: bool = field(
-        default=False, metadata={"help": "select whole words (from one sentencepiece '▁' to the next)"}
+        default=False,
+        metadata={
+            "help": "select whole words (from one sentencepiece '▁' to the next), and spans of 1 to 4 pieces where "
+            "the text has no word spaces"
+        },
     )
     pad_to_multiple: int = field(
         default=1, metadata={"help": "pad the length of a batch to a multiple of this (8 suits tensor cores)"}
@@ -171,6 +177,12 @@ class ImplicitMaskedLMTask(FairseqTask):
             pad_to_multiple=self.cfg.pad_to_multiple,
             share_epoch=self.cfg.persistent_workers,
         )
+        if self.cfg.mask_whole_words and (pieces := self.datasets[split].pieces_per_word()) > _PIECES_OF_A_WORD:
+            logger.warning(
+                f"--mask-whole-words: what stands between two '▁' in {files[0].prefix}.bin has {pieces:.1f} pieces on "
+                "average, so the text has no word spaces; spans of 1 to 4 pieces are masked inside whatever is longer "
+                f"than {LONGEST_WORD}."
+            )
         return self.datasets[split]
 
     def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):

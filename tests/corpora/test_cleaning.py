@@ -2,13 +2,16 @@
 
 import io
 import random
+import re
 import sys
+import time
 import types
 import unicodedata
 
 import pytest
 import sentencepiece
 
+from fairseq_implicit.corpora import cleaning
 from fairseq_implicit.corpora.cleaning import clean, split_text, wrap_line
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.quality import quality_check
@@ -54,6 +57,50 @@ def test_properties_of_cleaned_text():
         assert not any(unicodedata.category(c) == "Cc" and c not in "\t\n" for c in text)
         assert not {"\u2028", "\u2029"} & set(text)
         assert text == "" or all(line.strip() for line in text.split("\n"))
+
+
+def marks_only(character):
+    return all(map(unicodedata.combining, unicodedata.normalize("NFD", character)))
+
+
+def test_runs_of_combining_marks_are_stream_safe():
+    """UAX #15, section 13: at most 30 marks in a row; shorter runs and every other character stay."""
+    marks = [chr(code) for code in range(0x110000) if marks_only(chr(code))]
+    assert set(marks) == cleaning._MARKS
+    rng = random.Random(3)
+    for _ in range(2000):
+        raw = rng.choice("ae\u0958\ufb2c\u1100") + "".join(rng.choices(marks, k=rng.randrange(100)))
+        raw = raw[: rng.randrange(1, 101)] + rng.choice("xe\u4e00") + "".join(rng.choices(marks, k=rng.randrange(33)))
+        text, changes = clean(raw)
+        runs = [len(run) for run in re.findall(f"[{''.join(marks)}]+", text)]
+        assert max(runs, default=0) <= 30
+        assert clean(text) == (text, []) and unicodedata.is_normalized("NFC", text)
+        without = text.replace("\u034f", "")
+        assert sorted(unicodedata.normalize("NFD", without)) == sorted(
+            unicodedata.normalize("NFD", raw.replace("\u034f", ""))
+        )
+        if "long runs of combining marks divided" not in changes:
+            assert text == unicodedata.normalize("NFC", raw)
+    assert clean("a" + 30 * "\u0301")[0] == "\u00e1" + 29 * "\u0301"
+    assert clean("x" + 31 * "\u0301") == (
+        "x" + 30 * "\u0301" + "\u034f\u0301",
+        ["long runs of combining marks divided"],
+    )
+
+
+def test_time_is_linear_in_a_run_of_combining_marks():
+    """Eight times the text takes 64 times as long where ordering the marks is quadratic."""
+
+    def seconds(length):
+        text = "a" + "\u0301\u0316\u0327" * length
+        spent = []
+        for _ in range(3):
+            begun = time.process_time()
+            clean(text)
+            spent.append(time.process_time() - begun)
+        return min(spent)
+
+    assert seconds(8 * 1500) < 25 * seconds(1500)
 
 
 def test_no_line_of_a_clean_text_encodes_to_nothing():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fairseq.data import Dictionary
 
-from fairseq_implicit.data.masking import Masking
+from fairseq_implicit.data.masking import LONGEST_WORD, Masking
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_whole_words_share_one_fate(dictionary):
         special = (tokens == 0) | (tokens == 2)
         begins = ~special & (starts[tokens] | np.append(True, special[:-1]))
         for word in np.split(np.arange(len(tokens)), np.flatnonzero(begins | special))[1:]:
-            if special[word[0]]:
+            if special[word[0]] or len(word) > LONGEST_WORD:
                 continue
             chosen = target[word] != masking.pad
             assert chosen.all() or not chosen.any()
@@ -90,6 +90,68 @@ def test_whole_words_share_one_fate(dictionary):
             words += 1
             chosen_words += chosen[0]
     assert chosen_words / words == pytest.approx(0.3, abs=0.01)
+
+
+def without_word_spaces(rng, length, longest):
+    """A block of paragraphs of up to ``longest`` pieces, of which only the first begins with ▁, each with its </s>."""
+    tokens = rng.choice([4 + piece for piece in range(100) if piece % 3], size=length)
+    place = 0
+    while place < length:
+        tokens[place] = 4
+        place += int(rng.integers(1, longest))
+        tokens[min(place, length) - 1] = 2
+    tokens[0] = 0
+    return tokens
+
+
+@pytest.mark.parametrize("length", [17, 129, 513])
+def test_whole_words_without_word_spaces_are_spans(dictionary, length):
+    """Every block has a target, none is half masked, and the rate is what was asked for."""
+    masking = Masking.for_dictionary(dictionary, whole_words=True)
+    rng = np.random.default_rng(length)
+    chosen = maskable = 0
+    for _ in range(300):
+        tokens = without_word_spaces(rng, length, 300)
+        _, target = masking.apply(tokens, rng)
+        text = int(((tokens != 0) & (tokens != 2)).sum())
+        targets = int((target != masking.pad).sum())
+        if text >= 16:
+            assert 0 < targets <= max(text / 2, LONGEST_WORD)
+        chosen += targets
+        maskable += text
+    assert chosen / maskable == pytest.approx(0.15, abs=0.012)
+
+
+def test_spans_are_of_one_to_four_pieces(dictionary):
+    masking = Masking.for_dictionary(dictionary, whole_words=True, probability=0.05, random=0.0, leave_unmasked=0.0)
+    rng = np.random.default_rng(0)
+    tokens = np.append(4, np.full(40000, 5))
+    chosen = np.append(masking.apply(tokens, rng)[1] != masking.pad, False).astype(int)
+    lengths = np.flatnonzero(np.diff(chosen) == -1) - np.flatnonzero(np.diff(chosen) == 1)
+    # Some spans touch, so that the mean lies above the spans' own, 2.0, by about the rate.
+    assert lengths.mean() == pytest.approx(2.1, abs=0.1)
+    assert (lengths > 4).mean() < 0.06
+
+
+def test_words_of_few_pieces_are_masked_as_they_always_were(dictionary):
+    """The draws of a block whose words are short are those of whole words alone."""
+    masking = Masking.for_dictionary(dictionary, whole_words=True)
+    for seed in range(100):
+        tokens = sequence(np.random.default_rng(seed), 100)
+        tokens[1:-1:6] = 4  # a word begins, so that none is long
+        source, target = masking.apply(tokens, np.random.default_rng(seed))
+
+        rng = np.random.default_rng(seed)
+        text = (tokens != 0) & (tokens != 2)
+        words = np.split(np.arange(100), np.flatnonzero(text & (masking.word_starts[tokens] | ~np.roll(text, 1))))[1:]
+        words = [word[text[word]] for word in words]
+        count = int(0.15 * len(words) + rng.random())
+        fates = rng.random(count)
+        order = rng.permutation(len(words))[:count]
+        chosen = {int(place): fate for number, fate in zip(order, fates) for place in words[number]}
+        assert np.flatnonzero(target != masking.pad).tolist() == sorted(chosen)
+        masked = [place for place, fate in sorted(chosen.items()) if fate >= 0.2]
+        assert (source[masked] == masking.mask).all()
 
 
 def test_nothing_to_mask(dictionary):

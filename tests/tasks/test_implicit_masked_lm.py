@@ -56,6 +56,19 @@ def test_masks_of_the_validation(toy_data):
     assert not torch.equal(targets("train", seed=1), targets("train", seed=2))
 
 
+def test_whole_words_of_a_text_without_word_spaces_are_announced(toy_data, folder, caplog):
+    setup(toy_data, mask_whole_words=True).load_dataset("train")
+    assert "--mask-whole-words" not in caplog.text
+    rows = (folder / "dict.txt").read_text().splitlines()
+    first = next(row for row in rows if row.startswith("\u2581"))
+    rows = [row if row == first else row.replace("\u2581", "_") for row in rows]
+    (folder / "dict.txt").write_text("\n".join(rows) + "\n")
+    (folder / "sentencepiece.bpe.model").unlink()
+    blocks = setup(folder, mask_whole_words=True).load_dataset("train")
+    assert blocks.pieces_per_word() > 4
+    assert "pieces on average, so the text has no word spaces; spans of 1 to 4 pieces" in caplog.text
+
+
 def test_shards_take_turns_and_validation_comes_from_the_first(toy_data, folder):
     other = folder.with_name("second")
     os.mkdir(other)
