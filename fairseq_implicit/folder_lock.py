@@ -27,14 +27,15 @@ def lock_folder(folder: str | Path, name: str, shared: bool = False) -> TextIO:
 
     Args:
         folder: made when it is not there.
-        name: of the lock's file in it, which stays there.
+        name: of the lock's file in it, which stays there unless the owner removes it.
         shared: several processes may hold it together, none of them beside one that does not share.
 
     Raises:
         FolderInUse: another process holds the lock.
     """
     os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, name), "a+", encoding="utf-8")
+    path = os.path.join(folder, name)
+    lock = open(path, "a+", encoding="utf-8")
     if fcntl is None:
         return lock
     try:
@@ -46,6 +47,9 @@ def lock_folder(folder: str | Path, name: str, shared: bool = False) -> TextIO:
         raise FolderInUse(owner) from None
     except OSError:  # a file system without locks
         return lock
+    if not os.path.exists(path) or not os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+        lock.close()  # its owner removed it between the two calls above
+        return lock_folder(folder, name, shared)
     now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     lock.truncate(0)
     lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")

@@ -18,17 +18,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from fairseq_implicit.corpora.durable import read_json, write_json, write_text
+import numpy as np
+
+from fairseq_implicit.corpora.durable import publish_folder, read_json, write_json, write_text
 from fairseq_implicit.corpora.encoding import LineEncoder
 from fairseq_implicit.corpora.manifest import MANIFEST, read_manifest
 from fairseq_implicit.corpora.mmap_format import HEADER_SIZE, INDEX_ENTRY_SIZE, PartWriter, join_parts
+from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.vocabulary import MODEL_FILE_NAME, Vocabulary
 from fairseq_implicit.corpora.workers import advance, run_tasks
 
 logger = logging.getLogger(__name__)
 
-RECORD = "binarised.json"
+RECORD, LOCK = "binarised.json", ".binarisation.lock"
+_IDENTITY = {"model_sha256": str, "texts": dict}
+_RECORD = {"identity": _IDENTITY, "counts": {"*": {"lines": int, "tokens": int}}}
 # Text of one range, the unit of work and of resuming: large enough for its overhead to vanish, small enough that all
 # workers stay busy until the end.
 _LARGEST_RANGE, _SMALLEST_RANGE = 64 * 10**6, 10**6
@@ -133,11 +138,11 @@ def lines_of_range(path: Path, first: int, last: int, block: int = _BLOCK) -> It
 _encoders: dict[str, LineEncoder] = {}
 
 
-def encode_range(path: Path, first: int, last: int, part: Path, model: Path, digest: str) -> None:
-    """Encodes one range of a text file into one part."""
-    if PartWriter.is_complete(part):
+def encode_range(path: Path, first: int, last: int, part: Path, model: Path, digest: str, dtype: np.dtype) -> Path:
+    """Encodes one range of a text file into one part, unless it is there; returns the part."""
+    if PartWriter.is_complete(part, dtype):
         advance(consumed=last - first)
-        return
+        return part
     # Loading a model takes as long as encoding a megabyte: each worker keeps its last one.
     if digest not in _encoders:
         _encoders.clear()
@@ -146,6 +151,7 @@ def encode_range(path: Path, first: int, last: int, part: Path, model: Path, dig
     for lines in lines_of_range(path, first, last):
         writer.write(*_encoders[digest].encode(lines))
     writer.close()
+    return part
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,9 @@ class Binarisation:
     def folder(self, shard: ShardText) -> Path:
         return self.output / f"shard{shard.number}"
 
+    def _parts(self, shard: ShardText, digest: str) -> Path:
+        return self.output / "work" / f"shard{shard.number}.{digest[:12]}"
+
     def run(self, fast: bool, part: int = 0, parts: int = 1) -> list[dict]:
         """Binarises the shards whose number is ``part`` modulo ``parts``; those that are done are kept.
 
@@ -184,14 +193,20 @@ class Binarisation:
         vocabulary = Vocabulary.from_model(self.model)
         digest = hashlib.sha256(vocabulary.model).hexdigest()
         mine = [shard for shard in self.shards if shard.number % parts == part]
-        todo = [shard for shard in mine if not self._is_done(shard, digest)]
-        self.output.mkdir(parents=True, exist_ok=True)
-        if fast:
-            self._run_fast(todo, vocabulary, digest)
-        else:
-            self._run_fairseq(todo, digest)
-        write_text(self.output / "data-bin.txt", self.data_argument() + "\n")
-        return [read_json(self.folder(shard) / RECORD) for shard in mine]
+        with own_folder(self.output, LOCK, part, parts):
+            todo = [shard for shard in mine if not self._is_done(shard, digest)]
+            for shard in mine:
+                if shard not in todo:  # a run that was killed while it removed them
+                    shutil.rmtree(self._parts(shard, digest), ignore_errors=True)
+            if fast:
+                self._run_fast(todo, vocabulary, digest)
+            else:
+                self._run_fairseq(todo, digest)
+            write_text(self.output / "data-bin.txt", self.data_argument() + "\n")
+            if parts == 1:
+                for left_over in self.output.glob("data-bin.txt.part-*"):
+                    left_over.unlink()
+        return [read_json(self.folder(shard) / RECORD, _RECORD) for shard in mine]
 
     def data_argument(self) -> str:
         """The data argument of fairseq-train: all shards, joined by ``:``."""
@@ -206,7 +221,7 @@ class Binarisation:
 
     def _is_done(self, shard: ShardText, digest: str) -> bool:
         folder = self.folder(shard)
-        record = read_json(folder / RECORD)
+        record = read_json(folder / RECORD, _RECORD)
         if record is None:
             if folder.exists():
                 raise CorpusError(
@@ -226,10 +241,10 @@ class Binarisation:
         text = sum(path.stat().st_size for shard in shards for path in shard.files.values())
         size = min(_LARGEST_RANGE, max(_SMALLEST_RANGE, text // (self.workers * _RANGES_PER_WORKER)))
         for shard in shards:
-            folder = work / f"shard{shard.number}.{digest[:12]}"
+            folder = self._parts(shard, digest)
             # Parts of an interrupted run are only reused for the very same text.
             identity = self._identity(shard, digest)
-            if read_json(folder / RECORD) != identity:
+            if read_json(folder / RECORD, _IDENTITY) != identity:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 write_json(folder / RECORD, identity)
@@ -237,12 +252,13 @@ class Binarisation:
                 ranges = line_ranges(path, size)
                 names = [folder / f"{split}.{first}-{last}" for first, last in ranges]
                 parts[shard.number, split] = names
-                tasks += [(path, first, last, name, self.model, digest) for (first, last), name in zip(ranges, names)]
+                common = (self.model, digest, vocabulary.dtype)
+                tasks += [(path, first, last, name, *common) for (first, last), name in zip(ranges, names)]
         total = sum(last - first for _, first, last, *_ in tasks)
         waiting = {shard.number: sum(len(parts[shard.number, split]) for split in shard.files) for shard in shards}
         by_part = {name: shard for shard in shards for split in shard.files for name in parts[shard.number, split]}
         # Results come in any order: a shard is joined as soon as its last part is there.
-        for name in run_tasks(_encode_and_name, tasks, self.workers, total, "binarising"):
+        for name in run_tasks(encode_range, tasks, self.workers, total, "binarising"):
             shard = by_part[name]
             waiting[shard.number] -= 1
             if not waiting[shard.number]:
@@ -271,7 +287,7 @@ class Binarisation:
 
     def _publish(self, shard: ShardText, temporary: Path, counts: dict, digest: str) -> None:
         write_json(temporary / RECORD, {"identity": self._identity(shard, digest), "counts": counts})
-        temporary.rename(self.folder(shard))
+        publish_folder(temporary, self.folder(shard))
 
     def _run_fairseq(self, shards: list[ShardText], digest: str) -> None:
         if not shards:
@@ -300,8 +316,3 @@ class Binarisation:
             lines = ((temporary / f"{split}.idx").stat().st_size - HEADER_SIZE) // INDEX_ENTRY_SIZE
             counts[split] = {"lines": lines, "tokens": (temporary / f"{split}.bin").stat().st_size // item_size}
         self._publish(shard, temporary, counts, digest)
-
-
-def _encode_and_name(path: Path, first: int, last: int, part: Path, model: Path, digest: str) -> Path:
-    encode_range(path, first, last, part, model, digest)
-    return part

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +30,8 @@ from fairseq_implicit.corpora.preparation import SourceFiles, identity_of, is_pr
 from fairseq_implicit.corpora.problems import CorpusError, NothingWritten, TooMuchLost
 from fairseq_implicit.corpora.report import report_table
 from fairseq_implicit.corpora.settings import PrepareSettings
-from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
+from fairseq_implicit.corpora.sources import Source
 from fairseq_implicit.corpora.workers import run_tasks
-from fairseq_implicit.folder_lock import FolderInUse, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ REPORT, TABLE, CHECKSUMS, LOCK = "report.json", "report.txt", "SHA256SUMS", ".pr
 _REPLACED = "replaced.json"
 _REPORT = {"counts": COUNTS, "problems": [{"sentence": str}], "problems_total": int}
 _REPORTED_PROBLEMS = 1000
-# Shards that are fewer than the workers are cut into pieces: so many in all for each worker.
+# Shards are cut into pieces where there are fewer than this number of them for each worker.
 _PIECES_PER_WORKER = 4
 
 
@@ -98,38 +97,17 @@ class CorpusJob:
             self._check_losses(Counts.from_dict(report["counts"]), report["problems"], report["problems_total"])
         return True
 
-    @contextlib.contextmanager
-    def own(self, part: int, parts: int) -> Iterator[None]:
-        """Locks the output folder for the time of the block; the parts of one preparation share it.
-
-        Raises:
-            CorpusError: another process prepares this corpus or this part of it; the sentence names it.
-        """
-        with contextlib.ExitStack() as locks:
-            try:
-                locks.enter_context(lock_folder(self.output, LOCK, shared=parts > 1))
-                if parts > 1:
-                    locks.enter_context(lock_folder(self.output, f"{LOCK}.{part}-{parts}"))
-            except FolderInUse as owner:
-                raise CorpusError(
-                    f"Another process prepares a corpus in {self.output} ({owner}); wait for it, stop it, or give "
-                    "another --output."
-                ) from None
-            yield
-
     def open(self) -> None:
         """Creates or checks the unfinished output folder.
 
         Raises:
             CorpusError: the folder belongs to another preparation.
         """
-        if (self.output / MANIFEST).exists():
-            logger.info("%s is made again from all of its input files", self.output)
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir()
-            # The old shards stay until new ones take their places.
-            (self.output / MANIFEST).rename(self.work / _REPLACED)
         self.work.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            # The old shards stay until new ones take their places. Of several parts one finds the manifest.
+            (self.output / MANIFEST).rename(self.work / _REPLACED)
+            logger.info("%s is made again from all of its input files", self.output)
         job = read_json(self.work / "job.json", JOB)
         if job is None:
             write_json(self.work / "job.json", self.description())
@@ -138,10 +116,12 @@ class CorpusJob:
 
     def _same(self, other: dict, what: str) -> None:
         mine = self.description()
+        # A setting that did not exist then had its default.
+        settings = PrepareSettings().as_dict() | other["settings"]
         for name, value in mine["settings"].items():
-            if other["settings"].get(name) != value:
+            if settings[name] != value:
                 raise CorpusError(
-                    f"{self.output} holds {what} made with {name.replace('_', '-')} = {other['settings'].get(name)!r} "
+                    f"{self.output} holds {what} made with {name.replace('_', '-')} = {settings[name]!r} "
                     f"instead of {value!r}; give another --output, or remove the folder to start again."
                 )
         if other["sources"] != mine["sources"]:
@@ -150,6 +130,10 @@ class CorpusJob:
                 f"{len(mine['sources'])} given now; give another --output, or remove the folder to start again."
             )
 
+    def remove_left_overs(self) -> None:
+        """Removes the intermediate files of a run that was killed when the corpus was finished but for that."""
+        shutil.rmtree(self.work, ignore_errors=True)
+
     def prepare(self, part: int, parts: int) -> set[SourceFiles]:
         """Reads this part's share of the sources: those whose number is ``part`` modulo ``parts``.
 
@@ -157,12 +141,17 @@ class CorpusJob:
             the intermediate files that were written now.
         """
         mine = [source for number, source in enumerate(self.sources) if number % parts == part]
-        # Another run's standard input may have been another text.
-        todo = [s for s in mine if s.name == STANDARD_INPUT or not is_prepared(s, self.settings, self.work)]
+        # Another run's pipe may have been another text.
+        todo = [s for s in mine if s.is_pipe or not is_prepared(s, self.settings, self.work)]
         logger.info("part %d/%d: %d files, %d of them already read", part, parts, len(mine), len(mine) - len(todo))
-        # The largest first: a long last file would leave the other workers idle.
-        tasks = [(source, self.settings, self.work) for source in sorted(todo, key=lambda s: -_size(s))]
-        return set(run_tasks(prepare_source, tasks, self.workers, sum(map(_size, todo)), "reading"))
+        # Pipes are read in this process, since workers have no standard input. Of the files the largest come first: a
+        # long last one would leave the other workers idle.
+        pipes, files = [s for s in todo if s.is_pipe], [s for s in todo if not s.is_pipe]
+        written: set[SourceFiles] = set()
+        for sources, workers in ((pipes, 1), (sorted(files, key=lambda s: -_size(s)), self.workers)):
+            tasks = [(source, self.settings, self.work) for source in sources]
+            written |= set(run_tasks(prepare_source, tasks, workers, sum(map(_size, sources)), "reading"))
+        return written
 
     def merge(self, part: int = 0, parts: int = 1, fresh: Collection[SourceFiles] = ()) -> Counts | None:
         """Writes the shards; with ``parts`` above 1 only this part's, and the folder stays unfinished.
@@ -213,7 +202,7 @@ class CorpusJob:
         return counts
 
     def _write_shards(self, shards: list[ShardRange], files: list[SourceFiles], folder: Path, size: int) -> Counts:
-        """Writes shards by several workers each where there are fewer shards than workers."""
+        """Writes shards; where there are few of them, several workers write one together."""
         counts, unfinished = Counts(), []
         for shard in shards:
             finished = ShardJoin(shard, [shard], self.output, folder).finished()
@@ -271,7 +260,7 @@ class CorpusJob:
         for name in replaced["files"] if replaced is not None else ():
             if name not in outputs:
                 (self.output / name).unlink(missing_ok=True)
-        for left_over in [*self.output.glob("*.part-*"), *self.output.glob(f"{LOCK}.*")]:  # of killed runs, of parts
+        for left_over in [*self.output.glob("*.part-*"), *self.output.glob(f"{LOCK}.*")]:  # of killed runs
             left_over.unlink(missing_ok=True)
         if not outputs:
             raise NothingWritten(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fairseq_implicit.corpora.durable import sha256_of
+from fairseq_implicit.corpora.durable import publish, sha256_of
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.sources import is_corpus_file
 
@@ -50,6 +51,8 @@ def download(reference: str, folder: Path, patterns: tuple[str, ...] = (), revis
     repository = reference.removeprefix(PREFIX).strip("/")
     # huggingface_hub reads HF_ENDPOINT at its import only; asking here lets one process use several endpoints.
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", repository) or {".", ".."} & set(repository.split("/")):
+        raise CorpusError(f"{reference} is no repository of the hub; write hf://OWNER/NAME.")
     target = folder / repository
     try:
         info = api.dataset_info(repository, revision=revision, files_metadata=True)
@@ -67,63 +70,110 @@ def download(reference: str, folder: Path, patterns: tuple[str, ...] = (), revis
             f"{repository} has no file like {', '.join(patterns) or 'a corpus file'}; it has: {', '.join(names[:20])}."
         )
     by_name = {file.rfilename: file for file in info.siblings}
+    for name in chosen:  # before anything is fetched
+        _refuse_unsafe(by_name[name], target, repository)
     for number, name in enumerate(sorted(chosen), start=1):
-        facts = by_name[name]
-        path = target / name
         logger.info("%s: file %d of %d, %s", repository, number, len(chosen), name)
-        _fetch(api, repository, info.sha, facts, path)
+        _fetch(api, repository, info.sha, by_name[name], target / name)
     return target
 
 
+def _refuse_unsafe(facts, target: Path, repository: str) -> None:
+    """A hub, or who answers in its place, decides what is written into the repository's folder, never what beside it.
+
+    Raises:
+        CorpusError: the file would lie elsewhere, on this or another operating system, or its checksum is none.
+    """
+    name, parts = facts.rfilename, facts.rfilename.split("/")
+    if {"", ".", ".."} & set(parts) or not name.isprintable() or "\\" in name or re.match("[A-Za-z]:", name):
+        raise CorpusError(
+            f"{repository} has a file named {name!r}, which would not lie in {target}; do not trust this repository or "
+            "this HF_ENDPOINT."
+        )
+    if not (target / name).parent.resolve().is_relative_to(target.resolve()):
+        raise CorpusError(
+            f"{target / name} of {repository} would be written to {(target / name).parent.resolve()}, for a folder on "
+            "its way is a symbolic link; replace it by a folder, or give another --hub-folder."
+        )
+    if not re.fullmatch("[0-9a-f]*", _published(facts)):
+        raise CorpusError(f"{repository} publishes {_published(facts)!r} as checksum of {name}, which is none.")
+
+
 def _fetch(api, repository: str, revision: str, facts, path: Path) -> None:
-    """Downloads one file of a repository, or the rest of it, unless it is there and verified."""
+    """Downloads one file of a repository, or the rest of it, unless it is there and verified.
+
+    A file that is there keeps its name until the download is whole and as published.
+    """
     from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The checksum in the name keeps the halves of two versions of a file apart.
+    partial = path.with_name(f".{path.name}.{_published(facts)[:16] or 'unknown'}.partial")
+    with FileLock(f"{partial}.lock"):
+        if _is_verified(path, facts):
+            return
+        if path.is_file() and _published(facts) and _checksum(path, facts) == _published(facts):
+            _write_stamp(path, facts)
+            return
+        if path.is_file():
+            logger.warning("%s is not the file that %s publishes now; it is fetched again", path, repository)
+        _download(api, repository, revision, facts, partial)
+        found = _checksum(partial, facts)
+        if not _published(facts):
+            logger.warning("%s publishes no checksum of %s, so it is not verified", repository, facts.rfilename)
+        elif found != _published(facts):
+            partial.unlink()
+            raise CorpusError(
+                f"{path} does not match the checksum that {repository} publishes ({found[:16]}… instead of "
+                f"{_published(facts)[:16]}…); the damaged download was removed, run the same command again to fetch it."
+            )
+        publish(partial, path)
+        _write_stamp(path, facts)
+
+
+def _download(api, repository: str, revision: str, facts, partial: Path) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The checksum in the name keeps the halves of two versions of a file apart.
-    partial = path.with_name(f".{path.name}.{_published(facts)[:16]}.partial")
-    with FileLock(f"{partial}.lock"):
-        if _is_verified(path, facts):
-            return
-        if not path.is_file():
-            url = hf_hub_url(repository, facts.rfilename, repo_type="dataset", revision=revision, endpoint=api.endpoint)
-            with open(partial, "ab") as file:
-                if file.tell() > facts.size:
-                    file.truncate(0)
-                try:
-                    if file.tell() < facts.size:
-                        http_get(
-                            url,
-                            file,
-                            resume_size=file.tell(),
-                            headers=build_hf_headers(token=api.token),
-                            expected_size=facts.size,
-                            displayed_filename=facts.rfilename,
-                        )
-                except Exception as error:
-                    raise CorpusError(
-                        f"The download of {facts.rfilename} from {repository} was interrupted ({_first_line(error)}); "
-                        "run the same command again, it goes on where it stopped."
-                    ) from error
-            os.replace(partial, path)
-        _verify(path, facts, repository)
+    url = hf_hub_url(repository, facts.rfilename, repo_type="dataset", revision=revision, endpoint=api.endpoint)
+    with open(partial, "ab") as file:
+        # Without a size nobody knows whether the partial file is whole, and without a checksum whose half it is.
+        if facts.size is None or not _published(facts) or file.tell() > facts.size:
+            file.truncate(0)
+            file.seek(0)
+        try:
+            if facts.size is None or file.tell() < facts.size:
+                http_get(
+                    url,
+                    file,
+                    resume_size=file.tell(),
+                    headers=build_hf_headers(token=api.token),
+                    expected_size=facts.size,
+                    displayed_filename=facts.rfilename,
+                )
+        except Exception as error:
+            raise CorpusError(
+                f"The download of {facts.rfilename} from {repository} was interrupted ({_first_line(error)}); "
+                "run the same command again, it goes on where it stopped."
+            ) from error
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _checksum(path: Path, facts) -> tuple[str | None, str]:
-    """(published, found): SHA-256 for large files, the git object id for the others."""
+def _checksum(path: Path, facts) -> str:
+    """SHA-256 for large files, the git object id for the others."""
     if facts.lfs is not None:
-        return facts.lfs.sha256, sha256_of(path)
-    if not facts.blob_id:
-        return None, ""
-    data = path.read_bytes()
-    return facts.blob_id, hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        return sha256_of(path)
+    with open(path, "rb") as file:
+        digest = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _stamp(path: Path) -> Path:
@@ -139,16 +189,10 @@ def _is_verified(path: Path, facts) -> bool:
 
 
 def _published(facts) -> str:
-    return facts.lfs.sha256 if facts.lfs is not None else str(facts.blob_id)
+    """The checksum that the hub publishes, empty when it publishes none."""
+    return (facts.lfs.sha256 if facts.lfs is not None else facts.blob_id) or ""
 
 
-def _verify(path: Path, facts, repository: str) -> None:
-    published, found = _checksum(path, facts)
-    if published is not None and found != published:
-        path.unlink()
-        raise CorpusError(
-            f"{path} does not match the checksum that {repository} publishes ({found[:16]}… instead of "
-            f"{published[:16]}…); the damaged file was removed, run the same command again to fetch it."
-        )
+def _write_stamp(path: Path, facts) -> None:
     status = path.stat()
     _stamp(path).write_text(f"{status.st_size} {status.st_mtime_ns} {_published(facts)}")

@@ -122,7 +122,11 @@ def pieces_of(shard: ShardRange, count: int) -> list[ShardRange]:
 
 
 def _piece_path(split: str, piece: ShardRange, folder: Path) -> Path:
-    return folder / f"{split}.{piece.first:05d}-{piece.last:05d}"
+    return folder / f"{split}.{piece.first:05d}-{piece.last:05d}.txt"
+
+
+def _piece_record(piece: ShardRange, folder: Path) -> Path:
+    return folder / f"piece.{piece.first:05d}-{piece.last:05d}.json"
 
 
 def write_piece(
@@ -132,8 +136,7 @@ def write_piece(
 
     The JSON record beside them is written last and marks the piece as complete.
     """
-    record_path = _piece_path("piece", piece, folder).with_suffix(".json")
-    record = read_json(record_path, _PIECE)
+    record = read_json(_piece_record(piece, folder), _PIECE)
     if record is not None and all(
         is_whole(_piece_path(split, piece, folder), facts["bytes"]) for split, facts in record["files"].items()
     ):
@@ -159,7 +162,7 @@ def write_piece(
         for file in texts.values():
             file.discard()
         raise
-    write_json(record_path, {"counts": counts.as_dict(), "files": published})
+    write_json(_piece_record(piece, folder), {"counts": counts.as_dict(), "files": published})
     return piece, counts
 
 
@@ -247,6 +250,7 @@ class ShardJoin:
             total.add(part)
         write_json(self._record, {"counts": total.as_dict(), "files": published})
         for each in self._pieces:
+            _piece_record(each, self._folder).unlink(missing_ok=True)
             for split in SPLIT_NAMES:
                 _piece_path(split, each, self._folder).unlink(missing_ok=True)
         return total
@@ -265,7 +269,7 @@ class ShardJoin:
             self._appended += 1
 
     def _rename(self, piece: ShardRange) -> dict[str, dict]:
-        published = read_json(_piece_path("piece", piece, self._folder).with_suffix(".json"), _PIECE)["files"]
+        published = read_json(_piece_record(piece, self._folder), _PIECE)["files"]
         for split in published:
             publish(_piece_path(split, piece, self._folder), self._paths[split])
         return published

@@ -6,11 +6,15 @@ type code (u8), the number of lines (u64), the length of each line (int32) and i
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
+
+from fairseq_implicit.corpora.durable import publish
+from fairseq_implicit.corpora.problems import CorpusError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 HEADER_SIZE = 26
@@ -30,7 +34,13 @@ def join_parts(parts: list[Path], prefix: Path, dtype: np.dtype) -> tuple[int, i
 
     Returns:
         the numbers of lines and of tokens.
+
+    Raises:
+        CorpusError: a part's ids and lengths do not belong together.
     """
+    for part in parts:
+        if not PartWriter.is_complete(part, dtype):
+            raise CorpusError(f"{_ids(part)} and {_lengths(part)} do not fit; remove them and run the command again.")
     with open(prefix.with_name(prefix.name + ".bin"), "wb") as output:
         for part in parts:
             with open(_ids(part), "rb") as ids:
@@ -68,9 +78,12 @@ class PartWriter:
         self._files = [open(path, "wb") for path in self._temporaries]
 
     @staticmethod
-    def is_complete(part: Path) -> bool:
-        """True when the part was published."""
-        return _lengths(part).is_file()
+    def is_complete(part: Path, dtype: np.dtype) -> bool:
+        """True when the part was published, with as many ids as the lengths say."""
+        if not (_lengths(part).is_file() and _ids(part).is_file()) or _lengths(part).stat().st_size % 4:
+            return False
+        tokens = int(np.fromfile(_lengths(part), dtype=np.int32).sum(dtype=np.int64))
+        return _ids(part).stat().st_size == tokens * np.dtype(dtype).itemsize
 
     def write(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Appends lines."""
@@ -78,7 +91,9 @@ class PartWriter:
         self._files[1].write(lengths.tobytes())
 
     def close(self) -> None:
-        """Publishes the part."""
+        """Makes the part durable and publishes it."""
         for file, temporary, path in zip(self._files, self._temporaries, (_ids(self._part), _lengths(self._part))):
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
-            temporary.replace(path)
+            publish(temporary, path)

@@ -13,10 +13,10 @@ from fairseq_implicit.corpora.counts import COUNTS, Counts
 from fairseq_implicit.corpora.durable import HashedFile, publish, read_json, temporary_beside, write_json
 from fairseq_implicit.corpora.filters import component_of, reason_to_drop
 from fairseq_implicit.corpora.near_duplicates import band_hashes, signature
-from fairseq_implicit.corpora.problems import CorpusError, ReadProblem
+from fairseq_implicit.corpora.problems import CorpusError, ReadNote, ReadProblem
 from fairseq_implicit.corpora.quality import quality_check
-from fairseq_implicit.corpora.readers import read_source
-from fairseq_implicit.corpora.records import Document
+from fairseq_implicit.corpora.readers import ReadOptions, read_source
+from fairseq_implicit.corpora.records import TEXT_FIELDS, Document
 from fairseq_implicit.corpora.segments import (
     COPY,
     TEST,
@@ -28,7 +28,7 @@ from fairseq_implicit.corpora.segments import (
     share_of,
 )
 from fairseq_implicit.corpora.settings import PrepareSettings
-from fairseq_implicit.corpora.sources import STANDARD_INPUT, Source
+from fairseq_implicit.corpora.sources import Source
 from fairseq_implicit.corpora.workers import advance
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class SourceFiles:
 
 def identity_of(source: Source) -> dict:
     """What shows that a file is still the one that was read: name, size and time of change."""
-    if source.name == STANDARD_INPUT:
+    if source.is_pipe:
         return {"name": source.name, "split": source.split, "size": 0, "changed": 0}
     try:
         status = os.stat(source.name)
@@ -150,9 +150,18 @@ class _Step:
             consumed += size
             advance(consumed=size)
 
-        for item in read_source(self._source, self._settings.boundary, consume):
+        options = ReadOptions(
+            boundary=self._settings.boundary,
+            encoding=self._settings.encoding,
+            text_fields=self._settings.text_fields or TEXT_FIELDS,
+            on_compressed=consume,
+        )
+        for item in read_source(self._source, options):
             if isinstance(item, ReadProblem):
                 self._take_problem(item)
+            elif isinstance(item, ReadNote):
+                self.counts.changed[item.reason] += 1
+                logger.info("%s", item.sentence)
             else:
                 self._take_document(item)
             if limit and self.counts.documents_read >= limit:

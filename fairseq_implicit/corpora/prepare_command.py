@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fairseq_implicit.corpora import hub
-from fairseq_implicit.corpora.corpus_job import TABLE, CorpusJob, verify_corpus
+from fairseq_implicit.corpora.corpus_job import LOCK, TABLE, CorpusJob, verify_corpus
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
+from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError, run_command
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
+from fairseq_implicit.corpora.records import TEXT_FIELDS
 from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
 from fairseq_implicit.corpora.sources import BOUNDARIES, STANDARD_INPUT, Source, find_sources
 
@@ -141,6 +143,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="what ends a document in plain text; auto: blank lines if there are any, else one document per line in "
         "compressed files (OSCAR 2019) and one per file otherwise",
     )
+    text.add_argument(
+        "--encoding",
+        default=defaults.encoding,
+        help="encoding of all text and JSON files (gb18030, latin-1, utf-16-le, ...); default: UTF-8, or UTF-16 where a "
+        "byte order mark says so; text in another encoding is reported and not kept",
+    )
+    text.add_argument(
+        "--text-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"field or column with the text, repeatable, the first one that is there counts ({', '.join(TEXT_FIELDS)})",
+    )
     text.add_argument("--min-document-size", type=byte_size, default=defaults.min_document_size)
     text.add_argument(
         "--max-document-size", type=byte_size, default=defaults.max_document_size, help="split longer ones (0: never)"
@@ -210,6 +225,8 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
         valid_fraction = 0.0 if arguments.valid_input else PrepareSettings.valid_fraction
     return PrepareSettings(
         boundary=arguments.document_boundary,
+        encoding="" if arguments.encoding.lower() in ("utf-8", "utf8") else arguments.encoding.lower(),
+        text_fields=tuple(arguments.text_field),
         shard_size=arguments.shard_size,
         valid_fraction=valid_fraction,
         test_fraction=test_fraction or 0.0,
@@ -295,21 +312,25 @@ def run(arguments: argparse.Namespace) -> int:
     if not sources:
         raise CorpusError("No input is given; name files, folders, '-' or hf://OWNER/NAME.")
     part, parts = arguments.part or ((0, 1) if arguments.merge else part_from_environment(os.environ))
-    if parts > 1 and any(source.name == STANDARD_INPUT for source in sources):
-        raise CorpusError(f"The standard input cannot be divided into {parts} parts; give files, or --part 0/1.")
+    pipe = next((source.name for source in sources if source.is_pipe), None)
+    if parts > 1 and pipe is not None:
+        name = "The standard input" if pipe == STANDARD_INPUT else f"The pipe {pipe}"
+        raise CorpusError(f"{name} cannot be divided into {parts} parts; give files, or --part 0/1.")
     job = CorpusJob(arguments.output, sources, settings, arguments.workers, arguments.max_loss)
     finished = job.is_finished()
     if arguments.verify:
         return _verify(arguments.output)
-    if not finished:
-        with job.own(part, parts):
+    if not finished or job.work.exists():
+        with own_folder(arguments.output, LOCK, part, parts):
             finished = job.is_finished()  # by the process for which this one would have had to wait
             if not finished:
                 job.open()
                 return _prepare(job, arguments, part, parts)
+            job.remove_left_overs()
     logger.info("%s is complete, nothing to do", arguments.output)
-    if any(source.name == STANDARD_INPUT for source in sources):
-        logger.warning("the standard input was not read; give another --output for another text")
+    if pipe is not None:
+        name = "the standard input" if pipe == STANDARD_INPUT else pipe
+        logger.warning("%s was not read; give another --output for another text", name)
     return 0
 
 

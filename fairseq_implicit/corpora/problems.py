@@ -55,6 +55,27 @@ class ReadProblem:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class ReadNote:
+    """What a reader decided about an input without a loss of text; the report counts it under its reason.
+
+    Attributes:
+        reason: the heading under which it is counted.
+        path: the file, with the member's name after ``!`` inside an archive.
+        sentence: what was decided, for people.
+    """
+
+    reason: str
+    path: str
+    sentence: str
+
+
+def shown(text: str, longest: int = 100) -> str:
+    """Text from an input as it may stand in a sentence: short, on one line, every character printable."""
+    escaped = repr(text[:longest])[1:-1]
+    return escaped if len(text) <= longest else f"{escaped}..."
+
+
 def run_command(
     run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> int:

@@ -9,8 +9,13 @@ JSON in a string); OSCAR 22.01 (``content``, ``metadata.annotation``) and 23.01 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
+from fairseq_implicit.corpora.problems import shown
+
+# Where the text stands: The Pile and most others, OSCAR, RedPajama-V2.
+TEXT_FIELDS = ("text", "content", "raw_content")
 # lm_dataformat joins the paragraphs of a list with an empty line; the cleaning folds it.
 _PARAGRAPH_BREAK = "\n\n"
 
@@ -29,7 +34,7 @@ class Document:
         language_probability: its probability, or None.
         harmful_perplexity: OSCAR 23.01's ``harmful_pp`` (lower is worse), or None.
         categories: OSCAR 23.01's block-list categories.
-        repairs: what the reader had to repair (``"invalid UTF-8"``).
+        repairs: what the reader had to repair or leave out (``"invalid UTF-8"``).
     """
 
     text: str
@@ -53,26 +58,43 @@ def is_oscar_2109_metadata(record: object) -> bool:
     return isinstance(record, dict) and "nb_sentences" in record and "offset" in record and "content" not in record
 
 
-def document_from_record(record: object, path: str, offset: int) -> Document:
-    """Interprets one decoded JSON value.
+def in_words(names: tuple[str, ...]) -> str:
+    """``'a', 'b' or 'c'`` for a sentence."""
+    *others, last = (f"'{name}'" for name in names)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def document_from_record(record: object, path: str, offset: int, text_fields: tuple[str, ...] = TEXT_FIELDS) -> Document:
+    """Interprets one decoded JSON value; whatever is odd about it, the result is a document or a `RecordError`.
 
     Args:
         record: a JSON object, or a bare JSON string (the oldest lm_dataformat archives).
         path, offset: where it stands, for the reports.
+        text_fields: names of the field with the text; the first one that is there counts.
 
     Raises:
         RecordError: there is no text in it.
     """
+    try:
+        return _document(record, path, offset, text_fields)
+    except (RecordError, MemoryError):
+        raise
+    except Exception as error:  # a record that nobody thought of must not end the reading of a corpus
+        raise RecordError(f"it cannot be interpreted ({type(error).__name__}: {error})") from error
+
+
+def _document(record: object, path: str, offset: int, text_fields: tuple[str, ...]) -> Document:
     if isinstance(record, str):
         return Document(record, path, offset)
     if not isinstance(record, dict):
         raise RecordError(f"it holds a JSON {type(record).__name__} where an object with a text is expected")
-    for field in ("text", "content"):
+    for field in text_fields:
         if field in record:
             text = record[field]
             break
     else:
-        raise RecordError(f"it has no field 'text' or 'content' (its fields: {', '.join(sorted(record)) or 'none'})")
+        fields = shown(", ".join(sorted(record)), 300) or "none"
+        raise RecordError(f"it has no field {in_words(text_fields)} (its fields: {fields})")
     if isinstance(text, list) and all(isinstance(paragraph, str) for paragraph in text):
         text = _PARAGRAPH_BREAK.join(text)
     if not isinstance(text, str):
@@ -90,9 +112,9 @@ def document_from_record(record: object, path: str, offset: int) -> Document:
 def _meta_from_string(meta: str) -> object:
     try:
         return json.loads(meta)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Some re-packs put a bare component name there.
-        return {"pile_set_name": meta} if meta else None
+        return {"pile_set_name": meta} if meta and meta[0] not in "{[" else None
 
 
 def _read_meta(document: Document, meta: dict) -> None:
@@ -105,9 +127,17 @@ def _read_meta(document: Document, meta: dict) -> None:
             break
     identification = meta.get("identification")
     if isinstance(identification, dict):
-        document.language = identification.get("label")
-        document.language_probability = identification.get("prob")
-    perplexity = meta.get("harmful_pp", meta.get("harmful_ppl"))
-    document.harmful_perplexity = perplexity if isinstance(perplexity, (int, float)) else None
+        language = identification.get("label")
+        document.language = language if isinstance(language, str) else None
+        document.language_probability = _number(document, identification.get("prob"))
+    document.harmful_perplexity = _number(document, meta.get("harmful_pp", meta.get("harmful_ppl")))
     categories = meta.get("categories")
     document.categories = tuple(str(name) for name in categories) if isinstance(categories, list) else ()
+
+
+def _number(document: Document, value: object) -> float | None:
+    """A finite number, or None; what is none of both is left out and counted."""
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    document.repairs = ("metadata that is no number left out",)
+    return None

@@ -51,6 +51,8 @@ class PrepareSettings:
 
     Attributes:
         boundary: document boundary of plain text: "auto", "blank-line", "line" or "file".
+        encoding: of text and JSON lines; "" reads UTF-8.
+        text_fields: names of the field or column with the text; empty means `records.TEXT_FIELDS`.
         shard_size: text of one train shard, before duplicates are removed.
         valid_fraction, test_fraction: shares of the documents, chosen by their hash.
         seed: changes the order of the documents and the split.
@@ -76,6 +78,8 @@ class PrepareSettings:
     """
 
     boundary: str = "auto"
+    encoding: str = ""
+    text_fields: tuple[str, ...] = ()
     shard_size: int = 4 * 10**9
     valid_fraction: float = 0.0005
     test_fraction: float = 0.0
@@ -104,6 +108,12 @@ class PrepareSettings:
     def __post_init__(self):
         if self.boundary not in BOUNDARIES:
             raise CorpusError(f"--document-boundary {self.boundary} is unknown; choose from {', '.join(BOUNDARIES)}.")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except (LookupError, ValueError) as error:
+            raise CorpusError(
+                f"--encoding {self.encoding} is unknown; write for example gb18030, shift_jis, utf-16 or latin-1."
+            ) from error
         for name in ("valid_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise CorpusError(f"--{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1).")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.records import is_oscar_2109_metadata
-from fairseq_implicit.corpora.streams import StreamDamage, compression_of, head_of, lines_of, uncompressed_blocks
+from fairseq_implicit.corpora.streams import StreamDamage, compression_of, lines_of, uncompressed_blocks
 
 STANDARD_INPUT = "-"
+# Its other names would be opened anew, which worker processes cannot.
+_STANDARD_INPUT_NAMES = {STANDARD_INPUT, "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"}
 BOUNDARIES = ("auto", "blank-line", "line", "file")
 
 _COMPRESSION_SUFFIXES = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".bz2": "bz2", ".xz": "xz"}
@@ -37,9 +40,15 @@ class Source:
     split: str = ""
 
     @property
-    def size(self) -> int:
-        """Bytes of the file, 0 for the standard input."""
-        return 0 if self.name == STANDARD_INPUT else os.stat(self.name).st_size
+    def is_pipe(self) -> bool:
+        """True for what can be read once only: the standard input, a named pipe, ``<(command)`` of a shell."""
+        if self.name == STANDARD_INPUT:
+            return True
+        try:
+            mode = os.stat(self.name).st_mode
+        except OSError:
+            return False
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def suffixes_of(name: str) -> tuple[str, str | None]:
@@ -62,11 +71,19 @@ def is_corpus_file(name: str) -> bool:
     return suffix in _JSON_SUFFIXES | _TEXT_SUFFIXES | _OTHER_SUFFIXES or (suffix == "" and compression is not None)
 
 
+def is_archived_corpus_file(name: str) -> bool:
+    """The same for an archive's member: its path is looked at as `find_sources` looks at a folder's files."""
+    parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+    return bool(parts) and not any(part.startswith(".") for part in parts) and is_corpus_file(parts[-1])
+
+
 def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[str]]:
     """Expands files and folders.
 
     Returns:
-        the sources, sorted by name, and the names of files in folders that are no corpus files.
+        the sources, sorted by name, and the names of files in folders that are no corpus files; pipes and devices are
+        none. A sub-folder that cannot be listed and a link that leads nowhere are sources too: reading them says what
+        is wrong.
 
     Raises:
         CorpusError: a path does not exist, or a folder holds nothing to read.
@@ -74,11 +91,13 @@ def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[
     names: set[str] = set()
     passed_over: list[str] = []
     for path in paths:
-        if path == STANDARD_INPUT:
+        if path in _STANDARD_INPUT_NAMES:
             names.add(STANDARD_INPUT)
         elif os.path.isdir(path):
-            files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and not _is_hidden(p, Path(path)))
-            chosen = {os.path.abspath(file) for file in files if is_corpus_file(os.path.basename(file))}
+            files, unreadable = _files_below(path)
+            named = (os.path.abspath(file) for file in files if is_corpus_file(os.path.basename(file)))
+            chosen = {file for file in named if not Source(file).is_pipe}
+            chosen |= {os.path.abspath(folder) for folder in unreadable}
             if not chosen:
                 raise CorpusError(
                     f"The folder {path} holds no corpus file (.jsonl, .json, .ndjson, .txt, .tokens, .raw, .parquet or "
@@ -97,29 +116,35 @@ def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[
     return [Source(name, split) for name in sorted(names - side_files)], passed_over + sorted(side_files)
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _files_below(root: str) -> tuple[list[str], list[str]]:
+    """(files, folders that cannot be listed) below a folder, hidden ones left out.
 
-
-def container_of(path: Path) -> tuple[str, str | None]:
-    """(container, compression) of a file: container is "parquet", "tar" or "stream".
-
-    Raises:
-        CorpusError: the name promises a compression that the content does not have.
+    Linked folders are entered after the folders themselves, and each folder once, so that a link back up does not go
+    round for ever and a file has the same name on every machine.
     """
-    suffix, promised = suffixes_of(path.name)
-    head = head_of(path)
-    compression = compression_of(head)
-    if promised and head and compression != promised:
-        raise CorpusError(
-            f"{path} is named like a {promised} file but does not begin like one; it may be an error page saved under "
-            "that name or a file cut at its beginning: fetch it again."
-        )
-    if head[:4] == b"PAR1":
-        return "parquet", None
-    if head[257:262] == b"ustar" or suffix == ".tar":
-        return "tar", compression
-    return "stream", compression
+    files: list[str] = []
+    unreadable: list[str] = []
+    folders, links = [root], []
+    entered: set[tuple[int, int]] = set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+        except OSError:
+            unreadable.append(folder)
+            continue
+        for entry in found:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            else:
+                files.append(entry.path)
+        links.sort()
+    return sorted(files), unreadable
 
 
 def looks_like_json(name: str, head: bytes) -> bool:
@@ -149,7 +174,7 @@ def oscar_metadata_beside(path: Path) -> Path | None:
 
 def is_oscar_metadata(path: Path) -> bool:
     """True for a side file of OSCAR 21.09, which has no text; 22.01 and later keep the text under the same name."""
-    if not _OSCAR_METADATA.search(path.name):
+    if not _OSCAR_METADATA.search(path.name) or not path.is_file():  # a pipe would lose what is looked at
         return False
     try:
         with open(path, "rb") as file:
@@ -157,5 +182,5 @@ def is_oscar_metadata(path: Path) -> bool:
             file.seek(0)
             line = next(lines_of(uncompressed_blocks(file, compression), 2**20), None)
         return line is not None and line[1] is not None and is_oscar_2109_metadata(json.loads(line[1]))
-    except (OSError, ValueError, StreamDamage):
+    except (OSError, ValueError, RecursionError, StreamDamage):
         return False  # the reader says what is wrong with it

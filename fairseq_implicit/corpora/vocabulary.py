@@ -56,15 +56,15 @@ class Vocabulary:
         processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(model)
-        except RuntimeError as error:
+            pieces = [processor.id_to_piece(number) for number in range(processor.get_piece_size())]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise CorpusError(f"--tokenizer {path} is no sentencepiece model ({error}).") from error
         symbols = list(SPECIAL_SYMBOLS)
         taken = {*symbols, MASK}
-        ids = np.full(processor.get_piece_size(), UNKNOWN, dtype=np.int32)
-        for number in range(processor.get_piece_size()):
+        ids = np.full(len(pieces), UNKNOWN, dtype=np.int32)
+        for number, piece in enumerate(pieces):
             if processor.is_control(number) or processor.is_unknown(number):
                 continue
-            piece = processor.id_to_piece(number)
             if not piece or re.search(r"\s", piece):
                 raise CorpusError(
                     f"--tokenizer {path}: the piece {piece!r} contains white space, which fairseq's dict.txt cannot "

@@ -11,12 +11,15 @@ import random
 import signal
 import sys
 import tarfile
+import threading
 
 import zstandard
+from tqdm import tqdm
 
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.prepare_command import build_parser, run
-from fairseq_implicit.corpora.readers import read_source
+from fairseq_implicit.corpora.problems import ReadProblem
+from fairseq_implicit.corpora.readers import ReadOptions, read_source
 from fairseq_implicit.corpora.records import Document
 from fairseq_implicit.corpora.sources import Source
 
@@ -103,10 +106,10 @@ def oscar_23(content, labels=None, language="en", probability=0.9, perplexity=50
     )
 
 
-def read(path, boundary="auto"):
+def read(path, boundary="auto", **options):
     """(documents, problems) of one file."""
-    items = list(read_source(Source(str(path)), boundary))
-    return [i for i in items if isinstance(i, Document)], [i for i in items if not isinstance(i, Document)]
+    items = list(read_source(Source(str(path)), ReadOptions(boundary, **options)))
+    return [i for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, ReadProblem)]
 
 
 def prepare(*arguments):
@@ -154,6 +157,7 @@ def start_function_in_own_group(function, arguments, calls=None):
 
 def _call_silently(function, arguments, calls):
     os.setpgid(0, 0)
+    tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for a killed holder forever
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -1,6 +1,7 @@
 """The fast route gives fairseq-preprocess' bytes; every token is accounted for; tokenizers fit fairseq."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from fairseq_implicit.corpora.binarise_command import build_parser, run
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.encoding import LineEncoder
 from fairseq_implicit.corpora.mmap_format import PartWriter, join_parts
+from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.tokenizer_training import PRESETS, sampled_lines, train_tokenizer
 from fairseq_implicit.corpora.vocabulary import Vocabulary
@@ -167,7 +169,7 @@ def test_every_token_is_seen_in_an_epoch_of_the_task(prepared, models, tmp_path)
 
 
 def all_checksums(folder):
-    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("[!.]*")) if path.is_file()}
 
 
 def test_one_result_for_workers_parts_and_kills(prepared, models, tmp_path, monkeypatch):
@@ -221,6 +223,93 @@ def test_foreign_folders_and_wrong_inputs_are_refused(prepared, models, tmp_path
         fast([*model, "--output", tmp_path / "l", "--train", tmp_path / "latin1.txt"])
 
 
+def test_damaged_parts_are_encoded_again_and_never_joined(prepared, models, tmp_path, monkeypatch):
+    """A power cut may leave a file empty under its final name where an older version did not wait for the disk."""
+    monkeypatch.setattr(binarisation, "_SMALLEST_RANGE", 2000)
+    arguments = ["--train", prepared / "valid.txt", "--tokenizer", models["unigram"], "--output"]
+    fast([*arguments, tmp_path / "reference"])
+
+    def interrupted(*arguments):
+        raise CorpusError("interrupted")
+
+    for number, damage in enumerate((lambda ids: b"", lambda ids: ids[:-2], lambda ids: ids + b"\0\0", None)):
+        output = tmp_path / str(number)
+        with monkeypatch.context() as patch, pytest.raises(CorpusError, match="interrupted"):
+            patch.setattr(binarisation.Binarisation, "_join", interrupted)
+            fast([*arguments, output])
+        parts = sorted(output.rglob("*.ids"))
+        assert len(parts) >= 2
+        if damage is None:
+            parts[0].unlink()
+        else:
+            parts[0].write_bytes(damage(parts[0].read_bytes()))
+        with pytest.raises(CorpusError, match=r"\.ids and .*\.lengths do not fit"):
+            join_parts([parts[0].with_suffix("")], tmp_path / "joined", np.dtype(np.uint16))
+        fast([*arguments, output])
+        assert all_checksums(output / "shard0") == all_checksums(tmp_path / "reference" / "shard0")
+
+
+@pytest.mark.parametrize("flags", [["--fast"], []], ids=["fast", "fairseq-preprocess"])
+def test_what_gets_its_name_is_on_the_disk(prepared, models, tmp_path, monkeypatch, flags):
+    synchronised, fsync, replace = set(), os.fsync, os.replace
+
+    def spying_fsync(descriptor):
+        synchronised.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def checking_replace(source, target):
+        files = [*os.scandir(source)] if os.path.isdir(source) else []
+        unsafe = [file.name for file in files if file.inode() not in synchronised]
+        assert unsafe == [] and os.stat(source).st_ino in synchronised, (source, unsafe)
+        named.append(os.path.basename(target))
+        replace(source, target)
+
+    def preprocess(command, **options):
+        folder = command[command.index("--destdir") + 1]
+        os.makedirs(folder)
+        for name in ("train.bin", "train.idx"):
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(b"0" * 38)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    named = []
+    monkeypatch.setattr(os, "fsync", spying_fsync)
+    monkeypatch.setattr(os, "replace", checking_replace)
+    monkeypatch.setattr(binarisation.subprocess, "run", preprocess)
+    train = sorted(prepared.glob("train.*.txt"))[0]
+    arguments = ["--train", train, "--tokenizer", models["unigram"], "--output", tmp_path / "bin", *flags]
+    run(build_parser().parse_args([str(argument) for argument in arguments]))
+    assert {"shard0", "data-bin.txt", "binarised.json"} <= set(named)
+    assert not flags or any(name.endswith(".ids") for name in named) and any(n.endswith(".lengths") for n in named)
+
+
+def test_second_binarisation_of_a_folder_is_refused(prepared, models, tmp_path):
+    ready, release = multiprocessing.Event(), multiprocessing.Event()
+
+    def held():
+        with own_folder(tmp_path / "bin", binarisation.LOCK, 0, 1):
+            ready.set()
+            release.wait(60)
+
+    owner = multiprocessing.get_context("fork").Process(target=held)
+    owner.start()
+    assert ready.wait(60)
+    for part in ([], ["--part", "0/2"]):
+        with pytest.raises(CorpusError, match=rf"Another process works in .*bin \(process {owner.pid} on "):
+            fast([prepared, "--tokenizer", models["unigram"], "--output", tmp_path / "bin", *part])
+    release.set()
+    owner.join()
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"[" * 10**5, b'{"identity": 3}'])
+def test_damaged_record_of_a_shard_is_one_sentence(prepared, models, tmp_path, damage):
+    arguments = ["--train", prepared / "valid.txt", "--tokenizer", models["unigram"], "--output", tmp_path / "bin"]
+    fast(arguments)
+    (tmp_path / "bin" / "shard0" / "binarised.json").write_bytes(damage)
+    with pytest.raises(CorpusError, match="shard0/binarised.json is damaged .*; remove it and run"):
+        fast(arguments)
+
+
 def test_failure_of_fairseq_preprocess_is_reported(prepared, models, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "Traceback ...\nMemoryError: no room")
     monkeypatch.setattr(binarisation.subprocess, "run", lambda *arguments, **keywords: failed)
@@ -228,6 +317,26 @@ def test_failure_of_fairseq_preprocess_is_reported(prepared, models, tmp_path, m
     with pytest.raises(CorpusError, match="fairseq-preprocess failed on .*train.00000.txt: MemoryError: no room"):
         run(build_parser().parse_args([str(argument) for argument in arguments]))
     assert not (tmp_path / "l" / "shard0").exists()
+
+
+def test_damaged_models_end_with_one_sentence(models, tmp_path):
+    """All kinds of damage: bytes flipped everywhere, and inside the letters of a piece."""
+    model = models["unigram"].read_bytes()
+    rng, refused = random.Random(1), 0
+    damaged = [model.replace("é".encode(), b"\xc3("), model.replace("語".encode(), b"\xe8\xaa("), model[:1000], b""]
+    for _ in range(200):
+        place = rng.randrange(len(model))
+        damaged.append(model[:place] + bytes([model[place] ^ 1 << rng.randrange(8)]) + model[place + 1 :])
+    for number, content in enumerate(damaged):
+        (tmp_path / "m.model").write_bytes(content)
+        try:
+            LineEncoder(Vocabulary.from_model(tmp_path / "m.model")).encode([b"kato"])
+        except CorpusError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert number >= 4  # many a flipped bit is but another score
+    assert refused > 20
 
 
 def test_pieces_that_fairseq_cannot_hold_are_refused(tmp_path):

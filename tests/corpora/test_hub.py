@@ -23,6 +23,7 @@ class HubServer(http.server.ThreadingHTTPServer):
         self.files = files
         self.fail_after = None
         self.damage = False
+        self.withheld = {}  # what the list of files says instead of the truth
         self.requests = []
 
 
@@ -54,6 +55,7 @@ class HubRequest(http.server.BaseHTTPRequestHandler):
                 }
                 for name, data in self.server.files.items()
             ]
+            siblings = [facts | self.server.withheld for facts in siblings]
             body = json.dumps({"id": "owner/pile", "sha": COMMIT, "siblings": siblings}).encode()
             self.send(200, body, {"Content-Type": "application/json"}, with_body)
             return
@@ -134,12 +136,24 @@ def test_interrupted_download_is_resumed(server, tmp_path, monkeypatch):
     assert not list(folder.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("withheld", [{}, {"size": None}])
+def test_partial_file_that_cannot_be_a_beginning_is_fetched_again(server, tmp_path, withheld):
+    """One that is longer than the file, or any when the hub's sizes are null."""
+    server.withheld = withheld
+    data = server.files["train/00.jsonl.zst"]
+    folder = tmp_path / "owner/pile/train"
+    folder.mkdir(parents=True)
+    (folder / f".00.jsonl.zst.{hashlib.sha256(data).hexdigest()[:16]}.partial").write_bytes(b"x" * (len(data) + 1))
+    hub.download("owner/pile", tmp_path, ("train/*",))
+    assert (folder / "00.jsonl.zst").read_bytes() == data
+
+
 @pytest.mark.parametrize("name", ["train/00.jsonl.zst", "val.jsonl"])
 def test_checksum_mismatch_removes_the_file(server, tmp_path, name):
     server.damage = True
     with pytest.raises(CorpusError, match="does not match the checksum that owner/pile publishes"):
         hub.download("owner/pile", tmp_path, (name,))
-    assert not (tmp_path / "owner/pile" / name).exists()
+    assert not (tmp_path / "owner/pile" / name).exists() and not list(tmp_path.rglob("*.partial"))
     server.damage = False
     assert (hub.download("owner/pile", tmp_path, (name,)) / name).read_bytes() == server.files[name]
 
@@ -153,3 +167,91 @@ def test_what_cannot_be_downloaded_is_said(server, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(CorpusError, match="http://127.0.0.1:9 cannot be reached"):
         hub.download("owner/pile", tmp_path)
+
+
+UNSAFE = ["../../../evil.jsonl", "a/../../evil.jsonl", "{absolute}/evil.jsonl", "a\\..\\evil.jsonl", "C:evil.jsonl"]
+UNSAFE += ["C:/evil.jsonl", "./evil.jsonl", "a//evil.jsonl", "evil\0.jsonl", "evil\n.jsonl", "/evil.jsonl", "..", ""]
+
+
+@pytest.mark.parametrize("name", UNSAFE, ids=repr)
+def test_no_file_is_written_or_removed_outside_the_folder(server, tmp_path, name):
+    """Nor is anything else fetched from a repository that tries."""
+    name = name.format(absolute=tmp_path / "home")
+    (tmp_path / "home").mkdir()
+    folder = tmp_path / "hub" / "corpora"
+    places = [tmp_path / "hub", tmp_path / "home", folder, folder / "owner", tmp_path]
+    (folder / "owner").mkdir(parents=True)
+    for place in places:
+        (place / "evil.jsonl").write_text("the user's own")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    server.files[name] = b'{"text": "evil"}\n'
+    for patterns in ((), ("*",)):
+        if not patterns and not name.endswith(".jsonl"):
+            continue
+        with pytest.raises(CorpusError, match="owner/pile has a file named .* do not trust"):
+            hub.download("owner/pile", folder, patterns)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before and not server.requests
+
+
+def test_links_lead_no_download_out_of_the_folder(server, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "hub/owner/pile").mkdir(parents=True)
+    (tmp_path / "hub/owner/pile/train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorpusError, match="would be written to .*elsewhere, for a folder on its way is a symbolic link"):
+        hub.download("owner/pile", tmp_path / "hub")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    # but the repository's own folder may lie on another disk
+    (tmp_path / "hub/owner/pile/train").unlink()
+    (tmp_path / "hub/owner/pile").rmdir()
+    (tmp_path / "hub/owner/pile").symlink_to(tmp_path / "elsewhere")
+    hub.download("owner/pile", tmp_path / "hub")
+    assert (tmp_path / "elsewhere/train/00.jsonl.zst").is_file()
+
+
+@pytest.mark.parametrize("reference", ["hf://../..", "hf://..", "../evil", "hf://owner/..", "hf://a/b/c", "hf:///"])
+def test_repository_is_no_path(server, tmp_path, reference):
+    with pytest.raises(CorpusError, match="is no repository of the hub"):
+        hub.download(reference, tmp_path / "hub")
+
+
+LARGE = {"size": 1, "pointerSize": 1}
+
+
+@pytest.mark.parametrize("lie", [{"blobId": "/../../../evil"}, {"lfs": LARGE | {"sha256": "../../../evil"}}])
+def test_checksum_is_no_path(server, tmp_path, lie):
+    server.withheld = lie
+    with pytest.raises(CorpusError, match="as checksum of .*, which is none"):
+        hub.download("owner/pile", tmp_path, ("val.jsonl",))
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_other_file_stays_until_the_new_one_is_whole(server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    path = tmp_path / "owner/pile/train/00.jsonl.zst"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"another version")
+    server.damage = True
+    with pytest.raises(CorpusError, match="does not match the checksum"):
+        hub.download("owner/pile", tmp_path)
+    assert path.read_bytes() == b"another version"
+    server.damage, server.fail_after = False, 55_000
+    with pytest.raises(CorpusError, match="was interrupted"):
+        hub.download("owner/pile", tmp_path)
+    assert path.read_bytes() == b"another version"
+    server.fail_after = None
+    hub.download("owner/pile", tmp_path)
+    assert path.read_bytes() == server.files["train/00.jsonl.zst"]
+    assert "00.jsonl.zst is not the file that owner/pile publishes now" in caplog.text
+
+
+NO_CHECKSUM = {"blobId": None, "lfs": None}
+
+
+@pytest.mark.parametrize("withheld", [{"size": None}, NO_CHECKSUM, {"size": None, **NO_CHECKSUM}])
+def test_what_the_hub_does_not_publish_is_done_without(server, tmp_path, withheld, caplog):
+    server.withheld = withheld
+    for _ in range(2):
+        folder = hub.download("owner/pile", tmp_path)
+    assert (folder / "train/00.jsonl.zst").read_bytes() == server.files["train/00.jsonl.zst"]
+    assert len(server.requests) == 2  # one for each of the two files
+    assert ("publishes no checksum of val.jsonl, so it is not verified" in caplog.text) == ("lfs" in withheld)

@@ -2,14 +2,27 @@
 
 import io
 import json
+import multiprocessing
 import types
 
 import pytest
 
 from fairseq_implicit.corpora import segments
+from fairseq_implicit.corpora.binarisation import shards_of_folder
+from fairseq_implicit.corpora.corpus_job import LOCK
+from fairseq_implicit.corpora.counts import Counts
+from fairseq_implicit.corpora.durable import sha256_of
+from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.prepare_command import build_parser, byte_size, main, part_from_environment
 from fairseq_implicit.corpora.problems import CorpusError
-from tests.corpora.formats import checksums, documents_of, pile_lines, prepare
+from fairseq_implicit.corpora.tokenizer_training import text_files
+from tests.corpora.formats import checksums, documents_of, made_up_texts, pile_lines, prepare, write_zst
+
+
+@pytest.fixture(autouse=True)
+def logging_of_pytest(monkeypatch):
+    """The command would bind the log to a stream that pytest closes after the test."""
+    monkeypatch.setattr("logging.basicConfig", lambda **keywords: None)
 
 
 def test_strict_stops_with_the_sentence(corpus, flags, tmp_path):
@@ -50,7 +63,6 @@ def test_inputs_are_required_and_standard_input_is_whole(tmp_path):
 
 
 def test_exit_status_and_sentence_of_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("logging.basicConfig", lambda **keywords: None)
     assert main([str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 1
     assert "none.jsonl does not exist" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("text")
@@ -93,7 +105,7 @@ def test_finished_folder_is_left_alone_and_verified(corpus, flags, reference, tm
 
 def test_empty_corpus_gives_an_empty_result(tmp_path, capsys, caplog):
     path, arguments = tmp_path / "a.jsonl", [str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "out")]
-    for content in (b"", b'{"raw_content": "RedPajama"}\n', b'[{"text": "an array"}]\n', b"BZh9 not bzip2"):
+    for content in (b"", b'{"title": "no text"}\n', b'[{"text": "an array"}]\n', b"BZh9 not bzip2"):
         path.write_bytes(content)
         for _ in range(2):  # the same again, until the file is mended
             assert main(arguments) == 3
@@ -177,3 +189,164 @@ def test_scheduler_variables_and_sizes_are_checked():
     for wrong in (["--part", "3/3"], ["--shard-size", "many"], ["--component-weight", "x"]):
         with pytest.raises(SystemExit):
             build_parser().parse_args(["a", "--output", "b", *wrong])
+
+
+def test_mended_input_of_a_finished_folder_is_read_again(tmp_path, caplog):
+    lines = pile_lines([f"document {number}" for number in range(60)])
+    whole = write_zst(tmp_path / "a.jsonl.zst", lines, frames=4).read_bytes()
+    write_zst(tmp_path / "b.jsonl.zst", pile_lines(["another"]))
+    inputs = [tmp_path / "a.jsonl.zst", tmp_path / "b.jsonl.zst"]
+    small = ["--shard-size", "300", "--valid-fraction", "0.2"]
+    assert prepare(*inputs, "--output", tmp_path / "reference", *small) == 0
+    for content in (whole + whole[:100], whole[: len(whole) // 2], b"<html>"):
+        inputs[0].write_bytes(content)
+        out = tmp_path / f"out-{len(content)}"
+        assert prepare(*inputs, "--output", out, *small) == 0
+        assert json.loads((out / "report.json").read_text())["problems_total"]
+        finished = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert prepare(*inputs, "--output", out, *small) == 0  # as long as nothing is mended nothing happens
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == finished
+        inputs[0].write_bytes(whole)
+        assert prepare(*inputs, "--output", out, *small) == 0
+        assert checksums(out) == checksums(tmp_path / "reference")
+    # a change of a file that was read in full is no reason to make hours of work again
+    caplog.clear()
+    inputs[1].write_bytes(inputs[1].read_bytes() + write_zst(tmp_path / "c", pile_lines(["more"])).read_bytes())
+    assert prepare(*inputs, "--output", out, *small) == 0
+    assert "b.jsonl.zst changed after" in caplog.text and checksums(out) == checksums(tmp_path / "reference")
+
+
+def test_fewer_shards_of_a_mended_corpus_leave_no_old_ones(tmp_path):
+    path, arguments = tmp_path / "a.jsonl", ["--output", tmp_path / "out", "--shard-size", "200"]
+    path.write_text("\n".join([*pile_lines([f"document {number}" for number in range(300)]), "{"]))
+    prepare(path, *arguments, "--valid-fraction", "0.1")
+    assert len(list((tmp_path / "out").glob("train.*.txt"))) > 5
+    path.write_text("\n".join(pile_lines(["one left"])))
+    prepare(path, *arguments, "--valid-fraction", "0.1")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.txt")) == ["report.txt", "train.00000.txt"]
+
+
+def test_strict_refuses_a_finished_folder_and_read_parts_with_problems(tmp_path):
+    path, arguments = tmp_path / "a.jsonl", [tmp_path / "a.jsonl", "--output", tmp_path / "out"]
+    path.write_text("\n".join([*pile_lines(["some", "text"]), "{"]))
+    prepare(*arguments, "--part", "0/2")
+    with pytest.raises(CorpusError, match="--strict: .* the first of 1 problems: .*a.jsonl: .*line 3"):
+        prepare(*arguments, "--merge", "--strict")
+    prepare(*arguments, "--merge")
+    assert prepare(*arguments) == 0
+    with pytest.raises(CorpusError, match="--strict: .* the first of 1 problems: .*a.jsonl: .*line 3"):
+        prepare(*arguments, "--strict")
+
+
+@pytest.mark.parametrize(
+    "lost, share, what",
+    [
+        ("records", 0.25, "documents"),
+        ("long record", 0.8, "bytes of text"),
+        ("half of a file", 0.25, "bytes of the input files"),
+    ],
+)
+def test_largest_loss(tmp_path, lost, share, what, capsys, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "a.jsonl"
+    lines = pile_lines([f"document number {number}" for number in range(60)])
+    if lost == "records":
+        path.write_text("\n".join([*lines, *["{" * 6] * 20]))
+    elif lost == "long record":
+        path.write_text("\n".join([*lines, "{" * 50_000]))
+    else:
+        path = write_zst(tmp_path / "a.jsonl.zst", pile_lines(made_up_texts(9000, 3)), frames=9)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2 :: 7] = bytes(len(data[len(data) // 2 :: 7]))
+        path.write_bytes(data)
+    arguments = [str(path), "--output", str(tmp_path / "out"), "--max-loss"]
+    assert main([*arguments, str(share - 0.02)]) == 4
+    error = capsys.readouterr().err
+    assert f"of the {what} could not be read, the first of " in error and str(path) in error
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert main([*arguments, "1"]) == 0  # nothing is read again for that
+    assert "1 files, 1 of them already read" in caplog.text
+    assert main([*arguments, str(share - 0.02)]) == 4  # a finished folder is no excuse
+    counts = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]
+    assert max(Counts.from_dict(counts).losses(), key=Counts.from_dict(counts).losses().get) == what
+
+
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"job": {"set',
+    "array": b"[]",
+    "object": b"{}",
+    "nested": b"[" * 10**5,
+    "binary": b"\xff\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_records_end_with_one_sentence(tmp_path, capsys, damage):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(pile_lines([f"document {number}" for number in range(50)])))
+    arguments = [str(path), "--output", str(tmp_path / "out")]
+    main([*arguments, "--part", "0/2"])
+    main([*arguments, "--merge", "--part", "0/2"])
+    work = tmp_path / "out" / "work"
+    records = [path for path in work.rglob("*") if path.suffix in (".json", ".verified")]
+    assert len(records) == 4  # the job, the source, its verification, one shard
+    for record in records:
+        content = record.read_bytes()
+        record.write_bytes(DAMAGED[damage])
+        assert main([*arguments, "--merge"]) == 1
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"{record} is damaged (")
+        record.write_bytes(content)
+    assert main([*arguments, "--merge"]) == 0
+    (tmp_path / "out" / "manifest.json").write_bytes(DAMAGED[damage])
+    for command in (arguments, [*arguments, "--verify"], ["--verify", *arguments[1:]]):
+        assert main(command) == 1
+        assert "manifest.json is damaged (" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_manifest_cannot_name_files_elsewhere(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(pile_lines(["some", "text"])))
+    prepare(tmp_path / "a.jsonl", "--output", tmp_path / "out")
+    (tmp_path / "secret.txt").write_text("secret")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    elsewhere = ["train.x/../../secret.txt", "../secret.txt", str(tmp_path / "secret.txt"), "train.x\\..\\secret", ".."]
+    for name in elsewhere:
+        facts = {name: {"sha256": sha256_of(tmp_path / "secret.txt"), "bytes": 6}}
+        (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | {"files": facts}))
+        for use in (
+            lambda: prepare("--verify", "--output", tmp_path / "out"),
+            lambda: shards_of_folder(tmp_path / "out"),
+            lambda: text_files([tmp_path / "out"]),
+        ):
+            with pytest.raises(CorpusError, match="manifest.json names the file .* does not lie in its folder"):
+                use()
+
+
+def test_one_process_to_a_folder(tmp_path):
+    """Whole runs exclude each other and the parts; different parts do not."""
+    (tmp_path / "a.jsonl").write_text("\n".join(pile_lines(["some", "text"])))
+    arguments = [tmp_path / "a.jsonl", "--output", tmp_path / "out"]
+    ready, release = multiprocessing.Event(), multiprocessing.Event()
+
+    def held(part, parts):
+        with own_folder(tmp_path / "out", LOCK, part, parts):
+            ready.set()
+            release.wait(60)
+
+    for owned, refused, free in (
+        ((0, 1), [[], ["--part", "0/2"], ["--merge"]], None),
+        ((1, 2), [[], ["--part", "1/2"], ["--merge"]], ["--part", "0/2"]),
+    ):
+        ready.clear()
+        owner = multiprocessing.get_context("fork").Process(target=held, args=owned)
+        owner.start()
+        assert ready.wait(60)
+        for extra in refused:
+            with pytest.raises(CorpusError, match=rf"Another process works in .* \(process {owner.pid} on .* since 20"):
+                prepare(*arguments, *extra)
+        if free:
+            assert prepare(*arguments, *free) == 0
+        owner.kill()  # the kernel takes the lock from a dead process
+        owner.join()
+    assert prepare(*arguments) == 0
+    assert not list((tmp_path / "out").glob(".*"))

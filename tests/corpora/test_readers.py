@@ -142,7 +142,7 @@ def test_parquet(tmp_path):
 
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "other.parquet")
     [problem] = read(tmp_path / "other.parquet")[1]
-    assert "no column 'text' or 'content' (its columns: body)" in problem.sentence
+    assert "no column 'text', 'content' or 'raw_content' (its columns: body)" in problem.sentence
 
     whole = (tmp_path / "0000.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
@@ -248,7 +248,7 @@ def test_corrupt_json_line_names_line_and_byte(tmp_path):
     assert [document.text for document in documents] == ["first", "third"]
     assert [p.reason for p in problems] == ["corrupt JSON line"] + ["record without text"] * 3
     assert f"{path}: line 2 (byte {len(lines[0]) + 1}) is no valid JSON" in problems[0].sentence
-    assert "no field 'text' or 'content' (its fields: title)" in problems[1].sentence
+    assert "no field 'text', 'content' or 'raw_content' (its fields: title)" in problems[1].sentence
     assert "'text' holds a int" in problems[2].sentence and "JSON list" in problems[3].sentence
 
 
@@ -266,7 +266,7 @@ def test_overlong_line_is_skipped_without_keeping_it(tmp_path, monkeypatch):
 
 
 def test_unreadable_and_misnamed_files(tmp_path, monkeypatch):
-    (tmp_path / "page.jsonl.zst").write_text("<html>404</html>")
+    (tmp_path / "page.jsonl.zst").write_text("404: not found")
     [problem] = read(tmp_path / "page.jsonl.zst")[1]
     assert "named like a zst file but does not begin like one" in problem.sentence
 

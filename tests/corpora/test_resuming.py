@@ -1,5 +1,6 @@
 """One result for every way of running a preparation: workers, parts, kills, changed and damaged files."""
 
+import json
 import os
 import random
 import signal
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from fairseq_implicit.corpora import workers
+from fairseq_implicit.corpora import merging, workers
 from fairseq_implicit.corpora.problems import CorpusError
 from tests.corpora.formats import (
     checksums,
@@ -60,6 +61,70 @@ def test_ten_kills_and_a_rerun_give_the_same_bytes(corpus, flags, reference, tmp
     assert prepare(*arguments) == 0
     assert checksums(output) == checksums(reference)
     assert sorted(path.name for path in output.iterdir()) == sorted(path.name for path in reference.iterdir())
+
+
+def test_pieces_of_a_shard_are_kept_and_joined_in_order(corpus, tmp_path, monkeypatch):
+    """One shard for two workers; the merge fails in one of its pieces and goes on with those that are there."""
+    arguments = [corpus, "--valid-fraction", "0.05", "--test-fraction", "0.02", "--output"]
+    prepare(*arguments, tmp_path / "one")
+    assert len(checksums(tmp_path / "one")) == 3
+    documents_of_bucket = merging._documents_of
+
+    def failing(bucket, *others):
+        if bucket == 2000:
+            raise CorpusError("no more")
+        if bucket < 512:
+            time.sleep(0.0002)  # the first piece is the last one to come
+        return documents_of_bucket(bucket, *others)
+
+    monkeypatch.setattr(merging, "_documents_of", failing)
+    with pytest.raises(CorpusError, match="no more"):
+        prepare(*arguments, tmp_path / "two", "--workers", 2)
+    pieces = list((tmp_path / "two" / "work").glob("merge-*/piece.*.json"))
+    assert 0 < len(pieces) < 8 and not list((tmp_path / "two").glob("*.part-*"))
+
+    def once(bucket, *others):
+        assert not any(first <= bucket < last for first, last in done), "a piece is written again"
+        return documents_of_bucket(bucket, *others)
+
+    done = [tuple(map(int, path.name.split(".")[1].split("-"))) for path in pieces]
+    monkeypatch.setattr(merging, "_documents_of", once)
+    prepare(*arguments, tmp_path / "two", "--workers", 2)
+    assert checksums(tmp_path / "two") == checksums(tmp_path / "one")
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0] == reports[1]
+
+
+def test_run_that_was_killed_after_its_end_leaves_nothing(corpus, flags, reference, tmp_path):
+    prepare(corpus, "--output", tmp_path / "out", *flags)
+    (tmp_path / "out" / "work").mkdir()
+    prepare(corpus, "--output", tmp_path / "out", *flags)
+    assert checksums(tmp_path / "out") == checksums(reference)
+
+
+WEIGHTS = ["--component-weight", "Github=2.5", "--component-weight", "Pile-CC=0.5", "--drop-near-duplicates"]
+
+
+def test_one_result_with_copies_near_duplicates_and_kills(corpus, flags, tmp_path):
+    arguments = [corpus, *flags, *WEIGHTS, "--shard-size", "150KB", "--valid-input", corpus / "fr.txt.gz", "--output"]
+    prepare(*arguments, tmp_path / "reference")
+    for workers in (2, 4):
+        prepare(*arguments, tmp_path / str(workers), "--workers", workers)
+        assert checksums(tmp_path / str(workers)) == checksums(tmp_path / "reference")
+    for part in (1, 0):
+        prepare(*arguments, tmp_path / "parts", "--part", f"{part}/2")
+    for part in (0, 1):
+        prepare(*arguments, tmp_path / "parts", "--merge", "--part", f"{part}/2")
+    prepare(*arguments, tmp_path / "parts", "--merge")
+    assert checksums(tmp_path / "parts") == checksums(tmp_path / "reference")
+    reports = [(tmp_path / name / "report.json").read_bytes() for name in ("reference", "2", "4", "parts")]
+    assert len(set(reports)) == 1
+    rng = random.Random(6)
+    for _ in range(3):
+        start_in_own_group([*arguments, tmp_path / "killed"], calls=rng.randrange(300_000)).join()
+    prepare(*arguments, tmp_path / "killed")
+    assert (tmp_path / "killed" / "report.json").read_bytes() == reports[0]
+    assert checksums(tmp_path / "killed") == checksums(tmp_path / "reference")
 
 
 def test_kills_of_a_group_of_workers(corpus, flags, reference, tmp_path):
