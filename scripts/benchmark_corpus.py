@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures the way from text to data-bin, side by side in one run, and the reader of The Pile.
+"""Measures the way from text to data-bin, side by side in one run, and the stages of preparing The Pile.
 
     python scripts/benchmark_corpus.py wiki.train.tokens --pile pile/train/00.jsonl.zst
 
@@ -11,13 +11,18 @@ speed without the start-up, and both are shown. The files of all routes are comp
 
 import argparse
 import filecmp
+import io
+import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import corpora_alone
@@ -25,9 +30,13 @@ import corpora_alone
 corpora_alone.load()
 
 import sentencepiece  # noqa: E402
+import zstandard  # noqa: E402
 
+from fairseq_implicit.corpora.cleaning import clean  # noqa: E402
+from fairseq_implicit.corpora.corpus_job import CorpusJob  # noqa: E402
 from fairseq_implicit.corpora.readers import read_source  # noqa: E402
 from fairseq_implicit.corpora.records import Document  # noqa: E402
+from fairseq_implicit.corpora.settings import PrepareSettings  # noqa: E402
 from fairseq_implicit.corpora.sources import Source  # noqa: E402
 from fairseq_implicit.corpora.tokenizer_training import PRESETS, train_tokenizer  # noqa: E402
 
@@ -72,25 +81,61 @@ def routes(model: Path, text: Path, output: Path, workers: int) -> dict[str, lis
     }
 
 
-def encoding_speed(model: Path, text: Path) -> float:
-    """MB/s of sentencepiece alone: lines in memory to lists of ids, one thread."""
+def encoding_speed(model: Path, text: Path, together: int = 10_000) -> float:
+    """MB/s of sentencepiece alone: batches of lines in memory to lists of ids, one thread."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     lines = text.read_text(encoding="utf-8").split("\n")
     begun = time.perf_counter()
-    for line in lines:
-        processor.encode(line)
+    for first in range(0, len(lines), together):
+        processor.encode(lines[first : first + together], num_threads=1)
     return text.stat().st_size / 1e6 / (time.perf_counter() - begun)
 
 
-def reader_speed(path: Path, least_seconds: float = 2.0) -> tuple[float, float]:
-    """MB/s of uncompressed text and of compressed file through the reader, one process."""
-    size, passes, begun = 0, 0, time.perf_counter()
-    while (spent := time.perf_counter() - begun) < least_seconds:
-        for item in read_source(Source(str(path))):
-            if isinstance(item, Document):
-                size += len(item.text.encode("utf-8", "surrogatepass"))
-        passes += 1
-    return size / 1e6 / spent, passes * path.stat().st_size / 1e6 / spent
+def bare(path: Path) -> None:
+    """The least that reading JSON lines costs: zstandard's stream, lines, json."""
+    with open(path, "rb") as file:
+        stream = zstandard.ZstdDecompressor(max_window_size=2**31).stream_reader(file, read_across_frames=True)
+        for line in io.BufferedReader(stream, 2**20):
+            json.loads(line)
+
+
+def documents(path: Path) -> Iterator[Document]:
+    return (item for item in read_source(Source(str(path))) if isinstance(item, Document))
+
+
+def cleaned(path: Path) -> None:
+    for document in documents(path):
+        clean(document.text)
+
+
+def prepared(path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as output:
+        job = CorpusJob(Path(output), [Source(str(path))], PrepareSettings(), workers=1)
+        job.open()
+        job.prepare(part=0, parts=1)
+        job.merge()
+
+
+def stages(path: Path, work: Path, passes: int = 3) -> None:
+    """Prints what each stage of the preparation costs beside the bare loop, in one process.
+
+    CPU time, not wall time, and the least of ``passes`` alternating ones, for other work of the machine to matter less.
+    """
+    copy = work / path.name
+    shutil.copyfile(path, copy)
+    measured = {"zstandard and json alone": bare, "reader": lambda file: deque(documents(file), 0)}
+    measured |= {"reader and cleaning": cleaned, "whole preparation": prepared}
+    size = sum(len(document.text.encode("utf-8", "surrogatepass")) for document in documents(path)) / 1e6
+    least = dict.fromkeys(measured, math.inf)
+    for _ in range(passes):
+        for stage, run in measured.items():
+            begun = time.process_time()
+            run(copy)
+            least[stage] = min(least[stage], time.process_time() - begun)
+    first = least["zstandard and json alone"]
+    print(f"\n{path.name}: {size:.1f} MB of text, one process\n{'stage':<34}{'CPU s':>10}{'MB/s':>9}{'of bare':>9}")
+    for stage, spent in least.items():
+        print(f"{stage:<34}{spent:>10.2f}{size / spent:>9.1f}{first / spent:>9.2f}")
 
 
 def net_seconds(whole: float, start: float) -> float:
@@ -120,7 +165,7 @@ def row(route: str, workers: int, size: float, whole: float, start: float, first
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="UTF-8 text, for example WikiText-2's wiki.train.tokens")
-    parser.add_argument("--pile", type=Path, help="a .jsonl.zst file for the reader")
+    parser.add_argument("--pile", type=Path, help="a .jsonl.zst file to measure the preparation on")
     parser.add_argument("--dictionary-size", type=int, default=4096)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder)")
@@ -166,8 +211,7 @@ def main() -> None:
             "sentencepiece's own speed per process; all files are equal"
         )
         if arguments.pile:
-            text, file = reader_speed(arguments.pile)
-            print(f"reader on {arguments.pile.name}: {text:.0f} MB/s of text ({file:.0f} MB/s of file), one process")
+            stages(arguments.pile, work)
 
 
 if __name__ == "__main__":
