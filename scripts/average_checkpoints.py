@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write; must not exist")
     options = parser.parse_args()
     folders = [path for path in options.inputs if os.path.isdir(path)]
+    if options.last is not None and not os.path.exists(options.inputs[0]):
+        parser.error(f"there is no folder {options.inputs[0]}")
     if folders and (options.last is None or len(options.inputs) > 1):
         parser.error(f"{folders[0]} is a folder: give it alone, with --last N")
     if options.last is not None and (not folders or options.last < 1):
@@ -146,8 +148,14 @@ def main() -> None:
         averaged = average(paths)
     except (OSError, ValueError) as error:
         sys.exit(f"average_checkpoints: {error}")
-    torch.save(averaged, options.output + ".part")
-    os.replace(options.output + ".part", options.output)
+    partial = options.output + ".part"
+    try:
+        torch.save(averaged, partial)
+        os.replace(partial, options.output)
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk or folder as a RuntimeError
+        if os.path.exists(partial):
+            os.remove(partial)
+        sys.exit(f"average_checkpoints: {options.output} cannot be written: {str(error).splitlines()[0]}")
     sys.stdout.write(f"wrote {options.output}: the mean of {', '.join(paths)}\n")
 
 

@@ -79,7 +79,7 @@ def main() -> None:
             asked = [question for question, _ in zip(found, range(arguments.count))]
         for question in asked:
             print("\n".join(report(question, bert.fill_mask(question.sentence, topk=arguments.candidates))))
-    except (OSError, ValueError) as error:
+    except (ArithmeticError, OSError, ValueError) as error:
         sys.exit(f"fill_masks: {error}")
     if not asked:
         print(f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead")

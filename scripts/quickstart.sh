@@ -202,7 +202,8 @@ if [ -n "$further" ]; then target=$((trained + updates)); fi
 pretrain() {
     mkdir -p "$model"
     echo "$training_key" >"$model/inputs"
-    cp "$tokenizer" "$data/dict.txt" "$model/" # the folder is then all that the hub needs
+    # the folder is then all that the hub needs
+    cp "$tokenizer" "$data/dict.txt" "$model/" || fail "quickstart: $model cannot be written; make room and go on: $resume"
     # The bar goes to the terminal; the log goes to a file and its milestones to whoever watches.
     local format=simple status=0
     if [ -t 2 ]; then format=tqdm; fi

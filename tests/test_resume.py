@@ -69,16 +69,33 @@ def test_a_checkpoint_of_a_legacy_optimizer_resumes(toy_flags, fairseq_train, tm
     assert sorted(fairseq_train(*flags, "--max-update", 3).losses()) == [3]
 
 
-def test_a_checkpoint_of_another_dictionary_is_refused(toy_flags, toy_data, fairseq_train, tmp_path):
+@pytest.fixture
+def reordered(toy_data, tmp_path):
+    """The toy data with a dictionary of the same symbols in another order."""
     other = tmp_path / "bin"
     shutil.copytree(toy_data, other)
     os.remove(other / "sentencepiece.bpe.model")
     lines = (other / "dict.txt").read_text(encoding="utf-8").splitlines()
     (other / "dict.txt").write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
+    return other
+
+
+def test_a_checkpoint_of_another_dictionary_is_refused(
+    toy_flags, toy_data, reordered, fairseq_train, fairseq_validate, tmp_path
+):
     flags = toy_flags[1:] + ["--save-dir", tmp_path / "ck", "--disable-validation"]
     fairseq_train(toy_data, *flags, "--max-update", 2)
+    last, anew = tmp_path / "ck" / "checkpoint_last.pt", [*flags[:-3], "--save-dir", tmp_path / "new"]
+    resets = "--reset-optimizer --reset-dataloader --reset-meters --reset-lr-scheduler".split()
+    for start in (flags, [*anew, "--finetune-from-model", last], [*anew, "--restore-file", last, *resets]):
+        with pytest.raises(ValueError, match="trained with another dictionary"):
+            fairseq_train(reordered, *start, "--max-update", 3)
     with pytest.raises(ValueError, match="trained with another dictionary"):
-        fairseq_train(other, *flags, "--max-update", 3)
+        fairseq_validate(reordered, "--task", "implicit_masked_lm", "--path", last, "--batch-size", 4)
+    state = torch.load(last)
+    state["task_state"] = {}  # as earlier versions wrote it
+    torch.save(state, last)
+    fairseq_validate(toy_data, "--task", "implicit_masked_lm", "--path", last, "--batch-size", 4)
 
 
 def interrupted_at_random(fairseq_train, number, seed, *flags):

@@ -35,14 +35,42 @@ def _load_checkpoint(original, cfg, trainer, **kwargs):
     refuse_what_cannot_train(trainer.cfg)
     if not cfg.no_save and trainer.data_parallel_rank == 0:
         weakref.finalize(trainer, own_folder(cfg.save_dir).close)
-    if saves_on_signal(trainer.cfg):
-        # Its module may be __main__, and is loaded by now in any case.
-        from fairseq_cli import train
+    # Its module may be __main__, and is loaded by now in any case.
+    from fairseq_cli import train
 
+    wrap(train, "train", _train)
+    if saves_on_signal(trainer.cfg):
         wrap(train, "validate_and_save", _validate_and_save)
         wrap(type(trainer), "valid_step", _valid_step)
         requests.listen()
-    return original(cfg, trainer, **kwargs)
+    remember_data_folders(trainer.cfg)
+    extra_state, epoch_itr = original(cfg, trainer, **kwargs)
+    state = (extra_state or {}).get(type(trainer.task).__name__)
+    if state:  # fairseq compares only where the order of the data is resumed as well
+        trainer.task.set_checkpoint_dict(state)
+    return extra_state, epoch_itr
+
+
+def remember_data_folders(cfg: omegaconf.DictConfig) -> None:
+    """Makes the data folders absolute that a checkpoint will name, so that they are found from anywhere."""
+    data = cfg.task.get("data") if isinstance(cfg.task, omegaconf.DictConfig) else None
+    if isinstance(data, str) and "://" not in data:
+        folders = data.split(os.pathsep)
+        if all(map(os.path.isdir, folders)):
+            cfg.task.data = os.pathsep.join(map(os.path.abspath, folders))
+
+
+def _train(original, cfg, trainer, task, epoch_itr):
+    """One epoch, unless the training is over: fairseq would train one update more at every start."""
+    updates = trainer.get_num_updates()
+    if not 0 < (cfg.optimization.max_update or 0) <= updates:
+        return original(cfg, trainer, task, epoch_itr)
+    from fairseq_cli import train
+
+    logger.info(f"nothing to train: {updates} updates are done, --max-update {cfg.optimization.max_update} is reached")
+    # A signal may have come during the last validation, which is what is left to do then.
+    epoch_itr.next_epoch_itr(shuffle=epoch_itr.next_epoch_idx > cfg.dataset.curriculum)
+    return train.validate_and_save(cfg, trainer, task, epoch_itr, cfg.dataset.valid_subset.split(","), False)
 
 
 # --- one writer to a folder -------------------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
 
         Raises:
             ValueError: a sentence without exactly one ``<mask>``, or more candidates than symbols.
+            ArithmeticError: the model's output is not finite.
         """
         if isinstance(masked_input, str):
             return self.fill_mask([masked_input], topk)[0]
@@ -120,6 +121,10 @@ class ImplicitBertHubInterface(RobertaHubInterface):
         masked = ids.eq(self.dictionary.index(MASK)).to(self.device)
         with torch.no_grad(), utils.model_eval(self.model):
             logits, _ = self.model(ids.to(self.device), masked_tokens=masked)
+        if not logits.isfinite().all():
+            raise ArithmeticError(
+                "the model's output is not finite: its weights hold NaN or infinity, or overflow in this precision"
+            )
         probabilities, indices = logits.float().softmax(dim=-1).topk(topk, dim=-1)
         return [
             [

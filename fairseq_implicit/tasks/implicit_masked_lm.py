@@ -230,12 +230,25 @@ class ImplicitMaskedLMTask(FairseqTask):
     def begin_epoch(self, epoch: int, model) -> None:
         model.set_epoch(epoch)
 
+    def state_dict(self) -> Dict[str, Any]:
+        """What is compared when a checkpoint is opened to validate it or to use it: a digest of the dictionary."""
+        return {"dictionary": self._dictionary_digest()}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Compares; checkpoints of earlier versions say nothing.
+
+        Raises:
+            ValueError: the checkpoint was trained with another dictionary.
+        """
+        if "dictionary" in state:
+            self.set_checkpoint_dict(state)
+
     def get_checkpoint_dict(self) -> Dict[str, Any]:
         """What a checkpoint says of the data: a digest of the dictionary."""
         return {type(self).__name__: {"dictionary": self._dictionary_digest()}}
 
     def set_checkpoint_dict(self, state: Dict[str, Any]) -> None:
-        """Compares the dictionary of a checkpoint that is being resumed with that of the data.
+        """Compares the dictionary of a checkpoint that training starts from with that of the data.
 
         Raises:
             ValueError: they differ.

@@ -185,6 +185,26 @@ def test_signals_reach_the_processes_that_fairseq_starts_for_gpus(tmp_path, monk
     assert parent.wait(60) == 138, parent.stderr.read()
 
 
+def test_a_finished_training_trains_no_further(toy_flags, fairseq_train, tmp_path):
+    flags = [*toy_flags, "--save-dir", tmp_path]
+    fairseq_train(*flags, "--max-update", 4)
+    before = torch.load(tmp_path / "checkpoint_last.pt")
+    again = fairseq_train(*flags, "--max-update", 4)
+    after = torch.load(tmp_path / "checkpoint_last.pt")
+    assert again.losses() == {} and "nothing to train: 4 updates are done" in again.text
+    assert len(again.metrics("valid")) == 1  # a signal may have come during the last one
+    assert after["extra_state"]["train_iterator"] == before["extra_state"]["train_iterator"]
+    assert all(torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
+    assert sorted(fairseq_train(*flags, "--max-update", 6).losses()) == [5, 6]
+
+
+def test_a_checkpoint_names_its_data_for_any_working_directory(toy_flags, fairseq_train, tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(toy_flags[0]))
+    relative = [os.path.basename(toy_flags[0]), *toy_flags[1:]]
+    fairseq_train(*relative, "--max-update", 1, "--disable-validation", "--save-dir", tmp_path)
+    assert torch.load(tmp_path / "checkpoint_last.pt")["cfg"]["task"]["data"] == toy_flags[0]
+
+
 def test_models_of_others_have_no_such_flag():
     for model in (None, SimpleNamespace(arch="roberta"), OmegaConf.create({"_name": "roberta"})):
         assert not training.saves_on_signal(SimpleNamespace(model=model))

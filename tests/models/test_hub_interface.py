@@ -126,6 +126,18 @@ def test_more_candidates_than_symbols_are_refused(hub, topk):
         hub.fill_mask("The <mask>.", topk=topk)
 
 
+def test_weights_that_are_not_numbers_fill_no_mask(hub):
+    embeddings = hub.model.encoder.embed_tokens.weight
+    kept = embeddings[10].detach().clone()
+    with torch.no_grad():
+        embeddings[10] = float("nan")
+        try:
+            with pytest.raises(ArithmeticError, match="the model's output is not finite"):
+                hub.fill_mask("The <mask>.")
+        finally:
+            embeddings[10] = kept
+
+
 @pytest.mark.parametrize("no_separator", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_what_exceeds_the_positions_is_refused_or_cut_to_fill_them(hub, count, no_separator):

@@ -119,3 +119,13 @@ def test_what_cannot_be_averaged_is_one_sentence(trained, monkeypatch, capsys, t
     for wrong in ([trained], ["text.pt", "--last", 2], [trained, "--last", 0], ["text.pt", "--output", "text.pt"]):
         with pytest.raises(SystemExit, match="2"):
             command(monkeypatch, capsys, "--output", "mean.pt", *wrong)
+
+
+def test_an_output_that_cannot_be_written_and_a_folder_that_is_not_there(trained, monkeypatch, capsys, tmp_path):
+    target = tmp_path / "no folder" / "mean.pt"
+    with pytest.raises(SystemExit, match="average_checkpoints: .*mean.pt cannot be written: "):
+        command(monkeypatch, capsys, trained, "--last", 2, "--output", target)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, tmp_path / "nowhere", "--last", 2, "--output", tmp_path / "mean.pt")
+    assert "there is no folder" in capsys.readouterr().err
