@@ -91,7 +91,7 @@ def test_every_batch_size(folder, mode):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_worker_processes_and_epochs(folder, ranks):
-    task = task_on(folder, "complete", persistent_workers=ranks == 2)
+    task = task_on(folder, "complete")
     task.load_dataset("train")
     counts = through_iterators(task, "train", ranks, epochs=(1, 2), max_sentences=45, num_workers=2, data_buffer_size=3)
     assert counts == [expected(task, "train")] * 2
