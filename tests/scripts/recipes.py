@@ -15,7 +15,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-PROGRAM = '''#!{python}
+# Through the shell, because the line that names an interpreter has no room for blanks.
+PROGRAM = '''#!/bin/sh
+""":"
+exec "{python}" "$0" "$@"
+"""
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
