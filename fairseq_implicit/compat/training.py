@@ -30,6 +30,14 @@ def register() -> None:
     wrap(distributed_utils, "call_main", _call_main)
 
 
+class ComparesCheckpoints:
+    """A task whose ``set_checkpoint_dict`` compares a checkpoint with its data and changes nothing.
+
+    fairseq calls it only where the order of the data is resumed as well; such a task is asked wherever a training
+    starts from a checkpoint.
+    """
+
+
 def _load_checkpoint(original, cfg, trainer, **kwargs):
     """``fairseq_cli.train`` comes through here once, before the first update, from flags and from hydra alike."""
     refuse_what_cannot_train(trainer.cfg)
@@ -46,7 +54,7 @@ def _load_checkpoint(original, cfg, trainer, **kwargs):
     remember_data_folders(trainer.cfg)
     extra_state, epoch_itr = original(cfg, trainer, **kwargs)
     state = (extra_state or {}).get(type(trainer.task).__name__)
-    if state:  # fairseq compares only where the order of the data is resumed as well
+    if state and isinstance(trainer.task, ComparesCheckpoints):
         trainer.task.set_checkpoint_dict(state)
     return extra_state, epoch_itr
 

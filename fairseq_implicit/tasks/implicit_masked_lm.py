@@ -14,6 +14,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
+from fairseq_implicit.compat.training import ComparesCheckpoints
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 from fairseq_implicit.data import data_bin
 from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
@@ -78,7 +79,7 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
 
 
 @register_task("implicit_masked_lm", dataclass=ImplicitMaskedLMConfig)
-class ImplicitMaskedLMTask(FairseqTask):
+class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
     """Predicts masked tokens; reads folders of ``fairseq-preprocess``, and makes them straight from raw text."""
 
     cfg: ImplicitMaskedLMConfig
