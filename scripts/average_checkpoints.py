@@ -22,7 +22,7 @@ if __name__ == "__main__":
     logging.disable(logging.INFO)  # fairseq announces optional packages on import
 from fairseq import checkpoint_utils  # noqa: E402
 
-import fairseq_implicit  # noqa: E402, F401  (registers the types that a checkpoint may hold)
+from scripts import validation  # noqa: E402
 
 #: The names that fairseq-train gives.
 SAVED = re.compile(r"checkpoint(\d+|_\d+_\d+|_last|_best|\.best_.*)\.pt")
@@ -145,17 +145,9 @@ def main() -> None:
         parser.error(f"{options.output} exists: remove it or choose another name")
     try:
         paths = last_of(folders[0], options.last) if folders else options.inputs
-        averaged = average(paths)
+        validation.write(average(paths), options.output)
     except (OSError, ValueError) as error:
         sys.exit(f"average_checkpoints: {error}")
-    partial = options.output + ".part"
-    try:
-        torch.save(averaged, partial)
-        os.replace(partial, options.output)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk or folder as a RuntimeError
-        if os.path.exists(partial):
-            os.remove(partial)
-        sys.exit(f"average_checkpoints: {options.output} cannot be written: {str(error).splitlines()[0]}")
     sys.stdout.write(f"wrote {options.output}: the mean of {', '.join(paths)}\n")
 
 

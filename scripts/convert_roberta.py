@@ -9,8 +9,6 @@ import logging
 import os
 import sys
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 logger = logging.getLogger("convert_roberta")
@@ -28,21 +26,17 @@ def main() -> None:
 
     from fairseq import checkpoint_utils
 
-    import fairseq_implicit  # noqa: F401  (registers the types that a checkpoint may hold)
     from fairseq_implicit.models.roberta import checkpoint_from_roberta
+    from scripts import validation
 
     try:
         converted = checkpoint_from_roberta(checkpoint_utils.load_checkpoint_to_cpu(arguments.input))
     except (ValueError, KeyError) as error:
         sys.exit(f"{arguments.input}: {error}")
-    partial = arguments.output + ".part"
     try:
-        torch.save(converted, partial)
-        os.replace(partial, arguments.output)
-    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as a RuntimeError
-        if os.path.exists(partial):
-            os.remove(partial)
-        sys.exit(f"{arguments.output} cannot be written: {str(error).splitlines()[0]}")
+        validation.write(converted, arguments.output)
+    except OSError as error:
+        sys.exit(str(error))
     logger.info("wrote %s", arguments.output)
 
 

@@ -12,8 +12,6 @@ import os
 import sys
 from typing import Any
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 if __name__ == "__main__":
     logging.disable(logging.INFO)  # fairseq announces optional packages on import
@@ -42,15 +40,7 @@ def convert(path: str, output: str) -> Any:
         converted = (deq_from_tied if to_deq else tied_from_deq)(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    part = output + ".part"
-    try:
-        with open(part, "wb") as file:
-            torch.save(converted, file)
-        os.replace(part, output)
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        if os.path.isfile(part):
-            os.remove(part)
-        raise OSError(f"{output} cannot be written: {str(error).splitlines()[0]}") from None
+    validation.write(converted, output)
     return converted["cfg"]["model"]
 
 

@@ -73,6 +73,23 @@ def _unopened(path: str, error: Exception) -> ValueError:
     )
 
 
+def write(checkpoint: Dict[str, Any], path: str) -> None:
+    """Writes a checkpoint that is whole under its name or not there.
+
+    Raises:
+        OSError: it cannot be written, in one sentence.
+    """
+    part = path + ".part"
+    try:
+        with open(part, "wb") as file:
+            torch.save(checkpoint, file)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        if os.path.isfile(part):
+            os.remove(part)
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
 def stored(path: str) -> Dict[str, Any]:
     """What a checkpoint file holds, the settings of its model included.
 

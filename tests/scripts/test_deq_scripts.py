@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from scripts import convert_tied, deq_budget_sweep
+from scripts import convert_tied, deq_budget_sweep, validation
 
 
 def run(script, monkeypatch, capsys, *arguments):
@@ -78,7 +78,7 @@ def test_bridge_says_what_it_cannot_read_or_write(equilibrium, monkeypatch, caps
     def full(*_):
         raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0\nframe #0")
 
-    monkeypatch.setattr(convert_tied.torch, "save", full)
+    monkeypatch.setattr(validation.torch, "save", full)
     with pytest.raises(SystemExit, match=r"^convert_tied: .*ode\.pt cannot be written: [^\n]*$"):
         run(convert_tied, monkeypatch, capsys, equilibrium, tmp_path / "ode.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.pt", "file"]
