@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import sys
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 
@@ -31,7 +31,7 @@ SAVED = re.compile(r"checkpoint(\d+|_\d+_\d+|_last|_best|\.best_.*)\.pt")
 TASK = "ImplicitMaskedLMTask"
 
 
-def opened(path: str) -> Dict[str, Any]:
+def opened(path: str) -> dict[str, Any]:
     """A checkpoint whose tensors stay in the file until they are used.
 
     Raises:
@@ -48,12 +48,12 @@ def opened(path: str) -> Dict[str, Any]:
     return checkpoint
 
 
-def updates(checkpoint: Dict[str, Any]) -> int:
+def updates(checkpoint: dict[str, Any]) -> int:
     """After how many updates a checkpoint was saved."""
     return checkpoint["optimizer_history"][-1]["num_updates"]
 
 
-def last_of(folder: str, count: int) -> List[str]:
+def last_of(folder: str, count: int) -> list[str]:
     """The checkpoints of the last ``count`` different updates in a folder, oldest first.
 
     Raises:
@@ -72,7 +72,7 @@ def last_of(folder: str, count: int) -> List[str]:
     return [found[number] for number in sorted(found)[-count:]]
 
 
-def refuse_different(path: str, checkpoint: Dict[str, Any], other_path: str, other: Dict[str, Any]) -> None:
+def refuse_different(path: str, checkpoint: dict[str, Any], other_path: str, other: dict[str, Any]) -> None:
     """
     Raises:
         ValueError: the two checkpoints hold different models; the message names what differs.
@@ -96,7 +96,7 @@ def refuse_different(path: str, checkpoint: Dict[str, Any], other_path: str, oth
             )
 
 
-def average(paths: List[str]) -> Dict[str, Any]:
+def average(paths: list[str]) -> dict[str, Any]:
     """A checkpoint with the mean of the weights, summed in float64; all else, integers among the tensors included, is
     that of the checkpoint with the most updates.
 

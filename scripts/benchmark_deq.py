@@ -16,7 +16,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Callable, Dict
+from collections.abc import Callable
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
@@ -67,7 +67,7 @@ class Bench:
         generator = torch.Generator().manual_seed(self.options.seed)
         return torch.randn(batch, length, dim, generator=generator).to(self.device)
 
-    def medians(self, calls: Dict[str, Callable[[], None]]) -> Dict[str, float]:
+    def medians(self, calls: dict[str, Callable[[], None]]) -> dict[str, float]:
         return median_seconds(calls, self.options.rounds, warm_up=1)
 
 

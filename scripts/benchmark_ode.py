@@ -13,8 +13,8 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Dict, List
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
@@ -50,10 +50,10 @@ def by_hand(f, y: Tensor, steps: int) -> Tensor:
     return y
 
 
-def solvers(field: TransformerField, steps: int, like: Tensor) -> Dict[str, Solve]:
+def solvers(field: TransformerField, steps: int, like: Tensor) -> dict[str, Solve]:
     """Solvers of the same problem by name; the libraries where they are installed."""
     config = ExplicitConfig("rk4", steps)
-    found: Dict[str, Solve] = {
+    found: dict[str, Solve] = {
         "hand loop": lambda y: by_hand(field.prepare(y), y, steps),
         "own rk4": lambda y: solve_explicit(field.prepare(y), y, config).state,
     }
@@ -83,9 +83,9 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def alternate(solves: Dict[str, Solve], y: Tensor, rounds: int, backward: bool) -> Dict[str, List[float]]:
+def alternate(solves: dict[str, Solve], y: Tensor, rounds: int, backward: bool) -> dict[str, list[float]]:
     """Seconds of each solve in every round."""
-    times: Dict[str, List[float]] = {name: [] for name in solves}
+    times: dict[str, list[float]] = {name: [] for name in solves}
     names = list(solves)
     for turn in range(rounds + 3):
         for place in range(len(names)):
@@ -103,7 +103,7 @@ def alternate(solves: Dict[str, Solve], y: Tensor, rounds: int, backward: bool) 
     return times
 
 
-def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
+def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
     """Median over the rounds of the ratio within a round: slow moments of the machine cancel."""
     return statistics.median(one / other for one, other in zip(times[name], times[reference]))
 
@@ -111,7 +111,7 @@ def ratio(times: Dict[str, List[float]], name: str, reference: str) -> float:
 def report_memory(field: TransformerField, y: Tensor) -> None:
     parameters = list(field.parameters())
     f = field.prepare(y)
-    ways: Dict[str, Callable[[int], Tensor]] = {
+    ways: dict[str, Callable[[int], Tensor]] = {
         "reversible heun": lambda n: solve_reversible(f, y, 1.0, n, parameters).state,
         "heun2, checkpoint-step": lambda n: (
             solve_explicit(f, y, ExplicitConfig("heun2", n, gradient="checkpoint-step")).state

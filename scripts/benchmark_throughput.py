@@ -14,7 +14,7 @@ import os
 import sys
 import types
 import warnings
-from typing import Callable, Dict
+from collections.abc import Callable
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
@@ -119,7 +119,7 @@ class Bench:
         return self._step(model, lambda: model(input_ids=self.tokens).logits[self.masked])
 
 
-def alternate(steps: Dict[str, Step], rounds: int) -> Dict[str, float]:
+def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Median seconds of one forward and backward pass of each."""
     passes = {name: lambda step=step: step().backward() for name, step in steps.items()}
     return median_seconds(passes, rounds, before=lambda name: steps[name].model.zero_grad(set_to_none=True))

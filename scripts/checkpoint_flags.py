@@ -13,7 +13,6 @@ import logging
 import os
 import shlex
 import sys
-from typing import List
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
@@ -25,12 +24,13 @@ import fairseq_implicit  # noqa: E402, F401  (registers the models)
 from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 from fairseq_implicit.models.hub_interface import find_checkpoint  # noqa: E402
 
+
 def of_the_run(name: str) -> bool:
     """Whether a field says how a model is trained, not what it computes."""
     return "dropout" in name or name.endswith(("drop_path", "layerdrop", "save_on_signal"))
 
 
-def model_flags(path: str) -> List[str]:
+def model_flags(path: str) -> list[str]:
     """The flags, as a list of arguments.
 
     Raises ValueError when it is no checkpoint of this package.

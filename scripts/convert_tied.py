@@ -73,9 +73,7 @@ def compare(options: argparse.Namespace, converted: Any) -> None:
     if to_deq and converted["deq_no_final_norm"]:
         sys.stdout.write("a pre-norm cell without a norm inside the map has no equilibrium to compare with\n")
         return
-    solved = loss(
-        options.output if to_deq else options.input, options, deq_gradient="ift", deq_gradient_damping=None
-    )
+    solved = loss(options.output if to_deq else options.input, options, deq_gradient="ift", deq_gradient_damping=None)
     sys.stdout.write(f"at the equilibrium of the same cell {solved:.4f} ({solved - before:+.4f})\n")
 
 

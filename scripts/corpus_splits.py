@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import unicodedata
-from typing import Dict, Iterable, List, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT_SHARE = 0.04  # of the documents, for each of valid and test
@@ -20,7 +21,7 @@ class Document(NamedTuple):
     """A text with a name that is unique in its corpus; `paragraphs` hold no line break."""
 
     name: str
-    paragraphs: List[str]
+    paragraphs: list[str]
 
 
 class Counts(NamedTuple):
@@ -67,7 +68,7 @@ def deduplicated(documents: Iterable[Document]) -> Iterable[Document]:
             yield Document(document.name, fresh)
 
 
-def write_splits(folder: str, documents: Iterable[Document], assign=split_of) -> Dict[str, Counts]:
+def write_splits(folder: str, documents: Iterable[Document], assign=split_of) -> dict[str, Counts]:
     """Writes the three files into `folder` and returns what each holds. The folder appears only when it is complete:
     whoever is interrupted leaves no half corpus behind.
 
@@ -102,7 +103,7 @@ def write_splits(folder: str, documents: Iterable[Document], assign=split_of) ->
     return {split: Counts(*count) for split, count in counts.items()}
 
 
-def report(folder: str, counts: Dict[str, Counts]) -> str:
+def report(folder: str, counts: dict[str, Counts]) -> str:
     """One line per split for the terminal."""
     return "\n".join(
         f"  {os.path.join(folder, split + '.txt')}: "

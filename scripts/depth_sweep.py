@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import sys
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 
     line: str
     label: str
-    overrides: Dict[str, Any]
+    overrides: dict[str, Any]
 
 
 class Measured(NamedTuple):
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
     blocks: int
 
 
-def settings(model: str, trained: Dict[str, Any], options: argparse.Namespace) -> List[Setting]:
+def settings(model: str, trained: dict[str, Any], options: argparse.Namespace) -> list[Setting]:
     """All positions of the dial, that of the training first.
 
     Raises ValueError for a model without a dial.
@@ -96,9 +96,7 @@ def settings(model: str, trained: Dict[str, Any], options: argparse.Namespace) -
 
 def measure(setting: Setting, options: argparse.Namespace) -> Measured:
     """Evaluates one setting, with masks that are the same for all."""
-    model, cfg, task = validation.open_checkpoint(
-        options.checkpoint, options.data, options.device, **setting.overrides
-    )
+    model, cfg, task = validation.open_checkpoint(options.checkpoint, options.data, options.device, **setting.overrides)
     samples = validation.batches(task, options.subset, options.batch_size, validation.batch_limit(options))
     criterion = task.build_criterion(cfg.criterion).eval()
     totals = validation.totals(model, criterion, samples, NAMES, options.device)
@@ -113,7 +111,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> Measured:
     )
 
 
-def table(results: List[Measured]) -> str:
+def table(results: list[Measured]) -> str:
     first = results[0]
     width = max(len(one.setting.label) for one in results) + 2
     lines = [f"{'setting':<{width}}{'loss':>9}{'change':>9}{'accuracy':>10}{'evaluations':>13}{'time':>8}"]
@@ -125,7 +123,7 @@ def table(results: List[Measured]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: List[Measured], title: str) -> pictures.Figure:
+def plot(results: list[Measured], title: str) -> pictures.Figure:
     figure, axes = pictures.figure()
     for number, line in enumerate(dict.fromkeys(one.setting.line for one in results[1:])):
         points = sorted((one.evaluations, one.loss) for one in results[1:] if one.setting.line == line)
@@ -157,7 +155,7 @@ def main() -> None:
         if options.out:
             pictures.check(options.out)
         trained = validation.stored(options.checkpoint)["cfg"]["model"]
-        results: List[Measured] = []
+        results: list[Measured] = []
         for setting in settings(trained["_name"], trained, options):
             results.append(measure(setting, options))
             if not math.isfinite(results[-1].loss):

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import sys
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 
@@ -45,7 +45,7 @@ class Row(NamedTuple):
     seconds: float
 
 
-def measure(model, criterion, samples, solver: Optional[FixedPointConfig], label: str, device: str) -> Row:
+def measure(model, criterion, samples, solver: FixedPointConfig | None, label: str, device: str) -> Row:
     """Evaluate one position of the dial; ``None`` leaves the checkpoint as trained."""
     depth: EquilibriumDepth = model.encoder.depth
     trained = depth.config
@@ -72,7 +72,7 @@ def measure(model, criterion, samples, solver: Optional[FixedPointConfig], label
     )
 
 
-def table(rows: List[Row]) -> str:
+def table(rows: list[Row]) -> str:
     lines = [
         f"{'solver':<12}{'budget':>7}{'loss':>9}{'change':>9}{'accuracy':>10}{'evaluations':>13}{'residual':>10}"
         f"{'converged':>11}{'time':>7}"
@@ -85,7 +85,7 @@ def table(rows: List[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: List[Row], title: str) -> pictures.Figure:
+def plot(rows: list[Row], title: str) -> pictures.Figure:
     figure, panels = pictures.figure(1, 2, size=(9, 4))
     for panel, name in zip(panels, ("loss", "accuracy")):
         for number, solver in enumerate(dict.fromkeys(row.solver for row in rows[1:])):
@@ -101,7 +101,7 @@ def plot(rows: List[Row], title: str) -> pictures.Figure:
     return figure
 
 
-def sweep(options: argparse.Namespace) -> Tuple[List[Row], int]:
+def sweep(options: argparse.Namespace) -> tuple[list[Row], int]:
     """All rows, that of the training first, and the number of blocks that they were measured on.
 
     Raises:

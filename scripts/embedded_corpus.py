@@ -17,7 +17,8 @@ import re
 import sys
 import sysconfig
 import warnings
-from typing import Iterator, List, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ class SourceFile(NamedTuple):
     path: str
 
 
-def source_files(root: str, prefix: str) -> List[SourceFile]:
+def source_files(root: str, prefix: str) -> list[SourceFile]:
     """Every Python file below `root`, in the order of its name."""
     found = []
     for folder, subfolders, files in os.walk(root):
@@ -91,10 +92,10 @@ def is_prose(paragraph: str) -> bool:
     return letters >= 0.8 * len(paragraph) and not paragraph.startswith(("..", ">>>", "def ", "import ", "from "))
 
 
-def prose(docstring: str) -> List[str]:
+def prose(docstring: str) -> list[str]:
     """The paragraphs of a docstring that are prose, each on one line, without the mark-up of reStructuredText."""
-    paragraphs: List[List[str]] = []
-    literal_indent: Optional[int] = None  # of the line that opened a literal block with "::" or a doctest
+    paragraphs: list[list[str]] = []
+    literal_indent: int | None = None  # of the line that opened a literal block with "::" or a doctest
     fresh = True
     for line in docstring.splitlines():
         text = line.strip()
@@ -136,7 +137,7 @@ def document_of(file: SourceFile) -> Document:
         return Document(file.name, [])
 
 
-def embedded_files() -> List[SourceFile]:
+def embedded_files() -> list[SourceFile]:
     """The sources of the standard library and of torch. Raises FileNotFoundError when torch is not installed."""
     torch_package = importlib.util.find_spec("torch")
     if torch_package is None or not torch_package.submodule_search_locations:
@@ -146,7 +147,7 @@ def embedded_files() -> List[SourceFile]:
     return source_files(library, "python") + source_files(torch_folder, "torch")
 
 
-def embedded_documents(files: List[SourceFile], processes: int) -> Iterator[Document]:
+def embedded_documents(files: list[SourceFile], processes: int) -> Iterator[Document]:
     """The documents in the order of `files`, whatever the number of processes."""
     with multiprocessing.Pool(processes) as pool:
         documents = pool.imap(document_of, files, chunksize=32)

@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import sys
-from typing import Iterator, List, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
@@ -23,7 +24,7 @@ from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 
 class Question(NamedTuple):
     sentence: str  # with one <mask>
-    answer: Optional[str]  # the hidden word, where it is known
+    answer: str | None  # the hidden word, where it is known
 
 
 def is_one_piece(bert, word: str) -> bool:
@@ -51,7 +52,7 @@ def questions(path: str, is_one_piece) -> Iterator[Question]:
         yield Question(" ".join(words[:hidden] + ["<mask>"] + words[hidden + 1 :]), words[hidden])
 
 
-def report(question: Question, filled) -> List[str]:
+def report(question: Question, filled) -> list[str]:
     """Lines for the terminal: the sentence, then the candidates with their probabilities."""
     lines = [f"  {question.sentence}" + (f"   (hidden: {question.answer})" if question.answer else "")]
     candidates = ", ".join(f"{one.token.strip() or repr(one.token)} {one.probability:.3f}" for one in filled)

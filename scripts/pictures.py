@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import unicodedata
-from typing import Any, Dict, FrozenSet, List, Sequence, Set, Tuple
+from collections.abc import Sequence
+from typing import Any
 
 try:
     import matplotlib
@@ -67,7 +68,7 @@ def _unwritable(path: str, error: OSError) -> PictureError:
     return PictureError(f"--out {path} cannot be written: {error.strerror or error}")
 
 
-def figure(rows: int = 1, columns: int = 1, size: Tuple[float, float] = (8, 4.5)) -> Tuple["Figure", Any]:
+def figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (8, 4.5)) -> tuple["Figure", Any]:
     """An empty figure of ``size`` inches and its axes: one, or an array ``(columns,)`` or ``(rows, columns)``."""
     # Titles and labels are the user's words: a dollar in them begins no formula. Ticks show the number itself, not what
     # is to be added to another in a corner.
@@ -92,7 +93,7 @@ def save(found: "Figure", path: str) -> None:
 # --- lines ------------------------------------------------------------------------------------------------------------
 
 
-def style(number: int) -> Dict[str, str]:
+def style(number: int) -> dict[str, str]:
     """Colour, line and marker of line ``number`` (from 0). Those of fewer than 33 lines differ in colour or line."""
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -150,7 +151,7 @@ def logarithmic(axis, counts: bool = False) -> None:
     axis.set_major_formatter(FixedFormatter([f"{tick:,.0f}" if counts else plain(tick) for tick in ticks]))
 
 
-def log_ticks(low: float, high: float, counts: bool) -> List[float]:
+def log_ticks(low: float, high: float, counts: bool) -> list[float]:
     """Two to ten ticks for numbers from ``low`` to ``high``; where fewer than two are near, those beside join."""
     if counts:
         exponents = range(max(0, math.floor(math.log2(low)) - 1), math.ceil(math.log2(high)) + 2)
@@ -196,7 +197,7 @@ def fit_fonts(found: "Figure") -> None:
         _say_missing("".join(sorted(missing)))
 
 
-def covering(characters: Set[str]) -> Tuple[List[str], Set[str]]:
+def covering(characters: set[str]) -> tuple[list[str], set[str]]:
     """Families that have ``characters`` between them, as few as can be found, and the characters that none has."""
     families, missing = [], set(characters)
     _register_new_fonts()
@@ -213,7 +214,7 @@ def covering(characters: Set[str]) -> Tuple[List[str], Set[str]]:
     return families, missing
 
 
-def _needed(text: str) -> Set[str]:
+def _needed(text: str) -> set[str]:
     return {character for character in text if not character.isspace()}
 
 
@@ -222,8 +223,8 @@ def _escaped(character: str) -> str:
     return "" if invisible else character.encode("unicode_escape").decode("ascii")
 
 
-@functools.lru_cache(maxsize=None)
-def _characters(families: Tuple[str, ...]) -> FrozenSet[str]:
+@functools.cache
+def _characters(families: tuple[str, ...]) -> frozenset[str]:
     """What the font has that a text of these families is written in."""
     try:
         path = font_manager.findfont(font_manager.FontProperties(family=list(families)))
@@ -246,7 +247,7 @@ def _register_new_fonts() -> None:
                 logger.debug("%s is no font that matplotlib can read", path)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _say_missing(characters: str) -> None:
     logger.warning(
         "no font of this machine has %s: the picture shows numbers in their place, such as %s; to see them install a "

@@ -9,18 +9,17 @@ import argparse
 import math
 import os
 import sys
-from typing import Dict, Optional, Tuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from scripts import pictures  # noqa: E402
 
-Curve = Tuple[list, list]  # updates, nats
+Curve = tuple[list, list]  # updates, nats
 
 CURVES = {"train_inner": "training", "valid": "validation"}
 
 
-def read_curves(folder: str) -> Dict[str, Curve]:
+def read_curves(folder: str) -> dict[str, Curve]:
     """{curve: (updates, nats)} of the losses below `folder`. Where a run was interrupted and resumed, the later record
     of an update counts.
 
@@ -48,7 +47,7 @@ def read_curves(folder: str) -> Dict[str, Curve]:
     return curves
 
 
-def plot(curves: Dict[str, Curve], unigram: Optional[float] = None, title: str = "") -> pictures.Figure:
+def plot(curves: dict[str, Curve], unigram: float | None = None, title: str = "") -> pictures.Figure:
     """The picture; `unigram` (nats) becomes a horizontal line."""
     figure, axes = pictures.figure()
     for number, (name, (updates, nats)) in enumerate(curves.items()):

@@ -8,7 +8,8 @@ import platform
 import statistics
 import sys
 import time
-from typing import Any, Callable, Dict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -31,11 +32,11 @@ def conditions(device: str, threads: int) -> str:
 
 
 def median_seconds(
-    calls: Dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
-) -> Dict[str, float]:
+    calls: dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
+) -> dict[str, float]:
     """Median seconds of each call. They take turns, one call each per round, so that whatever else the machine does
     hits all alike; ``before`` is called with the name and is not timed."""
-    times: Dict[str, list] = {name: [] for name in calls}
+    times: dict[str, list] = {name: [] for name in calls}
     for turn in range(rounds + warm_up):
         for name, call in calls.items():
             before(name)

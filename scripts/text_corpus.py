@@ -12,7 +12,7 @@ import argparse
 import os
 import re
 import sys
-from typing import Dict, Iterator, List
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ SPLIT_NAMES = {
 LONGEST_DOCUMENT = 200  # paragraphs
 
 
-def text_files(path: str) -> List[str]:
+def text_files(path: str) -> list[str]:
     """The text files that `path` stands for, in the order of their names.
 
     Raises FileNotFoundError when there is no such path or the folder holds no text.
@@ -60,7 +60,7 @@ def text_files(path: str) -> List[str]:
     return found
 
 
-def given_splits(files: List[str]) -> Dict[str, str]:
+def given_splits(files: list[str]) -> dict[str, str]:
     """{file: split} when the names of all files say which split they are, with at least one for train and valid;
     otherwise {}."""
     splits = {}
@@ -77,7 +77,7 @@ def documents_of(file: str, longest: int = LONGEST_DOCUMENT) -> Iterator[Documen
 
     Raises ValueError when the file is not UTF-8.
     """
-    paragraphs: List[str] = []
+    paragraphs: list[str] = []
     number = 0
     try:
         with open(file, encoding="utf-8-sig", newline=None) as stream:
@@ -94,7 +94,7 @@ def documents_of(file: str, longest: int = LONGEST_DOCUMENT) -> Iterator[Documen
         yield Document(f"{file}#{number}", paragraphs)
 
 
-def corpus_documents(files: List[str], root: str) -> Iterator[Document]:
+def corpus_documents(files: list[str], root: str) -> Iterator[Document]:
     """The documents of all files, named relative to `root` so that moving the folder does not change the split."""
     quiet = len(files) < 2
     for file in tqdm(files, "  reading text", unit="files", disable=quiet):
@@ -103,7 +103,7 @@ def corpus_documents(files: List[str], root: str) -> Iterator[Document]:
             yield Document(below + document.name[len(file) :], document.paragraphs)
 
 
-def hash_split(documents: List[str]):
+def hash_split(documents: list[str]):
     """Assigns by hash; where a small corpus would leave valid or test empty, its documents with the lowest hashes are
     held out instead, the same share of them but one at least.
 

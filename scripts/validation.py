@@ -8,7 +8,8 @@ import contextlib
 import os
 import sys
 import time
-from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from fairseq import checkpoint_utils, utils
@@ -47,7 +48,7 @@ def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def batch_limit(options: argparse.Namespace) -> Optional[int]:
+def batch_limit(options: argparse.Namespace) -> int | None:
     """How many batches the dial's arguments ask for, None for all."""
     return options.batches if options.batches or options.all else SHORT
 
@@ -73,7 +74,7 @@ def _unopened(path: str, error: Exception) -> ValueError:
     )
 
 
-def write(checkpoint: Dict[str, Any], path: str) -> None:
+def write(checkpoint: dict[str, Any], path: str) -> None:
     """Writes a checkpoint that is whole under its name or not there.
 
     Raises:
@@ -90,7 +91,7 @@ def write(checkpoint: Dict[str, Any], path: str) -> None:
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
-def stored(path: str) -> Dict[str, Any]:
+def stored(path: str) -> dict[str, Any]:
     """What a checkpoint file holds, the settings of its model included.
 
     Raises:
@@ -115,7 +116,7 @@ def open_checkpoint(path: str, data: str, device: str = "cpu", **overrides: Any)
     return Opened(models[0].to(device).eval(), cfg, task)
 
 
-def batches(task: Any, subset: str, batch_size: int, limit: Optional[int] = None) -> List[Dict[str, Any]]:
+def batches(task: Any, subset: str, batch_size: int, limit: int | None = None) -> list[dict[str, Any]]:
     """All batches of a subset, or ``limit`` of them at equal distances, as they go from the shortest to the longest
     blocks. The masks are the same each time.
 
@@ -135,8 +136,8 @@ def batches(task: Any, subset: str, batch_size: int, limit: Optional[int] = None
 
 
 def totals(
-    model: Any, criterion: Any, samples: Iterable[Dict[str, Any]], names: Sequence[str], device: str = "cpu"
-) -> Dict[str, float]:
+    model: Any, criterion: Any, samples: Iterable[dict[str, Any]], names: Sequence[str], device: str = "cpu"
+) -> dict[str, float]:
     """Sums over ``samples`` of what the criterion logs under ``names``; ``seconds`` is the time that it took."""
     found = dict.fromkeys((*names, "seconds"), 0.0)
     with torch.no_grad():

@@ -12,7 +12,9 @@ def train_on_two_ranks(fairseq_train, fork, port, *flags):
     return [rank.result() for rank in ranks][0]
 
 
-def test_two_ranks_equal_one_process_with_twice_the_batch_and_resume(toy_flags, fairseq_train, fork, free_port, tmp_path):
+def test_two_ranks_equal_one_process_with_twice_the_batch_and_resume(
+    toy_flags, fairseq_train, fork, free_port, tmp_path
+):
     # Without dropout: one process draws the noise of the second batch after that of the first, two ranks draw both
     # from the same seed. With a linear optimiser: Adam makes large steps of rounding errors.
     flags = (
@@ -22,8 +24,12 @@ def test_two_ranks_equal_one_process_with_twice_the_batch_and_resume(toy_flags, 
             "--sample-break-mode complete --disable-validation --batch-size 64 --save-interval-updates 3"
         ).split()
     )
-    two = train_on_two_ranks(fairseq_train, fork, free_port(), *flags, "--max-update", 3, "--save-dir", tmp_path / "two")
-    resumed = train_on_two_ranks(fairseq_train, fork, free_port(), *flags, "--max-update", 9, "--save-dir", tmp_path / "two")
+    two = train_on_two_ranks(
+        fairseq_train, fork, free_port(), *flags, "--max-update", 3, "--save-dir", tmp_path / "two"
+    )
+    resumed = train_on_two_ranks(
+        fairseq_train, fork, free_port(), *flags, "--max-update", 9, "--save-dir", tmp_path / "two"
+    )
     assert sorted(two.losses()) == [1, 2, 3] and sorted(resumed.losses()) == [4, 5, 6, 7, 8, 9]
     one = fairseq_train(*flags, "--update-freq", 2, "--max-update", 9, "--save-dir", tmp_path / "one")
     assert len(one.metrics("train")) > 1, "the run must cross the end of an epoch"

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import sys
-from typing import Iterator, List
+from collections.abc import Iterator
 
 import torch
 
@@ -25,7 +25,7 @@ from fairseq_implicit.data.pieces import FILES  # noqa: E402
 from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 
 
-def lines(folder: str, split: str, parts: List[str]) -> Iterator[List[str]]:
+def lines(folder: str, split: str, parts: list[str]) -> Iterator[list[str]]:
     """The lines of a split's files, side by side. Raises ValueError when one has fewer than another."""
     files = [open(os.path.join(folder, f"{split}.{part}"), encoding="utf-8", newline="\n") for part in parts]
     try:
@@ -46,14 +46,14 @@ class Output:
         self.prefix = prefix
         self.builder = indexed_dataset.make_builder(f"{prefix}.bin", impl="mmap", vocab_size=vocabulary)
 
-    def add(self, ids: List[int]) -> None:
+    def add(self, ids: list[int]) -> None:
         self.builder.add_item(torch.tensor(ids))
 
     def close(self) -> None:
         self.builder.finalize(f"{self.prefix}.idx")
 
 
-def write_sentences(bert, folder: str, split: str, inputs: List[str], out: str) -> str:
+def write_sentences(bert, folder: str, split: str, inputs: list[str], out: str) -> str:
     """Writes the sentences of one split and returns what became of them, in words."""
     dictionary, room = bert.dictionary, bert.room(len(inputs))
     outputs = [Output(os.path.join(out, part, split), len(dictionary)) for part in inputs]
@@ -78,7 +78,7 @@ def write_sentences(bert, folder: str, split: str, inputs: List[str], out: str) 
     return said + f"{shortened:,} {what} cut to the model's {positions} positions{which}: {lost:,} tokens left out"
 
 
-def write_labels(folder: str, splits: List[str], out: str) -> None:
+def write_labels(folder: str, splits: list[str], out: str) -> None:
     """Writes the classes in the order of `classes`, or copies scores, which fairseq reads from text."""
     os.makedirs(out, exist_ok=True)
     path = os.path.join(folder, "classes")

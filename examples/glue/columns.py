@@ -9,16 +9,17 @@ Similarity scores (STS-B) are written as numbers from 0 to 1, without `classes`.
 import argparse
 import os
 import sys
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 
 class Table(NamedTuple):
     """Columns from 0, as the published archives have them."""
 
-    sentences: Tuple[int, ...]
+    sentences: tuple[int, ...]
     label: int
-    labels: Tuple[str, ...]  # the classes in order; none: similarity from 0 to 5
-    dev_label: Optional[int] = None  # where it is another column than in train
+    labels: tuple[str, ...]  # the classes in order; none: similarity from 0 to 5
+    dev_label: int | None = None  # where it is another column than in train
     header: bool = True
 
     def target(self, cell: str) -> str:
@@ -37,7 +38,7 @@ class Table(NamedTuple):
 
 
 BINARY, ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
-TABLES: Dict[str, Table] = {
+TABLES: dict[str, Table] = {
     "CoLA": Table((3,), 1, BINARY, header=False),
     "MNLI": Table((8, 9), 11, ("contradiction", "neutral", "entailment"), dev_label=15),
     "MRPC": Table((3, 4), 0, BINARY),
@@ -51,7 +52,7 @@ TABLES: Dict[str, Table] = {
 FILES = {"train": ("train.tsv",), "valid": ("dev.tsv", "dev_matched.tsv"), "valid1": ("dev_mismatched.tsv",)}
 
 
-def rows(path: str) -> Iterator[Tuple[int, List[str]]]:
+def rows(path: str) -> Iterator[tuple[int, list[str]]]:
     """Line numbers from 1 and cells of a table. GLUE does not quote: a quotation mark is a character. Some files end
     lines with CRLF."""
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
@@ -60,7 +61,7 @@ def rows(path: str) -> Iterator[Tuple[int, List[str]]]:
                 yield number, line.rstrip("\r\n").split("\t")
 
 
-def write_split(path: str, table: Table, out: str, split: str) -> Tuple[int, int]:
+def write_split(path: str, table: Table, out: str, split: str) -> tuple[int, int]:
     """Writes one split and returns how many rows were written and how many were too short to be read.
 
     Raises ValueError when the table is not that of this task: too few columns, other labels, a header or none.

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import Any, Dict
+from typing import Any
 
 warnings.filterwarnings("ignore")  # fairseq and hydra warn about their own internals
 
@@ -65,6 +65,7 @@ def study(options: argparse.Namespace) -> None:
 def _study(plan: Plan, options: argparse.Namespace, out: str, lock: int) -> None:
     # fairseq takes seconds to import: not before the plan has been read without complaint.
     from bert_study.training import Trainer, prepare
+
     from scripts import pictures
 
     try:  # hours before they are drawn
@@ -98,7 +99,7 @@ def _study(plan: Plan, options: argparse.Namespace, out: str, lock: int) -> None
         raise StudyError(f"{len(failed)} runs failed; the report names them, the same command tries them again")
 
 
-def _measured(plan: Plan, runs, data: str, out: str) -> Dict[str, Any]:
+def _measured(plan: Plan, runs, data: str, out: str) -> dict[str, Any]:
     """The measurements of these runs, taken once."""
     from bert_study.training import write_json
 

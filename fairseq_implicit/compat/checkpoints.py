@@ -123,7 +123,7 @@ def _no_checkpoint(path: str, reason: str) -> ValueError:
 # --- overrides --------------------------------------------------------------------------------------------------------
 
 
-def override(state: typing.Dict[str, typing.Any], overrides: typing.Dict[str, typing.Any], path: str) -> None:
+def override(state: dict[str, typing.Any], overrides: dict[str, typing.Any], path: str) -> None:
     """Change fields of a loaded checkpoint's configuration, in place.
 
     fairseq changes those that it finds by their name and drops the others in silence: misspelt ones, and ones that are
@@ -160,7 +160,7 @@ def override(state: typing.Dict[str, typing.Any], overrides: typing.Dict[str, ty
     overwrite_args_by_name(cfg, overrides)
 
 
-def _fields_of(cfg: DictConfig, part: str) -> typing.Set[str]:
+def _fields_of(cfg: DictConfig, part: str) -> set[str]:
     """The fields that the component ``part`` of a configuration has today, or none where it is no dataclass."""
     registries = {"model": MODEL_DATACLASS_REGISTRY, "task": TASK_DATACLASS_REGISTRY}
     registry = registries[part] if part in registries else REGISTRIES[part]["dataclass_registry"]
@@ -169,13 +169,13 @@ def _fields_of(cfg: DictConfig, part: str) -> typing.Set[str]:
     return set() if component is None else {field.name for field in dataclasses.fields(component)}
 
 
-def _names(cfg: DictConfig) -> typing.Set[str]:
+def _names(cfg: DictConfig) -> set[str]:
     """All keys of a configuration and of the configurations in it."""
     inner = (OmegaConf.is_missing(cfg, key) or cfg._get_node(key) for key in cfg)
     return set(cfg).union(*(_names(node) for node in inner if isinstance(node, DictConfig) and not node._is_none()))
 
 
-def _names_of_fairseq() -> typing.Set[str]:
+def _names_of_fairseq() -> set[str]:
     """What fairseq's commands and hub pass as overrides whether or not the checkpoint has a place for it."""
     names = {"arch", "generation_args", "is_vocoder"}
     for group in dataclasses.fields(FairseqConfig):
@@ -228,7 +228,7 @@ def _copy(original, src_path, dst_path, overwrite=False):
 # --- half precision ---------------------------------------------------------------------------------------------------
 
 
-def _masters(optimizer) -> typing.List[torch.Tensor]:
+def _masters(optimizer) -> list[torch.Tensor]:
     """The float32 weights of fairseq's half-precision optimiser, flat or one by one."""
     weights = optimizer.fp32_params
     return list(weights.values()) if isinstance(weights, dict) else list(weights)

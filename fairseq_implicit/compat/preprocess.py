@@ -5,7 +5,6 @@ import logging
 import os
 import threading
 import time
-import typing
 
 from fairseq import binarizer
 from fairseq.data.indexed_dataset import best_fitting_int_dtype
@@ -42,7 +41,7 @@ class _Progress:
     The workers are processes that fairseq starts, so their files are what can be watched from here.
     """
 
-    def __init__(self, input_file: str, output_prefix: str, vocabulary: typing.Optional[int]):
+    def __init__(self, input_file: str, output_prefix: str, vocabulary: int | None):
         self.input_file = input_file
         self.outputs = glob.escape(output_prefix) + "*.bin"
         self.width = best_fitting_int_dtype(vocabulary)().itemsize
@@ -71,7 +70,7 @@ def _size(path: str) -> int:
         return 0
 
 
-def find_invalid_utf8(path: str) -> typing.Tuple[int, int]:
+def find_invalid_utf8(path: str) -> tuple[int, int]:
     """Byte offset and line number (from 1) of the first byte of a file that is not UTF-8; (-1, -1) if all of it is."""
     offset = 0
     with open(path, "rb") as stream:

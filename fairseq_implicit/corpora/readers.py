@@ -101,8 +101,10 @@ def read_source(source: Source, options: ReadOptions = ReadOptions()) -> Iterato
     except OSError as error:
         reason = error.strerror or str(error)
         yield ReadProblem(
-            "unreadable file", name, 0, f"{name} cannot be read ({reason}); check its permissions and the disk, then "
-            "run again."
+            "unreadable file",
+            name,
+            0,
+            f"{name} cannot be read ({reason}); check its permissions and the disk, then run again.",
         )
 
 
@@ -300,9 +302,7 @@ def _too_long(name: str, offset: int, length: int) -> ReadProblem:
     )
 
 
-def _read_json_lines(
-    blocks: Iterator[bytes], name: str, encoding: str, text_fields: tuple[str, ...]
-) -> Iterator[Item]:
+def _read_json_lines(blocks: Iterator[bytes], name: str, encoding: str, text_fields: tuple[str, ...]) -> Iterator[Item]:
     lines = lines_of(blocks, LONGEST_LINE)
     for number, (offset, line, length, ended) in enumerate(lines, start=1):
         if line is None:

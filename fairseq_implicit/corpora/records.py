@@ -64,7 +64,9 @@ def in_words(names: tuple[str, ...]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def document_from_record(record: object, path: str, offset: int, text_fields: tuple[str, ...] = TEXT_FIELDS) -> Document:
+def document_from_record(
+    record: object, path: str, offset: int, text_fields: tuple[str, ...] = TEXT_FIELDS
+) -> Document:
     """Interprets one decoded JSON value; whatever is odd about it, the result is a document or a `RecordError`.
 
     Args:

@@ -6,7 +6,6 @@ skips: on text with one paragraph per line most of the corpus is lost in silence
 
 import logging
 from dataclasses import dataclass
-from typing import List, Tuple
 
 import numpy as np
 
@@ -95,7 +94,7 @@ def cut_blocks(line_lengths: np.ndarray, block_size: int, break_mode: str) -> Bl
     return BlockIndex(starts, lengths, tokens, separators, lines, split)
 
 
-def _one_line_per_block(line_lengths: np.ndarray, block_size: int) -> Tuple[np.ndarray, np.ndarray]:
+def _one_line_per_block(line_lengths: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     starts, lengths = [], []
     offset = 0
     for first in range(0, len(line_lengths), _LINES_AT_ONCE):
@@ -111,7 +110,7 @@ def _one_line_per_block(line_lengths: np.ndarray, block_size: int) -> Tuple[np.n
 
 def _cut_lines(
     line_starts: np.ndarray, sizes: np.ndarray, block_size: int, equal_parts: bool
-) -> Tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Cuts every line into ``ceil(size / block_size)`` parts; returns starts and sizes of all parts in order."""
     count = -(-sizes // block_size)
     line = np.repeat(np.arange(len(sizes)), count)
@@ -125,10 +124,10 @@ def _cut_lines(
     return line_starts[line] + begin, end - begin
 
 
-def _packed_lines(line_lengths: np.ndarray, block_size: int, by_document: bool) -> Tuple[np.ndarray, np.ndarray]:
+def _packed_lines(line_lengths: np.ndarray, block_size: int, by_document: bool) -> tuple[np.ndarray, np.ndarray]:
     """Greedy packing of line parts, a bounded number of lines at a time; the last open block is carried over."""
-    starts: List[np.ndarray] = []
-    lengths: List[np.ndarray] = []
+    starts: list[np.ndarray] = []
+    lengths: list[np.ndarray] = []
     offset, document = 0, 0
     carried = tuple(np.zeros(0, dtype=np.int64) for _ in range(3))
     for first in range(0, len(line_lengths), _LINES_AT_ONCE):
@@ -153,7 +152,7 @@ def _packed_lines(line_lengths: np.ndarray, block_size: int, by_document: bool) 
     return _concatenate(starts, np.int64), _concatenate(lengths, np.int32)
 
 
-def _pack(sizes: np.ndarray, documents: np.ndarray, block_size: int, last: bool) -> Tuple[np.ndarray, np.ndarray, int]:
+def _pack(sizes: np.ndarray, documents: np.ndarray, block_size: int, last: bool) -> tuple[np.ndarray, np.ndarray, int]:
     """First and past-the-last part of each block, and the part at which the still open block begins."""
     count = len(sizes)
     if count == 0:
@@ -173,5 +172,5 @@ def _pack(sizes: np.ndarray, documents: np.ndarray, block_size: int, last: bool)
     return begin, following[begin] if len(begin) else begin, at
 
 
-def _concatenate(pieces: List[np.ndarray], dtype) -> np.ndarray:
+def _concatenate(pieces: list[np.ndarray], dtype) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=dtype)

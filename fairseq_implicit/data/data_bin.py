@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from typing import List
 
 from fairseq import utils
 from fairseq.data import Dictionary
@@ -16,7 +15,7 @@ _PREPROCESS = (
 )
 
 
-def data_folders(data: str) -> List[str]:
+def data_folders(data: str) -> list[str]:
     """Splits the ``data`` argument at ``:`` into the folders of its shards.
 
     Raises:
@@ -34,7 +33,7 @@ def data_folders(data: str) -> List[str]:
     return folders
 
 
-def load_dictionary(folders: List[str]) -> Dictionary:
+def load_dictionary(folders: list[str]) -> Dictionary:
     """``dict.txt`` of the first folder, compared with the sentencepiece model beside it and with the other folders'.
 
     Raises:
@@ -57,7 +56,7 @@ def load_dictionary(folders: List[str]) -> Dictionary:
     return dictionary
 
 
-def open_split(folder: str, split: str, combine: bool) -> List[MappedTokens]:
+def open_split(folder: str, split: str, combine: bool) -> list[MappedTokens]:
     """The token files of a split: ``split``, and with ``combine`` also ``split1``, ``split2`` and so on.
 
     Raises:

@@ -1,6 +1,7 @@
 """The pretraining dataset: blocks of text, masked anew in every epoch."""
 
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ def _padded(sequences: Sequence[torch.Tensor], width: int, pad: int) -> torch.Te
     return rows
 
 
-def _batch(samples: List[Dict[str, Any]], width: int, pad: int) -> Dict[str, Any]:
+def _batch(samples: list[dict[str, Any]], width: int, pad: int) -> dict[str, Any]:
     """What every batch holds of its samples' sources: see :meth:`MaskedBlockDataset.collater`."""
     lengths = [len(sample["source"]) for sample in samples]
     return {
@@ -118,12 +119,12 @@ class MaskedBlockDataset(FairseqDataset):
         tokens, words = np.sum(counts, axis=0)
         return float(tokens / max(words, 1))
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed & 0xFFFFFFFF, self.epoch, int(index)])
         source, target = self.masking.apply(self.tokens(index), rng)
         return {"id": int(index), "source": torch.from_numpy(source), "target": torch.from_numpy(target)}
 
-    def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Joins samples into a batch.
 
         Returns:
@@ -176,11 +177,11 @@ class InferenceDataset(FairseqDataset):
     def __len__(self) -> int:
         return len(self.sequences)
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         sequence = self.sequences[index]
         return {"id": int(index), "source": torch.cat([sequence.new_tensor([self.bos]), sequence])}
 
-    def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         if not samples:
             return {}
         return _batch(samples, max(len(sample["source"]) for sample in samples), self.pad)

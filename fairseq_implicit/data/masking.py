@@ -1,7 +1,6 @@
 """Masks for masked language modelling (Devlin et al. 2019, section 3.1), drawn without a loop over tokens."""
 
 from dataclasses import dataclass
-from typing import Optional, Tuple
 
 import numpy as np
 from fairseq.data import Dictionary
@@ -43,7 +42,7 @@ class Masking:
     probability: float = 0.15
     leave_unmasked: float = 0.1
     random: float = 0.1
-    word_starts: Optional[np.ndarray] = None
+    word_starts: np.ndarray | None = None
 
     def __post_init__(self):
         if not 0.0 < self.probability < 1.0:
@@ -79,7 +78,7 @@ class Masking:
             **shares,
         )
 
-    def apply(self, tokens: np.ndarray, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+    def apply(self, tokens: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Masks one sequence.
 
         Args:
@@ -97,7 +96,9 @@ class Masking:
         # probabilistic rounding keeps the expected share exact on short sequences
         selected = min(int(self.probability * units + rng.random()), units)
         if self.probability * np.count_nonzero(maskable) >= 1.0:
-            selected = max(selected, 1)  # a few long words may be due less than one target, and a block without is wasted
+            selected = max(
+                selected, 1
+            )  # a few long words may be due less than one target, and a block without is wasted
         fate = np.full(units + 1, 2.0)  # the extra entry belongs to special symbols before the first unit
         fate[rng.permutation(units)[:selected]] = rng.random(selected)
         fate = np.where(maskable, fate[unit], 2.0)
@@ -109,7 +110,7 @@ class Masking:
         target = np.where(chosen, tokens, self.pad)
         return source, target
 
-    def words(self, tokens: np.ndarray) -> Tuple[int, int]:
+    def words(self, tokens: np.ndarray) -> tuple[int, int]:
         """Number of text tokens, and of the words that they make up (with `word_starts`): from one ``▁`` to the next."""
         maskable = self._maskable(tokens)
         return int(np.count_nonzero(maskable)), int(np.count_nonzero(self._word_begins(tokens, maskable)))

@@ -1,9 +1,9 @@
 """Sentence pairs that must fit into a model's positions."""
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 
-def shorten_segments(segments: Sequence[Sequence[int]], room: int) -> List[Sequence[int]]:
+def shorten_segments(segments: Sequence[Sequence[int]], room: int) -> list[Sequence[int]]:
     """Shortens a pair (or any number of segments) to ``room`` tokens in all, longest first, at the segments' ends.
 
     One token after the other is taken from the segment that is the longest then, of equal ones from the last, as BERT

@@ -4,7 +4,8 @@ fairseq's encoders read the files. What is added here is what they leave open: w
 a special symbol, and symbols of the dictionary that stand for no text.
 """
 
-from typing import Dict, List, Protocol, Sequence, Type
+from collections.abc import Sequence
+from typing import Protocol
 
 import sentencepiece
 from fairseq.data import Dictionary
@@ -14,7 +15,7 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE
 from fairseq_implicit.data.sentencepiece_dictionary import MODEL_FILE_NAME, WORD_START
 
 #: The files of each ``--bpe`` under the names that models are published with, by fairseq's flag.
-FILES: Dict[str, Dict[str, str]] = {
+FILES: dict[str, dict[str, str]] = {
     "sentencepiece": {"sentencepiece_model": MODEL_FILE_NAME},
     "gpt2": {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"},
 }
@@ -23,7 +24,7 @@ FILES: Dict[str, Dict[str, str]] = {
 class Pieces(Protocol):
     """A tokenizer whose pieces are the symbols of a dictionary."""
 
-    def split(self, text: str, glued: bool = False) -> List[str]:
+    def split(self, text: str, glued: bool = False) -> list[str]:
         """The symbols of a text; ``glued`` text continues the word before it."""
 
     def surface(self, symbol: str) -> str:
@@ -40,7 +41,7 @@ class SentencePieces:
         self.processor: sentencepiece.SentencePieceProcessor = bpe.sp
         self._continuing = None
 
-    def split(self, text: str, glued: bool = False) -> List[str]:
+    def split(self, text: str, glued: bool = False) -> list[str]:
         processor = self._glued if glued else self.processor
         # fairseq's text format splits at any white space, so a piece such as U+0085 never reached the training data.
         return " ".join(processor.encode(text, out_type=str)).split()
@@ -83,7 +84,7 @@ class BytePairs:
                 "dict.txt holds none of the numbers of encoder.json: it belongs to a model with another tokenizer"
             )
 
-    def split(self, text: str, glued: bool = False) -> List[str]:
+    def split(self, text: str, glued: bool = False) -> list[str]:
         return [str(number) for number in self.encoder.encode(text)]
 
     def surface(self, symbol: str) -> str:
@@ -99,4 +100,4 @@ class BytePairs:
 
 
 #: The tokenizer of each ``--bpe``, made from fairseq's encoder and the dictionary.
-PIECES: Dict[str, Type[Pieces]] = {"sentencepiece": SentencePieces, "gpt2": BytePairs}
+PIECES: dict[str, type[Pieces]] = {"sentencepiece": SentencePieces, "gpt2": BytePairs}

@@ -7,8 +7,8 @@ owns the sentencepiece model therefore binarises raw text in one step. The bytes
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, Optional
 
 import numpy as np
 import sentencepiece
@@ -34,7 +34,7 @@ class SentencePieceDictionary(Dictionary):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.model_proto: Optional[bytes] = None
+        self.model_proto: bytes | None = None
         self._ids = np.zeros(0, dtype=np.int32)
         self._processor = None
 
@@ -87,9 +87,9 @@ class SentencePieceDictionary(Dictionary):
     def encode_line(
         self,
         line: str,
-        line_tokenizer: Optional[Callable] = None,
+        line_tokenizer: Callable | None = None,
         add_if_not_exist: bool = False,
-        consumer: Optional[Callable[[str, int], None]] = None,
+        consumer: Callable[[str, int], None] | None = None,
         append_eos: bool = True,
         reverse_order: bool = False,
     ) -> torch.IntTensor:

@@ -6,8 +6,8 @@ to solve, the local error (Pal et al., arXiv 2105.03918) keeps it easy for the v
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -75,17 +75,17 @@ class ContinuousConfig:
     duration: float
     scheme: str = "dopri5"
     tolerance: float = 1e-2
-    absolute_tolerance: Optional[float] = None
+    absolute_tolerance: float | None = None
     steps: int = 12
     max_evaluations: int = 500
-    first_step: Optional[float] = None
+    first_step: float | None = None
     backend: str = "own"
     step_control: str = "auto"
     gradient: str = "autograd"
     kinetic_energy: float = 0.0
     jacobian: float = 0.0
     local_error: float = 0.0
-    random_steps: Optional[Tuple[int, int]] = None
+    random_steps: tuple[int, int] | None = None
     seed: int = 1
     noise: bool = False
     independent_noise: bool = False
@@ -193,15 +193,15 @@ class _Trajectory:
     """A solve, as the statistics and penalties need it."""
 
     state: Tensor
-    evaluations: Union[int, Tensor]
-    accepted: Union[int, Tensor]
-    rejected: Union[int, Tensor] = 0
+    evaluations: int | Tensor
+    accepted: int | Tensor
+    rejected: int | Tensor = 0
     backward: float = 0.0
     stopped: float = 0.0
     states: Sequence[Tensor] = ()
-    times: Sequence[Union[float, Tensor]] = ()
-    energy: Optional[Tensor] = None
-    local_error: Optional[Tensor] = None
+    times: Sequence[float | Tensor] = ()
+    energy: Tensor | None = None
+    local_error: Tensor | None = None
 
 
 class ContinuousDepth(nn.Module):
@@ -246,9 +246,7 @@ class ContinuousDepth(nn.Module):
         one_step = self.field.piecewise or self.config.backend != "own"
         return "batch" if self.training and one_step else "sample"
 
-    def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
-    ) -> DepthOutput:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
         """Solve from the embedding at t = 0 to t = T.
 
         Args:
@@ -278,14 +276,14 @@ class ContinuousDepth(nn.Module):
         hidden_states = [one.to(x.dtype) for one in trajectory.states] if return_hidden_states else None
         return DepthOutput(state, hidden_states, statistics, penalties)
 
-    def _trained(self) -> Tuple[Tensor, ...]:
+    def _trained(self) -> tuple[Tensor, ...]:
         return tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
 
     def _note_backward(self, evaluations: int) -> None:
         self._backward_evaluations = float(evaluations)
 
     def _solve_adaptive(
-        self, f: Increment, x: Tensor, valid: Optional[Tensor], keep: bool, penalised: bool
+        self, f: Increment, x: Tensor, valid: Tensor | None, keep: bool, penalised: bool
     ) -> _Trajectory:
         config = self.config
         solve = config.solve(self.step_control)
@@ -320,7 +318,7 @@ class ContinuousDepth(nn.Module):
             local_error=result.local_error,
         )
 
-    def _solve_with_library(self, f: Increment, x: Tensor, valid: Optional[Tensor]) -> AdaptiveResult:
+    def _solve_with_library(self, f: Increment, x: Tensor, valid: Tensor | None) -> AdaptiveResult:
         config = self.config
         solve = config.solve("batch")
         if config.gradient == "torchdyn-adjoint" and torch.is_grad_enabled():
@@ -330,7 +328,7 @@ class ContinuousDepth(nn.Module):
         pieces = self.field.pieces(f, config.duration)
         return solve_with(config.backend, f, x, config.duration, solve, valid, pieces=pieces)
 
-    def _solve_alone(self, x: Tensor, valid: Optional[Tensor]) -> AdaptiveResult:
+    def _solve_alone(self, x: Tensor, valid: Tensor | None) -> AdaptiveResult:
         """Each sample in a solve of its own over its real tokens: the libraries have one step for all and, torchdyn,
         padding in its norm."""
         state, results = x.clone(), []
@@ -371,9 +369,7 @@ class ContinuousDepth(nn.Module):
                 self.config.max_evaluations,
             )
 
-    def _solve_fixed(
-        self, f: Increment, x: Tensor, valid: Optional[Tensor], keep: bool, penalised: bool
-    ) -> _Trajectory:
+    def _solve_fixed(self, f: Increment, x: Tensor, valid: Tensor | None, keep: bool, penalised: bool) -> _Trajectory:
         config = self.config
         draws = self.random_steps is not None and self.training
         steps = self.random_steps.draw() if draws else config.steps
@@ -412,8 +408,8 @@ class ContinuousDepth(nn.Module):
         )
 
     def _penalties(
-        self, f: Increment, trajectory: _Trajectory, valid: Optional[Tensor], precision: torch.dtype
-    ) -> Dict[str, Tensor]:
+        self, f: Increment, trajectory: _Trajectory, valid: Tensor | None, precision: torch.dtype
+    ) -> dict[str, Tensor]:
         config, penalties = self.config, {}
         if config.kinetic_energy > 0:
             penalties["kinetic_energy"] = config.kinetic_energy * trajectory.energy.mean()
@@ -431,7 +427,7 @@ class ContinuousDepth(nn.Module):
             penalties["jacobian"] = config.jacobian * config.duration * norm
         return penalties
 
-    def _statistics(self, trajectory: _Trajectory, valid: Optional[Tensor]) -> Dict[str, Union[float, Tensor]]:
+    def _statistics(self, trajectory: _Trajectory, valid: Tensor | None) -> dict[str, float | Tensor]:
         evaluations = trajectory.evaluations
         return {
             "evaluations": _mean(evaluations),
@@ -451,5 +447,5 @@ def _from_the_left(f: Increment, pieces: Sequence[Piece], end: float, h: float) 
     return lambda t, z: left(t, z) if t > before else f(t, z)
 
 
-def _mean(counts: Union[int, Tensor]) -> Union[int, Tensor]:
+def _mean(counts: int | Tensor) -> int | Tensor:
     return counts.float().mean() if isinstance(counts, Tensor) else counts

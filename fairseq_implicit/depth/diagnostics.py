@@ -1,7 +1,6 @@
 """What a state goes through on its way: size, direction, local error and cost, along the depth of one batch."""
 
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class Trajectory:
         evaluations: ``(batch,)`` evaluations that the depth spends on each sample as it is configured.
     """
 
-    times: List[float]
+    times: list[float]
     rms: Tensor
     cosine: Tensor
     local_error: Tensor
@@ -40,7 +39,7 @@ class Trajectory:
 
 
 @torch.no_grad()
-def trace(depth: torch.nn.Module, x: Tensor, padding_mask: Optional[Tensor] = None) -> Trajectory:
+def trace(depth: torch.nn.Module, x: Tensor, padding_mask: Tensor | None = None) -> Trajectory:
     """Follow a batch through a depth in evaluation mode.
 
     Args:
@@ -82,10 +81,10 @@ def trace(depth: torch.nn.Module, x: Tensor, padding_mask: Optional[Tensor] = No
     )
 
 
-Places = Tuple[List[Tensor], List[Tuple[Increment, float]], float, Tensor]
+Places = tuple[list[Tensor], list[tuple[Increment, float]], float, Tensor]
 
 
-def _blocks(depth: BlockStack, x: Tensor, padding_mask: Optional[Tensor]) -> Places:
+def _blocks(depth: BlockStack, x: Tensor, padding_mask: Tensor | None) -> Places:
     """The states between blocks, each block's field with its start, the time of a block, evaluations per sample."""
     output = depth(x, padding_mask, return_hidden_states=True)
     states = output.hidden_states
@@ -104,7 +103,7 @@ def _blocks(depth: BlockStack, x: Tensor, padding_mask: Optional[Tensor]) -> Pla
     return states, fields, depth.config.total_time, evaluations
 
 
-def _units(depth: ContinuousDepth, x: Tensor, padding_mask: Optional[Tensor]) -> Places:
+def _units(depth: ContinuousDepth, x: Tensor, padding_mask: Tensor | None) -> Places:
     """The same at whole units of time, whatever steps the depth itself takes."""
     config = depth.config
     valid = None if padding_mask is None else ~padding_mask

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +64,14 @@ class EquilibriumConfig:
 
     cell: CellConfig
     solver: FixedPointConfig = field(default_factory=FixedPointConfig)
-    evaluation: Optional[FixedPointConfig] = None
+    evaluation: FixedPointConfig | None = None
     gradient: GradientConfig = field(default_factory=GradientConfig)
     phases: PhaseConfig = field(default_factory=PhaseConfig)
     prelude_layers: int = 0
     coda_layers: int = 0
     initial_state: str = "zero"
     recompute: bool = False
-    correction: Tuple[int, ...] = ()
+    correction: tuple[int, ...] = ()
     correction_weight: float = 1.0
     correction_decay: float = 0.8
     jacobian_estimator: str = "finite-difference"
@@ -180,9 +179,7 @@ class EquilibriumDepth(nn.Module):
         config.gradient.check_budget(config.solver.max_iter + config.phases.budget_jitter)
         return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
 
-    def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
-    ) -> DepthOutput:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
         """Solve for the equilibrium of ``x``.
 
         Args:
@@ -201,7 +198,7 @@ class EquilibriumDepth(nn.Module):
             # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
             raise ValueError(f"--deq-{error.option.replace('_', '-')}: {error.sentence}") from error
 
-    def _forward(self, x: Tensor, padding_mask: Optional[Tensor], return_hidden_states: bool) -> DepthOutput:
+    def _forward(self, x: Tensor, padding_mask: Tensor | None, return_hidden_states: bool) -> DepthOutput:
         hidden = [x] if return_hidden_states else None
         x = self._through(self.prelude, x, padding_mask, hidden)
         # Weights that are computed from others (weight norm) are computed once per pass.
@@ -224,7 +221,7 @@ class EquilibriumDepth(nn.Module):
         ]
         return DepthOutput(state, hidden, self._statistics(found, phase), penalties, auxiliary)
 
-    def _through(self, layers, state: Tensor, padding_mask, hidden: Optional[List[Tensor]]) -> Tensor:
+    def _through(self, layers, state: Tensor, padding_mask, hidden: list[Tensor] | None) -> Tensor:
         for layer in layers:
             state = layer.prepare_map(state, padding_mask)(state)
             if padding_mask is not None:
@@ -233,7 +230,7 @@ class EquilibriumDepth(nn.Module):
                 hidden.append(state)
         return state
 
-    def _finish(self, state: Tensor, padding_mask, hidden: Optional[List[Tensor]], collect: bool = False) -> Tensor:
+    def _finish(self, state: Tensor, padding_mask, hidden: list[Tensor] | None, collect: bool = False) -> Tensor:
         if collect and hidden is not None:
             hidden.append(state)
         state = self._through(self.coda, state, padding_mask, hidden)
@@ -246,7 +243,7 @@ class EquilibriumDepth(nn.Module):
     def _initial_state(self, x: Tensor) -> Tensor:
         return x if self.config.initial_state == "input" else torch.zeros_like(x)
 
-    def _solve(self, cell: CellMap, x: Tensor, valid: Optional[Tensor], phase: Phase) -> Equilibrium:
+    def _solve(self, cell: CellMap, x: Tensor, valid: Tensor | None, phase: Phase) -> Equilibrium:
         f = cell.severed() if phase.gradient.kind == "reversible" else cell
         leaves = f.depends_on
         if self.config.recompute and torch.is_grad_enabled():
@@ -268,7 +265,7 @@ class EquilibriumDepth(nn.Module):
             capture=self.config.correction if self.training else (),
         )
 
-    def _correction_weights(self) -> List[Tuple[int, float]]:
+    def _correction_weights(self) -> list[tuple[int, float]]:
         """``(evaluation, weight)``: γ^(n−1−i) times the weight, in training."""
         counts = self.config.correction if self.training else ()
         last = len(counts) - 1
@@ -277,7 +274,7 @@ class EquilibriumDepth(nn.Module):
             for place, count in enumerate(counts)
         ]
 
-    def _penalties(self, cell: CellMap, found: Equilibrium, valid, phase: Phase) -> Dict[str, Tensor]:
+    def _penalties(self, cell: CellMap, found: Equilibrium, valid, phase: Phase) -> dict[str, Tensor]:
         config = self.config
         if not config.phases.jacobian_weight:
             return {}
@@ -292,7 +289,7 @@ class EquilibriumDepth(nn.Module):
         return {"jacobian_penalty": phase.jacobian_weight * estimate}
 
     @torch.no_grad()
-    def _measure(self, cell: CellMap, point: Tensor, valid: Optional[Tensor]) -> None:
+    def _measure(self, cell: CellMap, point: Tensor, valid: Tensor | None) -> None:
         """Spectral radius and Jacobian norm at ``point``; the training's random numbers are not touched."""
         generator = torch.Generator().manual_seed(self.config.phases.seed + self.updates.value)
         radius = spectral_radius(cell, point, RADIUS_STEPS, valid, generator)
@@ -300,7 +297,7 @@ class EquilibriumDepth(nn.Module):
         self.spectral_radius, self.jacobian_norm = torch.stack([radius.mean(), square.sqrt()]).tolist()
         self.measured_at = self.updates.value
 
-    def _monitor(self, cell: CellMap, found: Equilibrium, valid: Optional[Tensor]) -> None:
+    def _monitor(self, cell: CellMap, found: Equilibrium, valid: Tensor | None) -> None:
         update, interval = self.updates.value, self.config.monitor_interval
         if interval and update % interval == 0 and self.measured_at != update:
             self._measure(cell, (found.state if found.point is None else found.point).detach(), valid)
@@ -330,7 +327,7 @@ class EquilibriumDepth(nn.Module):
                 )
 
     @torch.no_grad()
-    def _check_convergence(self, cell: CellMap, x: Tensor, valid: Optional[Tensor]) -> None:
+    def _check_convergence(self, cell: CellMap, x: Tensor, valid: Tensor | None) -> None:
         """Solve once at full budget at update 0, say how it went, and refuse a cell that has no equilibrium.
 
         Raises:
@@ -374,7 +371,7 @@ class EquilibriumDepth(nn.Module):
             "--deq-jacobian-weight;"
         )
 
-    def _statistics(self, found: Equilibrium, phase: Phase) -> Dict[str, object]:
+    def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, object]:
         result, adjoint = found.solve, self.adjoint
         gain = self.cell.injection.gain
         forward, backward = (

@@ -8,8 +8,6 @@ recomputed, exported or run twice at once.
 Sources: DLCL, arXiv 1906.01787; PCformer, arXiv 2411.03042.
 """
 
-from typing import List
-
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +39,7 @@ class LayerHistory(nn.Module):
         norm = self.norms[k]
         return normalise(norm, output) if isinstance(norm, nn.LayerNorm) else output
 
-    def mix(self, entries: List[Tensor]) -> Tensor:
+    def mix(self, entries: list[Tensor]) -> Tensor:
         """The state after the last of ``entries``, each ``(batch, time, dim)``."""
         row = self.mixture[len(entries) - 1].to(entries[0].dtype)
         mixed = row[0] * entries[0]

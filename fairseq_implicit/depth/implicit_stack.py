@@ -1,8 +1,8 @@
 """A stack of blocks, each an implicit step: between the ordinary layer (θ = 0) and backward Euler (θ = 1)."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class ImplicitStack(nn.Module):
         self.config = config
         self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
         self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
-        self.adjoints: List[AdjointRecord] = []
+        self.adjoints: list[AdjointRecord] = []
         self.alarm = ResidualAlarm()
         self.update = 0
 
@@ -68,9 +68,7 @@ class ImplicitStack(nn.Module):
         """Called by fairseq before every update."""
         self.update = num_updates
 
-    def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
-    ) -> DepthOutput:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
         """Solve all blocks in turn.
 
         Args:
@@ -116,7 +114,7 @@ class ImplicitStack(nn.Module):
             self._warn(residuals)
         if self.final_norm is not None:
             state = self.final_norm(state)
-        statistics: Dict[str, Union[float, Tensor]] = {
+        statistics: dict[str, float | Tensor] = {
             "evaluations": evaluations.mean(),
             "residual": torch.stack(residuals).amax(0).mean() if residuals else 0.0,
             "converged_share": torch.stack(converged).float().mean() if converged else 1.0,
@@ -124,7 +122,7 @@ class ImplicitStack(nn.Module):
         }
         return DepthOutput(state, hidden, statistics)
 
-    def _warn(self, residuals: List[Tensor]) -> None:
+    def _warn(self, residuals: list[Tensor]) -> None:
         """Say which block ended how far from its tolerance, after one read of all of them."""
         theta = self.config.theta
         means = torch.stack(residuals).mean(1).tolist()
@@ -140,7 +138,7 @@ class ImplicitStack(nn.Module):
                 theta.solver.max_iter,
             )
 
-    def _backward_statistics(self) -> Dict[str, Tensor]:
+    def _backward_statistics(self) -> dict[str, Tensor]:
         """Of the records that the previous backward pass has filled."""
 
         def total(name: str) -> Tensor:

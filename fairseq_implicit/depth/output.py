@@ -1,7 +1,6 @@
 """What every depth (stack, continuum, equilibrium) returns to the model."""
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple, Union
 
 from torch import Tensor
 
@@ -22,7 +21,7 @@ class DepthOutput:
     """
 
     state: Tensor
-    hidden_states: Optional[List[Tensor]] = None
-    statistics: Dict[str, Union[float, Tensor]] = field(default_factory=dict)
-    penalties: Dict[str, Tensor] = field(default_factory=dict)
-    auxiliary_states: List[Tuple[float, Tensor]] = field(default_factory=list)
+    hidden_states: list[Tensor] | None = None
+    statistics: dict[str, float | Tensor] = field(default_factory=dict)
+    penalties: dict[str, Tensor] = field(default_factory=dict)
+    auxiliary_states: list[tuple[float, Tensor]] = field(default_factory=list)

@@ -7,7 +7,6 @@ is the same on every rank: budgets that differ between ranks would leave all but
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import Optional
 
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
 from fairseq_implicit.solvers.implicit_grad import GradientConfig
@@ -42,8 +41,8 @@ class PhaseConfig:
     phantom_updates: int = 0
     phantom_steps: int = 4
     ramp_updates: int = 0
-    start_max_iter: Optional[int] = None
-    start_tol: Optional[float] = None
+    start_max_iter: int | None = None
+    start_tol: float | None = None
     budget_jitter: int = 0
     jacobian_weight: float = 0.0
     jacobian_frequency: float = 1.0

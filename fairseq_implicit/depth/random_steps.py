@@ -1,7 +1,7 @@
 """Step counts drawn anew at each update, so that a trained model is at home at any of them."""
 
 import random
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import nn
 

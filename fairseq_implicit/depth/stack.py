@@ -6,8 +6,9 @@ more steps, or adaptive steps to a tolerance.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ CORRECTORS = ("none", "backward-euler", "adams", "pcformer")
 HISTORIES = ("none", "dlcl")
 STAGE_DROPOUTS = ("shared", "independent")
 
-Scalar = Union[float, Tensor]
+Scalar = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class StackConfig:
     final_norm: bool = False
     tolerance: float = 0.0
     max_evaluations: int = 500
-    random_steps: Optional[Tuple[int, int]] = None
+    random_steps: tuple[int, int] | None = None
     seed: int = 1
 
     def __post_init__(self):
@@ -231,9 +232,7 @@ class BlockStack(nn.Module):
         if self.random_steps is not None and config.corrector == "adams":
             raise ValueError("corrector 'adams' takes one step per block: it has no random number of steps")
 
-    def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, return_hidden_states: bool = False
-    ) -> DepthOutput:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.
 
         Args:
@@ -244,7 +243,7 @@ class BlockStack(nn.Module):
         state = solver_state(x, self.solve_config)
         hidden_states = [x] if return_hidden_states else None
         report = _Report(self.config, padding_mask)
-        entries: List[Tensor] = []
+        entries: list[Tensor] = []
         increment = None
         if self.history is not None:
             entries.append(self.history.entry(0, state))
@@ -282,8 +281,8 @@ class BlockStack(nn.Module):
         state: Tensor,
         block: int,
         combination: Combination,
-        entries: List[Tensor],
-        increment: Optional[Tensor],
+        entries: list[Tensor],
+        increment: Tensor | None,
         dtype: torch.dtype,
         solve: ExplicitConfig,
     ) -> "_Passed":
@@ -314,7 +313,7 @@ class BlockStack(nn.Module):
         state: Tensor,
         block: int,
         combination: Combination,
-        padding_mask: Optional[Tensor],
+        padding_mask: Tensor | None,
         dtype: torch.dtype,
     ) -> "_Passed":
         """Pass one block with adaptive steps, each sample with its own.
@@ -341,7 +340,7 @@ class BlockStack(nn.Module):
         stopped = float(result.status is Status.BUDGET_SPENT)
         return _Passed(result.state, (combination.at_rest(),), evaluations, stopped=stopped)
 
-    def _draw_skipped_blocks(self) -> Set[int]:
+    def _draw_skipped_blocks(self) -> set[int]:
         """Blocks that layer drop skips in this pass. Drawn on the host: nothing is read back from the device."""
         if not self.training or self.config.layerdrop == 0:
             return set()
@@ -353,22 +352,22 @@ class _Passed(NamedTuple):
     """A state after one block, the weights of each of its sub-steps, and its cost."""
 
     state: Tensor
-    weights: Tuple[Tuple[Weight, ...], ...]
+    weights: tuple[tuple[Weight, ...], ...]
     evaluations: Scalar
-    increment: Optional[Tensor] = None
+    increment: Tensor | None = None
     stopped: float = 0.0
 
 
 class _Report:
     """Statistics and penalties of one forward pass, as 0-dim tensors that nobody has read back."""
 
-    def __init__(self, config: StackConfig, padding_mask: Optional[Tensor]):
+    def __init__(self, config: StackConfig, padding_mask: Tensor | None):
         self.config = config
         self.valid = None if padding_mask is None else (~padding_mask).unsqueeze(-1).to(torch.float32)
         self.evaluations = 0
-        self.blocks: List[Dict[str, Scalar]] = []
-        self.consistency: List[Scalar] = []
-        self.second_order: List[Scalar] = []
+        self.blocks: list[dict[str, Scalar]] = []
+        self.consistency: list[Scalar] = []
+        self.second_order: list[Scalar] = []
 
     def add(self, block: int, combination: Combination, passed: _Passed, state: Tensor) -> None:
         self.evaluations += passed.evaluations
@@ -383,15 +382,15 @@ class _Report:
             if self.config.second_order_penalty > 0:
                 self.second_order.append(combination.second_order_penalty(weights, self.valid))
 
-    def statistics(self) -> Dict[str, Scalar]:
-        flat: Dict[str, Scalar] = {"evaluations": self.evaluations}
+    def statistics(self) -> dict[str, Scalar]:
+        flat: dict[str, Scalar] = {"evaluations": self.evaluations}
         flat.update(_means(self.blocks))
         flat["state_rms"] = self.blocks[-1]["state_rms"]
         for block, found in enumerate(self.blocks):
             flat.update({f"block{block}/{name}": value for name, value in found.items()})
         return flat
 
-    def penalties(self) -> Dict[str, Tensor]:
+    def penalties(self) -> dict[str, Tensor]:
         found = {}
         if self.consistency:
             found["consistency"] = self.config.consistency_penalty * _mean(self.consistency)
@@ -400,7 +399,7 @@ class _Report:
         return found
 
 
-def state_rms(state: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+def state_rms(state: Tensor, valid: Tensor | None = None) -> Tensor:
     """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid`` is 1.
 
     Squares are taken in float32 (float64 for float64): those of a half-precision state overflow from 256 on.
@@ -417,6 +416,6 @@ def _mean(values: Sequence[Scalar]) -> Scalar:
     return sum(values) / len(values)
 
 
-def _means(found: Sequence[Dict[str, Scalar]]) -> Dict[str, Scalar]:
+def _means(found: Sequence[dict[str, Scalar]]) -> dict[str, Scalar]:
     """Mean of each name over dicts of the same names."""
     return {name: _mean([values[name] for values in found]) for name in found[0]} if found else {}

@@ -1,7 +1,7 @@
 """Multi-head self-attention with one fused projection, batch first."""
 
 import math
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Attend:
+    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> Attend:
         """Fix one solve's key mask and noise.
 
         Args:
@@ -48,7 +48,7 @@ class MultiHeadAttention(nn.Module):
         visible = None if padding_mask is None else padding_mask.logical_not()[:, None, None, :]
         mix = self._mixing(x, visible)
 
-        def attend(z: Tensor, injection: Optional[Tensor] = None) -> Tensor:
+        def attend(z: Tensor, injection: Tensor | None = None) -> Tensor:
             batch, time, dim = z.shape
             projected = self.qkv(z)
             if injection is not None:
@@ -58,7 +58,7 @@ class MultiHeadAttention(nn.Module):
 
         return attend
 
-    def _mixing(self, x: Tensor, visible: Optional[Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _mixing(self, x: Tensor, visible: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """``(q, k, v) -> values``, all ``(batch, heads, time, dim / heads)``, with one solve's noise."""
         rate = self.dropout.rate if self.training else 0.0
         if rate == 0.0 or self.dropout.policy == "independent":
@@ -77,7 +77,7 @@ class MultiHeadAttention(nn.Module):
         return mix
 
 
-def _probabilities(q: Tensor, k: Tensor, visible: Optional[Tensor]) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
     if visible is not None:
         # Not minus infinity: a sequence of nothing but padding would turn into NaN, and into NaN gradients.

@@ -10,10 +10,12 @@ pre-norm cell without one has spectral radius 1 whatever its weights, and iterat
 Norms are not moved outside the map for the same reason.
 """
 
+from __future__ import annotations
+
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +75,17 @@ class CellConfig:
 class CellLayer(TransformerField):
     """A transformer layer as a map ``z -> z'``, with an optional addition to q, k and v."""
 
-    def prepare_map(self, x: Tensor, padding_mask: Optional[Tensor]) -> Callable[..., Tensor]:
+    def prepare_map(self, x: Tensor, padding_mask: Tensor | None) -> Callable[..., Tensor]:
         """Fix one solve's noise and masks; return ``layer(z, qkv=None)``, both states ``(batch, time, dim)``."""
         attend, feed = self.attention.prepare(x, padding_mask), self.feed_forward.prepare(x)
         drop_attention, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
 
-        def post_norm(z: Tensor, added: Optional[Tensor] = None, qkv: Optional[Tensor] = None) -> Tensor:
+        def post_norm(z: Tensor, added: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
             stream = z if added is None else z + added
             y = self.attention_norm(stream + drop_attention(attend(z, qkv)))
             return self.feed_forward_norm(y + drop_feed(feed(y)))
 
-        def pre_norm(z: Tensor, added: Optional[Tensor] = None, qkv: Optional[Tensor] = None) -> Tensor:
+        def pre_norm(z: Tensor, added: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
             stream = z if added is None else z + added
             y = stream + drop_attention(attend(self.attention_norm(stream), qkv))
             return y + drop_feed(feed(self.feed_forward_norm(y)))
@@ -106,9 +108,9 @@ class CellMap:
         padding_mask: ``(batch, time)`` bool, True at padding.
     """
 
-    def __init__(self, cell: "EquilibriumCell", x: Tensor, padding_mask: Optional[Tensor]):
+    def __init__(self, cell: EquilibriumCell, x: Tensor, padding_mask: Tensor | None):
         self.cell, self.x, self.padding_mask = cell, x, padding_mask
-        self._layers: List[Callable[..., Tensor]] = [layer.prepare_map(x, padding_mask) for layer in cell.layers]
+        self._layers: list[Callable[..., Tensor]] = [layer.prepare_map(x, padding_mask) for layer in cell.layers]
         self._added, self._qkv = cell.injection(x)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ class CellMap:
         return z if self.padding_mask is None else z.masked_fill(self.padding_mask.unsqueeze(-1), 0.0)
 
     @property
-    def depends_on(self) -> Tuple[Tensor, ...]:
+    def depends_on(self) -> tuple[Tensor, ...]:
         """The tensors with a gradient that an evaluation uses; of a :meth:`severed` map none is computed from another.
 
         The injection's own parameters are not among them: they act through what was injected.
@@ -130,7 +132,7 @@ class CellMap:
         injected = [tensor for tensor in (self._added, self._qkv) if tensor is not None]
         return (*injected, *(parameter for module in used for parameter in module.parameters()))
 
-    def severed(self) -> "CellMap":
+    def severed(self) -> CellMap:
         """The same map, its graph cut where the injection enters.
 
         The input may itself come from this cell's parameters (a depth applied twice): gradients in both the parameters
@@ -143,7 +145,7 @@ class CellMap:
         )
         return twin
 
-    def rows(self, index: Tensor) -> Optional["CellMap"]:
+    def rows(self, index: Tensor) -> CellMap | None:
         """The same map for some samples; ``None`` where noise was drawn for the whole batch."""
         if any(layer.is_noisy for layer in self.cell.layers):
             return None
@@ -169,7 +171,7 @@ class EquilibriumCell(nn.Module):
                 parametrizations.weight_norm(linear, dim=0)
         self.initialise()
 
-    def _matrices(self) -> List[nn.Linear]:
+    def _matrices(self) -> list[nn.Linear]:
         return [
             linear
             for layer in self.layers
@@ -205,7 +207,7 @@ class EquilibriumCell(nn.Module):
         if self.injection.qkv is not None:
             self.injection.qkv.weight.normal_(std=config.initial_std)
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> CellMap:
+    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> CellMap:
         """Fix one solve's noise, masks and injection.
 
         Args:

@@ -1,6 +1,6 @@
 """The position-wise feed-forward network."""
 
-from typing import Callable, Dict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from fairseq_implicit.fields.shared_dropout import SharedDropout
 
-ACTIVATIONS: Dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
     "gelu_accurate": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),

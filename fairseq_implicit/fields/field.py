@@ -1,13 +1,13 @@
 """The contract between what is integrated (a field) and how it is integrated (a solver)."""
 
-from typing import Callable, Iterator, Optional, Tuple, Union
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
 from fairseq_implicit.solvers.adaptive import Piece
 
 #: ``f(t, z) -> dz``: deterministic, free of side effects, zero at padded positions.
-Increment = Callable[[Union[float, Tensor], Tensor], Tensor]
+Increment = Callable[[float | Tensor, Tensor], Tensor]
 
 
 class Field(nn.Module):
@@ -24,7 +24,7 @@ class Field(nn.Module):
 
     piecewise = False
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
+    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> Increment:
         """Fix one solve's constants.
 
         Args:
@@ -33,7 +33,7 @@ class Field(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a field must return its increment there")
 
-    def pieces(self, f: Increment, end: float) -> Tuple[Piece, ...]:
+    def pieces(self, f: Increment, end: float) -> tuple[Piece, ...]:
         """``f`` from t = 0 to ``end``, cut at the times where it is not smooth.
 
         Args:

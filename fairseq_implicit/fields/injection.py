@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -65,13 +64,13 @@ class Injection(nn.Module):
                 self.raw_gain.fill_(above + math.log(-math.expm1(-above)))
 
     @property
-    def gain(self) -> Optional[Tensor]:
+    def gain(self) -> Tensor | None:
         """The gain, 0-dim; ``None`` without residual injection."""
         if self.raw_gain is None:
             return None
         return self.config.gain_floor + functional.softplus(self.raw_gain)
 
-    def forward(self, x: Tensor) -> Tuple[Optional[Tensor], Optional[Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What is added to the residual stream ``(batch, time, dim)`` and to q, k, v ``(batch, time, 3 dim)``."""
         if self.norm is None:
             return None, None

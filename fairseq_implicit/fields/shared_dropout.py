@@ -4,7 +4,7 @@ With masks redrawn at every evaluation the field is not a function: neither the 
 means anything, and an adaptive solver multiplies its evaluations. Each site therefore draws one mask per solve.
 """
 
-from typing import Callable, Optional, Tuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def check_policy(policy: str) -> str:
     return policy
 
 
-def keep_mask(shape: Tuple[int, ...], rate: float, device: torch.device) -> Tuple[Tensor, float]:
+def keep_mask(shape: tuple[int, ...], rate: float, device: torch.device) -> tuple[Tensor, float]:
     """Draw a bool mask, True with probability ``1 - rate``, and the scale that keeps the mean.
 
     Returns:
@@ -67,7 +67,7 @@ class SharedDropout(nn.Module):
         self.rate = check_rate("dropout", rate)
         self.policy = check_policy(policy)
 
-    def prepare(self, like: Tensor, width: Optional[int] = None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, like: Tensor, width: int | None = None) -> Callable[[Tensor], Tensor]:
         """Fix the mask of one solve.
 
         Args:
@@ -81,7 +81,7 @@ class SharedDropout(nn.Module):
         shape = like.shape if width is None else (*like.shape[:-1], width)
         return self._masked(shape, like)
 
-    def _masked(self, shape: Tuple[int, ...], like: Tensor) -> Callable[[Tensor], Tensor]:
+    def _masked(self, shape: tuple[int, ...], like: Tensor) -> Callable[[Tensor], Tensor]:
         mask, scale = keep_mask(shape, self.rate, like.device)
         if like.dtype in (torch.float32, torch.float64):
             # One multiplication per evaluation instead of two; four bytes per element, shared by all stages.
@@ -97,7 +97,7 @@ class SharedDropout(nn.Module):
 class DropPath(SharedDropout):
     """Stochastic depth: the whole increment of a sample is dropped, or scaled to keep the mean (arXiv 1603.09382)."""
 
-    def prepare(self, like: Tensor, width: Optional[int] = None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, like: Tensor, width: int | None = None) -> Callable[[Tensor], Tensor]:
         """Fix which samples keep their increment: a mask ``(batch, 1, 1)``."""
         if not self.training or self.rate == 0.0:
             return _identity

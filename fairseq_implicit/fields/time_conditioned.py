@@ -8,8 +8,8 @@ later.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.solvers.adaptive import Piece
 
-Time = Union[float, Tensor]
+Time = float | Tensor
 
 INTERPOLATIONS = ("linear", "constant")
 #: Sinusoids of the depth embedding; the fastest makes this many half turns over the depth.
@@ -85,7 +85,7 @@ class DepthEmbeddedField(TransformerField):
         self.norms = 1 if config.kind == "parallel" else 2
         self.depth_embedding = DepthEmbedding(duration, self.norms * 2 * config.dim)
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Increment:
+    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> Increment:
         attend = self.attention.prepare(x, padding_mask)
         drop_attention = self.dropout.prepare(x)
         feed = self.feed_forward.prepare(x)
@@ -107,7 +107,7 @@ class DepthEmbeddedField(TransformerField):
 
         return f
 
-    def _modulated(self, t: Time) -> List["_Modulation"]:
+    def _modulated(self, t: Time) -> list["_Modulation"]:
         # (1 or batch, 1, norms * 2 * dim), split into scale and shift of each norm
         parts = self.depth_embedding(t, self.attention_norm.weight).unsqueeze(1).chunk(2 * self.norms, dim=-1)
         return [_Modulation(scale, shift) for scale, shift in zip(parts[0::2], parts[1::2])]
@@ -156,7 +156,7 @@ class InterpolatedField(Field):
         # Each knot is a field of its own and names its own projections.
         return iter(())
 
-    def position(self, t: float, knot: Optional[int] = None) -> Tuple[int, float]:
+    def position(self, t: float, knot: int | None = None) -> tuple[int, float]:
         """The knot at or before ``t`` and the share of the next one, in [0, 1].
 
         Args:
@@ -171,11 +171,11 @@ class InterpolatedField(Field):
         share = place - knot if self.interpolation == "linear" and knot < len(self.knots) - 1 else 0.0
         return knot, min(max(share, 0.0), 1.0)
 
-    def weights(self, t: float) -> Dict[str, Tensor]:
+    def weights(self, t: float) -> dict[str, Tensor]:
         """Name to weight of the transformer field at time ``t``, with gradient to the knots."""
         return self.weights_at(*self.position(t))
 
-    def weights_at(self, knot: int, share: float) -> Dict[str, Tensor]:
+    def weights_at(self, knot: int, share: float) -> dict[str, Tensor]:
         """The same between ``knot``, at a share of 0, and the next one."""
         here = dict(self.knots[knot].named_parameters())
         if share == 0.0:
@@ -183,10 +183,10 @@ class InterpolatedField(Field):
         following = dict(self.knots[knot + 1].named_parameters())
         return {name: torch.lerp(weight, following[name], share) for name, weight in here.items()}
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> "PreparedInterpolation":
+    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> "PreparedInterpolation":
         return PreparedInterpolation(self, x, padding_mask)
 
-    def pieces(self, f: "PreparedInterpolation", end: float) -> Tuple[Piece, ...]:
+    def pieces(self, f: "PreparedInterpolation", end: float) -> tuple[Piece, ...]:
         """From knot to knot; after the last one the weights stay."""
         inner = [knot / self.per_unit for knot in range(1, len(self.knots))]
         ends = [at for at in inner if at < end] + [end]
@@ -197,7 +197,7 @@ class InterpolatedField(Field):
 class PreparedInterpolation:
     """One solve's increment ``f(t, z)`` of an :class:`InterpolatedField`."""
 
-    def __init__(self, field: InterpolatedField, x: Tensor, padding_mask: Optional[Tensor]):
+    def __init__(self, field: InterpolatedField, x: Tensor, padding_mask: Tensor | None):
         self._field, self._x, self._padding_mask = field, x, padding_mask
         # The noise is that of the first knot, whose weights are replaced for the length of one evaluation.
         self._template = field.knots[0]
@@ -212,7 +212,7 @@ class PreparedInterpolation:
         position = partial(self._field.position, knot=knot)
         return lambda t, z: self._each_time(position, t, z)
 
-    def _each_time(self, position: Callable[[float], Tuple[int, float]], t: Time, z: Tensor) -> Tensor:
+    def _each_time(self, position: Callable[[float], tuple[int, float]], t: Time, z: Tensor) -> Tensor:
         """The increment of each sample with the weights of its own time."""
         times = t.detach().reshape(-1).tolist() if isinstance(t, Tensor) else [t]
         if len(times) == 1:
@@ -222,7 +222,7 @@ class PreparedInterpolation:
                 "weights interpolated along the depth need one time for the whole batch in training: use "
                 "--ode-step-control batch or auto"
             )
-        rows_at: Dict[Tuple[int, float], List[int]] = {}
+        rows_at: dict[tuple[int, float], list[int]] = {}
         for row, place in enumerate(map(position, times)):
             rows_at.setdefault(place, []).append(row)
         found = []
@@ -233,7 +233,7 @@ class PreparedInterpolation:
         order = torch.tensor([row for rows in rows_at.values() for row in rows], device=z.device)
         return torch.cat(found)[order.argsort()]
 
-    def _at(self, place: Tuple[int, float], prepared: Increment, z: Tensor) -> Tensor:
+    def _at(self, place: tuple[int, float], prepared: Increment, z: Tensor) -> Tensor:
         weights = {f"template.{name}": weight for name, weight in self._field.weights_at(*place).items()}
         return functional_call(self._evaluation, weights, (prepared, z))
 

@@ -5,8 +5,8 @@ The field is the increment ``F(y) = Layer(y) - y``, computed directly as the sum
 ``Layer(y)`` itself adds a spurious exponential mode.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fairseq_implicit.fields.shared_dropout import DropPath, SharedDropout
 
 KINDS = ("pre-norm", "post-norm", "parallel", "macaron")
 
-Time = Union[float, Tensor]
+Time = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class PreparedTransformer:
     def __init__(
         self,
         increment: Callable[[Tensor], Tensor],
-        layer: Optional[Callable[[Tensor], Tensor]],
+        layer: Callable[[Tensor], Tensor] | None,
         drop_path: Callable[[Tensor], Tensor],
-        padding: Optional[Tensor],
+        padding: Tensor | None,
     ):
         self._increment = increment
         self._layer = layer
@@ -76,7 +76,7 @@ class PreparedTransformer:
         return dz if self._padding is None else dz.masked_fill(self._padding, 0.0)
 
     @property
-    def layer(self) -> Optional[Callable[[Time, Tensor], Tensor]]:
+    def layer(self) -> Callable[[Time, Tensor], Tensor] | None:
         """The layer map ``(t, z) -> z'`` where it must not be formed as ``z + f(t, z)``, else ``None``."""
         return None if self._layer is None else self._map
 
@@ -122,7 +122,7 @@ class TransformerField(Field):
         if self.first_feed_forward is not None:
             yield self.first_feed_forward.fc2
 
-    def prepare(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> PreparedTransformer:
+    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> PreparedTransformer:
         attend = self.attention.prepare(x, padding_mask)
         drop_attention = self.dropout.prepare(x)
 

@@ -12,9 +12,10 @@ Gustafsson, ACM TOMS 17 (1991) (PI control); Pal et al., arXiv 2105.03918 (the e
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ FLOOR_IN_ROUNDING_UNITS = 10.0
 SMALLEST_STEP_IN_ROUNDING_UNITS = 16.0
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 
-Time = Union[float, Tensor]
+Time = float | Tensor
 Field = Callable[[Time, Tensor], Tensor]
 
 
@@ -71,7 +72,7 @@ class AdaptiveConfig:
     atol: float = 1e-3
     max_evaluations: int = 1000
     step_control: str = "sample"
-    first_step: Optional[float] = None
+    first_step: float | None = None
 
     def __post_init__(self):
         stages = embedded_pair(self.scheme)[0].stages
@@ -106,20 +107,20 @@ class AdaptiveResult(SolveResult):
         piece_states: the state at the end of each piece of the field when they were asked for.
     """
 
-    accepted: Union[int, Tensor] = 0
-    rejected: Union[int, Tensor] = 0
+    accepted: int | Tensor = 0
+    rejected: int | Tensor = 0
     field_calls: int = 0
-    reached: Tuple[float, ...] = ()
+    reached: tuple[float, ...] = ()
     states: Sequence[Tensor] = ()
     times: Sequence[Time] = ()
-    energy: Optional[Tensor] = None
-    local_error: Optional[Tensor] = None
-    accepted_steps: Sequence[Tuple[float, float]] = ()
+    energy: Tensor | None = None
+    local_error: Tensor | None = None
+    accepted_steps: Sequence[tuple[float, float]] = ()
     piece_states: Sequence[Tensor] = ()
 
 
-@lru_cache(maxsize=None)
-def embedded_pair(scheme: str) -> Tuple[Tableau, Tuple[float, ...], int]:
+@cache
+def embedded_pair(scheme: str) -> tuple[Tableau, tuple[float, ...], int]:
     """The tableau of that name, the weights of its error estimate (b minus b-hat), and the estimate's order in h.
 
     Raises:
@@ -136,7 +137,7 @@ def embedded_pair(scheme: str) -> Tuple[Tableau, Tuple[float, ...], int]:
     return tableau, weights, min(tableau.order, tableau.embedded_order) + 1
 
 
-def in_state_precision(f: Field, dtype: torch.dtype) -> Tuple[Field, torch.dtype]:
+def in_state_precision(f: Field, dtype: torch.dtype) -> tuple[Field, torch.dtype]:
     """The field seen from a state of at least single precision.
 
     Half-precision states lose small updates (an error of 42 % of the update after four RK4 steps in bfloat16, 11 % with
@@ -163,7 +164,7 @@ def check_tolerance(config: AdaptiveConfig, dtype: torch.dtype) -> None:
         )
 
 
-def valid_weight(valid: Optional[Tensor], state: Tensor) -> Tensor:
+def valid_weight(valid: Tensor | None, state: Tensor) -> Tensor:
     """Weights ``(batch, time, 1)`` that turn a sum over a sample into the mean over its valid numbers.
 
     Args:
@@ -188,7 +189,7 @@ def _advance(z: Tensor, k: Tensor, factor: Time) -> Tensor:
     return torch.add(z, k, alpha=factor)
 
 
-def embedded_step(g: Field, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+def embedded_step(g: Field, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One trial step of an embedded pair.
 
     Args:
@@ -231,8 +232,8 @@ class _Progress:
     accepted: int = 0
     rejected: int = 0
     largest_ratio: float = 0.0
-    status: Optional[Status] = None
-    steps: List[Tuple[float, float]] = field(default_factory=list)
+    status: Status | None = None
+    steps: list[tuple[float, float]] = field(default_factory=list)
 
     def enter(self, end: float) -> None:
         """Go on over the piece that ends there, unless the solve of this sample has failed."""
@@ -289,12 +290,12 @@ def solve_adaptive(
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    valid: Optional[Tensor] = None,
+    valid: Tensor | None = None,
     start: float = 0.0,
     keep_states: bool = False,
     penalties: bool = False,
     recompute: bool = False,
-    on_trial: Optional[Callable[[bool, float], None]] = None,
+    on_trial: Callable[[bool, float], None] | None = None,
     pieces: Sequence[Piece] = (),
     keep_piece_states: bool = False,
 ) -> AdaptiveResult:
@@ -345,9 +346,9 @@ def solve_adaptive(
 
     calls, k1 = 0, None
     energy = local_error = y.new_zeros(rows) if penalties else None
-    states: List[Tensor] = [y]
-    times: List[Time] = [start]
-    piece_states: List[Tensor] = []
+    states: list[Tensor] = [y]
+    times: list[Time] = [start]
+    piece_states: list[Tensor] = []
     for piece in pieces or (Piece(f, start + duration),):
         g, _ = in_state_precision(piece.field, returned_dtype)
         anew = k1 is None or not piece.continues
@@ -421,7 +422,7 @@ def solve_adaptive(
     )
 
 
-def _times_and_steps(progress: List[_Progress], active: List[bool], y: Tensor) -> Tuple[Time, Time]:
+def _times_and_steps(progress: list[_Progress], active: list[bool], y: Tensor) -> tuple[Time, Time]:
     """Floats when every sample stands at the same time with the same step, else ``(batch,)`` tensors."""
     if all(active) and all(one.t == progress[0].t and one.h == progress[0].h for one in progress):
         return progress[0].t, progress[0].h
@@ -429,5 +430,5 @@ def _times_and_steps(progress: List[_Progress], active: List[bool], y: Tensor) -
     return y.new_tensor([one.t for one in progress]), y.new_tensor(steps)
 
 
-def _per_sample(counts: List[int], like: Tensor) -> Union[int, Tensor]:
+def _per_sample(counts: list[int], like: Tensor) -> int | Tensor:
     return counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=like.device)

@@ -5,8 +5,6 @@ solving (GGᵀ/s + λI) y = 1 and α = y / Σy (Walker and Ni 2011). An absolute
 residuals shrink and turn the mixing into a plain average.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ class Anderson:
         self.weights = torch.zeros(batch, window, dtype=torch.float64, device=z.device)
         self.slot = 0
 
-    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Optional[Tensor]) -> Tensor:
+    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
         """Take in ``f(z)`` and ``f(z) − z``, give the next state; ``damping`` is β, ``(batch, 1, 1)`` or ``None``."""
         slot, window = self.slot, self.gram.shape[1]
         self.values.put(slot, f_z)

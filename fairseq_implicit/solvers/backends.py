@@ -11,7 +11,7 @@ of the state, so that one half-precision solve would spoil every later one.
 """
 
 import importlib
-from typing import Callable, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def solve_with(
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    valid: Optional[Tensor] = None,
+    valid: Tensor | None = None,
     start: float = 0.0,
     pieces: Sequence[Piece] = (),
     **options,
@@ -125,7 +125,7 @@ def solve_with(
 
 
 def _cover(
-    integrate: Callable, probe: "_Probe", end: float, config: AdaptiveConfig, valid: Optional[Tensor], smallest: float
+    integrate: Callable, probe: "_Probe", end: float, config: AdaptiveConfig, valid: Tensor | None, smallest: float
 ) -> None:
     """Let a library integrate from where the probe stands to ``end``.
 
@@ -217,7 +217,7 @@ def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> 
     return solver
 
 
-def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Optional[Tensor]) -> Tensor:
+def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Tensor | None) -> Tensor:
     solver = _torchdyn_solver(probe, y, duration, config.scheme)
     odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
     span = torch.tensor([0.0, duration], dtype=y.dtype, device=y.device)
@@ -231,7 +231,7 @@ def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig,
     return states[-1]
 
 
-def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Optional[Tensor]) -> Tensor:
+def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Tensor | None) -> Tensor:
     odeint = _module("torchdiffeq").odeint
     weight = valid_weight(valid, y)
 
@@ -269,9 +269,9 @@ def solve_torchdyn_adjoint(
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    parameters: Tuple[Tensor, ...],
+    parameters: tuple[Tensor, ...],
     start: float = 0.0,
-    on_backward: Optional[Callable[[int], None]] = None,
+    on_backward: Callable[[int], None] | None = None,
 ) -> AdaptiveResult:
     """torchdyn's own continuous adjoint around its adaptive solvers.
 
@@ -339,7 +339,7 @@ def solve_torchdyn_adjoint(
 class _ModuleField(nn.Module):
     """The bare minimum that torchdyn's adjoint asks of a vector field: a call and ``parameters()``."""
 
-    def __init__(self, call: Callable, tensors: List[Tensor]):
+    def __init__(self, call: Callable, tensors: list[Tensor]):
         super().__init__()
         self.call, self.tensors = call, tensors
 

@@ -5,8 +5,6 @@ dropped and the method restarts as Picard: overwriting the oldest column of a pr
 matrix that satisfies no secant equation.
 """
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -32,13 +30,13 @@ class Broyden:
         self.left, self.right = History(z, columns), History(z, columns)
         self.columns = columns
         self.used = 0
-        self.previous: Optional[tuple] = None  # z, g(z), B g(z) of the last step
+        self.previous: tuple | None = None  # z, g(z), B g(z) of the last step
         self.fresh = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)  # samples without a last step
 
     def _dot(self, x: Tensor, y: Tensor) -> Tensor:
         return token_sum(torch.linalg.vecdot(x, y))[:, None, None]
 
-    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Optional[Tensor]) -> Tensor:
+    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
         """Take in ``f(z)`` and ``g = f(z) − z``, give ``z − τ B g``; ``damping`` is τ, ``(batch, 1, 1)``, or None."""
         if self.used == self.columns:
             self._restart()

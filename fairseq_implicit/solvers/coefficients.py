@@ -18,7 +18,8 @@ Sources: arXiv 2203.09176 (ODE Transformer), 2411.03042 (PCformer).
 """
 
 import math
-from typing import Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ STARTS = ("tableau", "ones")
 SCOPES = ("block", "model", "channel")
 
 # A float, a 0-dim tensor, a (dim,) tensor (scope channel) or a (batch, time, 1) tensor (gated).
-Weight = Union[float, Tensor]
+Weight = float | Tensor
 
 # A stage whose tableau weight is 0 starts with this share in the softmax and gated modes: log 0 has no gradient.
 SMALLEST_START = 0.01
@@ -41,7 +42,7 @@ def _full_precision(parameter: Tensor) -> Tensor:
     return parameter.float() if parameter.dtype in (torch.float16, torch.bfloat16) else parameter
 
 
-def _positive_start(tableau: Tableau, mode: str) -> Tuple[float, ...]:
+def _positive_start(tableau: Tableau, mode: str) -> tuple[float, ...]:
     """The tableau's b as positive shares of 1."""
     if min(tableau.b_values) < 0:
         raise ValueError(
@@ -61,24 +62,24 @@ class LearnedWeights(nn.Module):
         channels: width for one weight per channel, ``None`` for scalars.
     """
 
-    def __init__(self, tableau: Tableau, start: str = "tableau", channels: Optional[int] = None):
+    def __init__(self, tableau: Tableau, start: str = "tableau", channels: int | None = None):
         super().__init__()
         values = torch.tensor(tableau.b_values if start == "tableau" else (1.0,) * tableau.stages)
         self.values = nn.Parameter(values if channels is None else values.unsqueeze(1).repeat(1, channels))
 
-    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+    def forward(self, stages: Sequence[Tensor]) -> tuple[Weight, ...]:
         return tuple(_full_precision(self.values).unbind(0))
 
 
 class SoftmaxWeights(nn.Module):
     """Weights that sum to 1: order 1 is kept whatever is learned."""
 
-    def __init__(self, tableau: Tableau, channels: Optional[int] = None):
+    def __init__(self, tableau: Tableau, channels: int | None = None):
         super().__init__()
         logits = torch.tensor(_positive_start(tableau, "softmax")).log()
         self.logits = nn.Parameter(logits if channels is None else logits.unsqueeze(1).repeat(1, channels))
 
-    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+    def forward(self, stages: Sequence[Tensor]) -> tuple[Weight, ...]:
         return tuple(_full_precision(self.logits).softmax(0).unbind(0))
 
 
@@ -97,18 +98,18 @@ class GatedWeights(nn.Module):
         self.bias = nn.Parameter(torch.tensor(logits))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+    def forward(self, stages: Sequence[Tensor]) -> tuple[Weight, ...]:
         # One product per stage: the concatenation [F_1; …; F_n] would copy every increment once more.
         dim = stages[0].shape[-1]
         products = [F.linear(stage, self.weight[:, i * dim : (i + 1) * dim]) for i, stage in enumerate(stages)]
         logits = sum((_full_precision(product) for product in products), _full_precision(self.bias))
         return self._shares(logits)
 
-    def at_rest(self) -> Tuple[Tensor, ...]:
+    def at_rest(self) -> tuple[Tensor, ...]:
         """The weights of a token whose increments are zero, each ``(1, 1, 1)``."""
         return self._shares(_full_precision(self.bias).view(1, 1, -1))
 
-    def _shares(self, logits: Tensor) -> Tuple[Tensor, ...]:
+    def _shares(self, logits: Tensor) -> tuple[Tensor, ...]:
         if logits.shape[-1] == 1:
             gate = torch.sigmoid(logits)
             return gate, 1 - gate
@@ -121,7 +122,7 @@ class EmaWeights(nn.Module):
     The raw weights sum to 1 − (1 − α)^n, so a step of a raw block is shorter than h; the normalised ones sum to 1.
     """
 
-    def __init__(self, tableau: Tableau, normalised: bool = False, channels: Optional[int] = None):
+    def __init__(self, tableau: Tableau, normalised: bool = False, channels: int | None = None):
         super().__init__()
         self.stages = tableau.stages
         self.normalised = normalised
@@ -131,7 +132,7 @@ class EmaWeights(nn.Module):
     def alpha(self) -> Tensor:
         return torch.sigmoid(_full_precision(self.logit))
 
-    def forward(self, stages: Sequence[Tensor]) -> Tuple[Weight, ...]:
+    def forward(self, stages: Sequence[Tensor]) -> tuple[Weight, ...]:
         alpha = self.alpha
         share = alpha / (1 - (1 - alpha) ** self.stages) if self.normalised else alpha
         return tuple(share * (1 - alpha) ** (self.stages - 1 - i) for i in range(self.stages))
@@ -171,8 +172,8 @@ class Combination(nn.Module):
         tableau: Tableau,
         mode: str = "fixed",
         start: str = "tableau",
-        channels: Optional[int] = None,
-        dim: Optional[int] = None,
+        channels: int | None = None,
+        dim: int | None = None,
         stage_norms: bool = False,
     ):
         super().__init__()
@@ -194,11 +195,11 @@ class Combination(nn.Module):
         self.norms = StageNorms(tableau.stages, dim) if stage_norms else None
 
     @property
-    def required(self) -> Tuple[bool, ...]:
+    def required(self) -> tuple[bool, ...]:
         """For each stage, whether it has to be evaluated: learned weights may use a stage whose b is 0."""
         return self.tableau.required if self.weights is None else (True,) * self.tableau.stages
 
-    def forward(self, state: Tensor, stages: Sequence[Optional[Tensor]], h: float) -> Tuple[Tensor, Tuple[Weight, ...]]:
+    def forward(self, state: Tensor, stages: Sequence[Tensor | None], h: float) -> tuple[Tensor, tuple[Weight, ...]]:
         """Add the increments ``stages`` ``(batch, time, dim)`` to ``state`` ``(batch, time, dim)``.
 
         Returns:
@@ -213,15 +214,13 @@ class Combination(nn.Module):
             state = normalise(self.norms.state, state)
         return combine(state, stages, weights, h), weights
 
-    def at_rest(self) -> Tuple[Weight, ...]:
+    def at_rest(self) -> tuple[Weight, ...]:
         """The weights of a block whose increments are zero (a block that layer drop skips)."""
         if self.weights is None:
             return self.tableau.b_values
         return self.weights.at_rest() if self.mode == "gated" else self.weights(())
 
-    def statistics(
-        self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None
-    ) -> Dict[str, Union[float, Tensor]]:
+    def statistics(self, weights: tuple[Weight, ...], valid: Tensor | None = None) -> dict[str, float | Tensor]:
         """Detached scalars: Σw, Σwc and, where the mode has them, gate mean and entropy (nats) or α.
 
         ``gate_mean`` is the first stage's mean weight. ``valid`` ``(batch, time, 1)`` is 1 at tokens, 0 at padding.
@@ -240,19 +239,19 @@ class Combination(nn.Module):
                 found["alpha"] = self.weights.alpha.mean()
         return found
 
-    def consistency_penalty(self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None) -> Union[float, Tensor]:
+    def consistency_penalty(self, weights: tuple[Weight, ...], valid: Tensor | None = None) -> float | Tensor:
         """Mean of (Σw − 1)², with gradient: zero when the step has order 1."""
         return _mean((sum(weights) - 1) ** 2, valid)
 
-    def second_order_penalty(self, weights: Tuple[Weight, ...], valid: Optional[Tensor] = None) -> Union[float, Tensor]:
+    def second_order_penalty(self, weights: tuple[Weight, ...], valid: Tensor | None = None) -> float | Tensor:
         """Mean of (Σwc − 1/2)², with gradient: zero when a consistent step has order 2."""
         return _mean((self._moment(weights) - 0.5) ** 2, valid)
 
-    def _moment(self, weights: Tuple[Weight, ...]) -> Weight:
+    def _moment(self, weights: tuple[Weight, ...]) -> Weight:
         return sum(weight * node for weight, node in zip(weights, self.tableau.c_values))
 
 
-def _mean(value: Weight, valid: Optional[Tensor]) -> Union[float, Tensor]:
+def _mean(value: Weight, valid: Tensor | None) -> float | Tensor:
     """Mean over channels or valid tokens."""
     if not isinstance(value, Tensor):
         return value
@@ -261,7 +260,7 @@ def _mean(value: Weight, valid: Optional[Tensor]) -> Union[float, Tensor]:
     return (value * valid).expand(*valid.shape).sum() / valid.sum()
 
 
-def combine(state: Tensor, stages: Sequence[Optional[Tensor]], weights: Sequence[Weight], h: float) -> Tensor:
+def combine(state: Tensor, stages: Sequence[Tensor | None], weights: Sequence[Weight], h: float) -> Tensor:
     """``state + h Σ w_i F_i`` in the dtype of ``state`` or wider; a stage of ``None`` has weight 0.
 
     Multiply and add are fused: one pass over the state per stage.
@@ -315,8 +314,8 @@ class OriginalFlags(NamedTuple):
 def from_original_flags(
     enc_calculate_num: int,
     rk_type: str = "standard",
-    enc_learnable_type: Optional[str] = None,
-    alpha_type: Optional[str] = None,
+    enc_learnable_type: str | None = None,
+    alpha_type: str | None = None,
 ) -> OriginalFlags:
     """Map ``--enc-calculate-num``, ``--rk-type``, ``--enc-learnable-type`` and ``--alpha-type``.
 
@@ -350,6 +349,6 @@ def from_original_flags(
     return OriginalFlags(scheme, "gated", "tableau", "model")
 
 
-def _check_choice(flag: str, value: Optional[str], choices: Sequence[Optional[str]]) -> None:
+def _check_choice(flag: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(f"{flag} {value} is not one of {', '.join(choice for choice in choices if choice)}")

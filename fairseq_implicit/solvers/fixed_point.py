@@ -10,8 +10,8 @@ memory inverse updates for equilibrium models).
 
 import copy
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -78,11 +78,11 @@ class FixedPointConfig:
 
     method: str = "anderson"
     max_iter: int = 30
-    tol: Optional[float] = None
+    tol: float | None = None
     criterion: str = "relative"
     damping: float = 1.0
     window: int = 6
-    ridge: Optional[float] = None
+    ridge: float | None = None
     memory: float = 1024.0
     freeze: bool = True
     compact: bool = False
@@ -139,10 +139,10 @@ class FixedPointResult(SolveResult):
             the answer of every sample.
     """
 
-    converged: Optional[Tensor] = None
+    converged: Tensor | None = None
     tolerance: float = 0.0
-    iterates: Optional[Dict[int, Tensor]] = None
-    tracked: Optional[Tuple[Tensor, Tensor]] = None
+    iterates: dict[int, Tensor] | None = None
+    tracked: tuple[Tensor, Tensor] | None = None
 
     def sentence(self) -> str:
         """One sentence with the numbers: how many samples, how many evaluations, the worst residual."""
@@ -169,7 +169,7 @@ def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Picard:
     """The plain damped iteration, with the same calls as the accelerated ones."""
 
-    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Optional[Tensor]) -> Tensor:
+    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
         return f_z if damping is None else torch.addcmul(z, residual, damping)
 
     def forget(self, samples: Tensor) -> None:
@@ -204,7 +204,7 @@ class _Rows:
 
     def __init__(self, z: Tensor, window: int):
         batch = z.shape[0]
-        self.index: Optional[Tensor] = None
+        self.index: Tensor | None = None
         self.best = z
         self.best_residual = torch.full((batch,), math.inf, dtype=torch.float64, device=z.device)
         self.first = torch.full_like(self.best_residual, math.inf)
@@ -245,10 +245,10 @@ def solve(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     config: FixedPointConfig,
-    valid: Optional[Tensor] = None,
-    scale: Optional[Tensor] = None,
+    valid: Tensor | None = None,
+    scale: Tensor | None = None,
     capture: Sequence[int] = (),
-    precision: Optional[torch.dtype] = None,
+    precision: torch.dtype | None = None,
     linear: bool = False,
     track: bool = False,
 ) -> FixedPointResult:
@@ -326,13 +326,13 @@ class _Iteration:
     config: FixedPointConfig
     tol: float
     dtype: torch.dtype
-    valid: Optional[Tensor]
-    scale: Optional[Tensor]
+    valid: Tensor | None
+    scale: Tensor | None
     evaluate: Callable[[Callable, Tensor], Tensor]
     linear: bool
     track: bool
 
-    def run(self, f, z: Tensor, capture: Sequence[int]) -> Tuple[_Rows, Dict[int, Tensor], Optional[tuple]]:
+    def run(self, f, z: Tensor, capture: Sequence[int]) -> tuple[_Rows, dict[int, Tensor], tuple | None]:
         config = self.config
         self.real = None if self.valid is None else self.valid.unsqueeze(-1)
         if self.real is not None:
@@ -408,7 +408,7 @@ class _Iteration:
             tracked = None
         return whole, iterates, tracked
 
-    def _tracked(self, f, z: Tensor) -> Tuple[Tensor, Tensor]:
+    def _tracked(self, f, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             anchor = z.detach().clone().requires_grad_()
             return anchor, self.evaluate(f, anchor)
@@ -419,7 +419,7 @@ class _Iteration:
             return norm / ((sample_norm(f_z) if self.scale is None else self.scale.double()) + _TINY)
         return norm / self.root_size if self.config.criterion == "rms" else norm
 
-    def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> Tuple[int, int, int, Tensor]:
+    def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> tuple[int, int, int, Tensor]:
         """Settle each row's fate after an evaluation.
 
         Returns:

@@ -16,8 +16,8 @@ and cells shared between places all give the sums they should.
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class GradientConfig:
                 "gradient damping.",
             )
 
-    def update_cost(self, forward: float, adjoint: float) -> Tuple[float, str]:
+    def update_cost(self, forward: float, adjoint: float) -> tuple[float, str]:
         """Cost of one update in evaluations of the map, and how it is made up.
 
         An evaluation costs 1, a product with the Jacobian 1, a full backward pass 2.
@@ -176,8 +176,8 @@ class Equilibrium:
 
     state: Tensor
     solve: FixedPointResult
-    point: Optional[Tensor]
-    iterates: Dict[int, Tensor]
+    point: Tensor | None
+    iterates: dict[int, Tensor]
 
 
 def equilibrium(
@@ -185,10 +185,10 @@ def equilibrium(
     z0: Tensor,
     solver: FixedPointConfig,
     gradient: GradientConfig,
-    valid: Optional[Tensor] = None,
-    record: Optional[AdjointRecord] = None,
+    valid: Tensor | None = None,
+    record: AdjointRecord | None = None,
     depends_on: Sequence[Tensor] = (),
-    sources: Optional[Sequence[Tensor]] = None,
+    sources: Sequence[Tensor] | None = None,
     capture: Sequence[int] = (),
 ) -> Equilibrium:
     """Solve ``z = f(z)`` and attach a gradient.
@@ -264,7 +264,7 @@ class _AdjointEquation:
     tracked: Tensor
     anchor: Tensor
     gradient: GradientConfig
-    valid: Optional[Tensor]
+    valid: Tensor | None
     precision: torch.dtype
     record: AdjointRecord
 
@@ -333,7 +333,7 @@ def _verdict(residual: Tensor, evaluations: int, solver: FixedPointConfig, dtype
 
 
 @torch.no_grad()
-def _residual(z: Tensor, f_z: Tensor, solver: FixedPointConfig, valid: Optional[Tensor]) -> Tensor:
+def _residual(z: Tensor, f_z: Tensor, solver: FixedPointConfig, valid: Tensor | None) -> Tensor:
     if valid is not None:
         z, f_z = (torch.where(valid.unsqueeze(-1), x, 0.0) for x in (z, f_z))
     wide = algebra_dtype(z.dtype)
@@ -394,7 +394,7 @@ class _ReversibleIteration:
 
     def __post_init__(self):
         self.device = None
-        self.autocast: Optional[torch.dtype] = None
+        self.autocast: torch.dtype | None = None
 
     def remember_autocast(self, device: str) -> None:
         self.device = device

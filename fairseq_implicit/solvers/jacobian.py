@@ -4,7 +4,7 @@ Source: Bai et al. 2021, arXiv 2106.14342 (Jacobian regularisation). Their estim
 attention kernels, compiled cells and recomputation do not allow; the finite-difference form needs first derivatives.
 """
 
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from fairseq_implicit.solvers.norms import sample_norm
 FINITE_STEP = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 
 
-def _size(z: Tensor, valid: Optional[Tensor]) -> Tensor:
+def _size(z: Tensor, valid: Tensor | None) -> Tensor:
     """Entries at valid tokens, all samples together, 0-dim."""
     return torch.tensor(float(z.numel()), device=z.device) if valid is None else valid.sum() * z.shape[-1]
 
 
-def _probe(z: Tensor, valid: Optional[Tensor], generator: Optional[torch.Generator]) -> Tensor:
+def _probe(z: Tensor, valid: Tensor | None, generator: torch.Generator | None) -> Tensor:
     # Drawn on the generator's device: a seeded CPU generator gives every rank and device the same probe.
     device = z.device if generator is None else generator.device
     noise = torch.randn(z.shape, generator=generator, device=device).to(z.device, z.dtype)
@@ -34,8 +34,8 @@ def frobenius_finite_difference(
     f_z: Tensor,
     precision: torch.dtype,
     probes: int = 1,
-    valid: Optional[Tensor] = None,
-    generator: Optional[torch.Generator] = None,
+    valid: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """``‖J‖²_F / N`` by ``‖f(z + hε) − f(z)‖² / (h² N)``, ε normal, N entries at valid tokens; 0-dim, differentiable.
 
@@ -67,8 +67,8 @@ def frobenius_double_backward(
     f: Callable[[Tensor], Tensor],
     z: Tensor,
     probes: int = 1,
-    valid: Optional[Tensor] = None,
-    generator: Optional[torch.Generator] = None,
+    valid: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """``‖J‖²_F / N`` by ``‖εᵀJ‖²``, differentiable through a second backward pass; 0-dim.
 
@@ -108,8 +108,8 @@ def spectral_radius(
     f: Callable[[Tensor], Tensor],
     z: Tensor,
     steps: int = 30,
-    valid: Optional[Tensor] = None,
-    generator: Optional[torch.Generator] = None,
+    valid: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Spectral radius of the Jacobian of each sample, ``(batch,)``, by ``steps`` products ``Jᵀv``.
 

@@ -12,7 +12,6 @@ Sources: arXiv 2411.03042 (PCformer); Hairer, Nørsett, Wanner, *Solving Ordinar
 """
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from fairseq_implicit.solvers.status import SolveResult
 class AdamsResult(SolveResult):
     """A solve's result with the increment ``F_l`` ``(batch, time, dim)`` that the next block needs."""
 
-    increment: Optional[Tensor] = None
+    increment: Tensor | None = None
 
 
 def correct_by_backward_euler(
@@ -55,9 +54,9 @@ def solve_backward_euler_corrected(
     f: Field,
     x: Tensor,
     config: ExplicitConfig,
-    combination: Optional[Combination] = None,
+    combination: Combination | None = None,
     t0: float = 0.0,
-    field_dtype: Optional[torch.dtype] = None,
+    field_dtype: torch.dtype | None = None,
 ) -> ExplicitResult:
     """Predict by the explicit solve of ``config``, then ``y' = x + T f(t0 + T, P)``.
 
@@ -74,9 +73,9 @@ def solve_adams(
     f: Field,
     x: Tensor,
     config: ExplicitConfig,
-    previous: Optional[Tensor] = None,
+    previous: Tensor | None = None,
     t0: float = 0.0,
-    field_dtype: Optional[torch.dtype] = None,
+    field_dtype: torch.dtype | None = None,
 ) -> AdamsResult:
     """One step of the AB2/AM2 pair over ``config.total_time``.
 
@@ -99,7 +98,7 @@ def solve_adams(
     h = config.total_time
     evaluate = solver_field(f, config, field_dtype or x.dtype)
 
-    def advance(state: Tensor, before: Optional[Tensor]):
+    def advance(state: Tensor, before: Tensor | None):
         increment = evaluate(t0, state)
         if before is None:
             predicted = torch.add(state, increment, alpha=h)

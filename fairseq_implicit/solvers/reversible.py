@@ -14,7 +14,7 @@ The scheme is stable on the imaginary axis only: with strongly contracting field
 ``runge_kutta.py`` with recomputation.
 """
 
-from typing import Callable, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -107,14 +107,14 @@ class _ReversibleHeun(torch.autograd.Function):
         return _numbers(exact, dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         exact, companion, *parameters = ctx.saved_tensors
         h, dtype = ctx.h, gradient.dtype
         wanted = [p for p in parameters if p.requires_grad]
         totals = [None] * len(wanted)
         to_y, to_companion, to_half = gradient, torch.zeros_like(gradient), torch.zeros_like(gradient)
 
-        def evaluate(n: int) -> Tuple[Tensor, Callable[[Tensor], Tensor]]:
+        def evaluate(n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             """Half an increment at the companion of step ``n`` and the product of its transposed Jacobian."""
             z = _numbers(companion, dtype).requires_grad_()
             with torch.enable_grad(), ctx.surroundings:

@@ -8,8 +8,8 @@ Memory: a plain solve keeps the activations of every evaluation. ``checkpoint-st
 gradients as ``autograd``, because all noise was drawn when the field was prepared, outside the recomputed part.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fairseq_implicit.solvers.coefficients import Combination, Weight, combine
 from fairseq_implicit.solvers.status import SolveResult
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 
-Field = Callable[[Union[float, Tensor], Tensor], Tensor]
+Field = Callable[[float | Tensor, Tensor], Tensor]
 
 GRADIENTS = ("autograd", "checkpoint-step", "checkpoint-stage")
 
@@ -70,12 +70,12 @@ class ExplicitConfig:
 class ExplicitResult(SolveResult):
     """A solve's result with the weights that each sub-step used (see ``coefficients.Combination.statistics``)."""
 
-    weights: Tuple[Tuple[Weight, ...], ...] = ()
+    weights: tuple[tuple[Weight, ...], ...] = ()
 
 
 def explicit_stages(
     f: Field, tableau: Tableau, t: float, y: Tensor, h: float, required: Sequence[bool]
-) -> List[Optional[Tensor]]:
+) -> list[Tensor | None]:
     """The increments ``F_i = f(t + c_i h, y + h Σ_j a_ij F_j)``; ``None`` for a stage that is not required.
 
     Args:
@@ -86,15 +86,15 @@ def explicit_stages(
         h: step size.
         required: for each stage, whether to evaluate it (``tableau.required`` or ``Combination.required``).
     """
-    stages: List[Optional[Tensor]] = []
+    stages: list[Tensor | None] = []
     for row, node, wanted in zip(tableau.a_values, tableau.c_values, required):
         stages.append(f(t + node * h, combine(y, stages, row, h)) if wanted else None)
     return stages
 
 
 def explicit_step(
-    f: Field, t: float, y: Tensor, h: float, tableau: Tableau, combination: Optional[Combination] = None
-) -> Tuple[Tensor, Tuple[Weight, ...]]:
+    f: Field, t: float, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
+) -> tuple[Tensor, tuple[Weight, ...]]:
     """One step: the new state ``(batch, time, dim)`` and the weights of its stages.
 
     Without ``combination`` the weights are the tableau's b.
@@ -155,9 +155,9 @@ def solve_explicit(
     f: Field,
     x: Tensor,
     config: ExplicitConfig,
-    combination: Optional[Combination] = None,
+    combination: Combination | None = None,
     t0: float = 0.0,
-    field_dtype: Optional[torch.dtype] = None,
+    field_dtype: torch.dtype | None = None,
 ) -> ExplicitResult:
     """Integrate ``dy/dt = f(t, y)`` from ``y(t0) = x`` over ``config.total_time``.
 

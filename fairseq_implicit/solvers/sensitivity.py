@@ -15,8 +15,8 @@ dropout as without. Parameter gradients are integrated alongside with the weight
 enter the error norm (Kidger et al., *"Hey, that's not an ODE"*, arXiv 2009.09457).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Surroundings:
         return self._context.__exit__(*exception)
 
 
-def accumulate(totals: List[Optional[Tensor]], parts: Sequence[Optional[Tensor]], factor: float = 1.0) -> None:
+def accumulate(totals: list[Tensor | None], parts: Sequence[Tensor | None], factor: float = 1.0) -> None:
     """Adds ``factor * parts`` to ``totals`` in place; ``None`` stands for zero on both sides."""
     for i, part in enumerate(parts):
         if part is None or factor == 0.0:
@@ -66,9 +66,9 @@ def solve_adjoint(
     duration: float,
     config: AdaptiveConfig,
     parameters: Sequence[Tensor],
-    valid: Optional[Tensor] = None,
+    valid: Tensor | None = None,
     start: float = 0.0,
-    on_backward: Optional[Callable[[int], None]] = None,
+    on_backward: Callable[[int], None] | None = None,
     pieces: Sequence[Piece] = (),
 ) -> AdaptiveResult:
     """:func:`solve_adaptive` with the gradient of the continuous adjoint.
@@ -80,7 +80,7 @@ def solve_adjoint(
     Raises:
         ArithmeticError: in the backward pass, when the adjoint solve does not reach the start of the interval.
     """
-    results: List[AdaptiveResult] = []
+    results: list[AdaptiveResult] = []
     pieces = tuple(pieces) or (Piece(f, start + duration),)
     state = _ContinuousAdjoint.apply(pieces, y, duration, config, valid, start, on_backward, results, *parameters)
     return replace(results[0], state=state)
@@ -108,7 +108,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
             )
         states, parameters = ctx.saved_tensors[: len(ctx.pieces)], ctx.saved_tensors[len(ctx.pieces) :]
         wanted = [p for p in parameters if p.requires_grad]
-        totals: List[Optional[Tensor]] = [None] * len(wanted)
+        totals: list[Tensor | None] = [None] * len(wanted)
         to_state, evaluations = gradient, 0
         starts = (ctx.start,) + tuple(piece.end for piece in ctx.pieces[:-1])
         with ctx.surroundings:
@@ -130,10 +130,10 @@ def _integrate_backward(
     gradient: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    valid: Optional[Tensor],
+    valid: Tensor | None,
     start: float,
-    wanted: List[Tensor],
-) -> Tuple[Tensor, List[Optional[Tensor]], int]:
+    wanted: list[Tensor],
+) -> tuple[Tensor, list[Tensor | None], int]:
     """State, adjoint and parameter gradients from the end of the interval to its start, in the time s = end - t."""
     g, dtype = in_state_precision(f, state.dtype)
     dim, end = state.shape[-1], start + duration
@@ -142,8 +142,8 @@ def _integrate_backward(
     size = torch.where(size > 0, size, torch.ones_like(size))
     augmented = torch.cat([state.to(dtype), gradient.to(dtype) / size], dim=-1)
     weights = embedded_pair(config.scheme)[0].b_values
-    totals: List[Optional[Tensor]] = [None] * len(wanted)
-    stages: List[Tuple[Optional[Tensor], ...]] = []
+    totals: list[Tensor | None] = [None] * len(wanted)
+    stages: list[tuple[Tensor | None, ...]] = []
     # Parameter gradients are summed over the batch: they need one step size for all samples.
     config = replace(config, step_control="batch")
 

@@ -1,8 +1,8 @@
 """What a solve returns: the state, what it cost, and one sentence on how it ended."""
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable, Optional, Union
 
 from torch import Tensor
 
@@ -36,6 +36,6 @@ class SolveResult:
     """
 
     state: Tensor
-    evaluations: Union[int, Tensor]
-    residual: Optional[Tensor] = None
+    evaluations: int | Tensor
+    residual: Tensor | None = None
     status: Status = Status.COMPLETED

@@ -14,15 +14,14 @@ stands at its tableau.
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Dict, Optional, Tuple, Union
 
-Number = Union[Fraction, float]
+Number = Fraction | float
 
 # Rationals are compared exactly; decimals of sixteen digits and magnitude ten can be off by this much in a sum.
 DECIMAL_TOLERANCE = 1e-13
 
 
-def _total(numbers: Tuple[Number, ...]) -> Number:
+def _total(numbers: tuple[Number, ...]) -> Number:
     """Sum: exact for rationals, correctly rounded as soon as one entry is a decimal."""
     if all(isinstance(number, Fraction) for number in numbers):
         return sum(numbers, Fraction(0))
@@ -52,18 +51,18 @@ class Tableau:
     """
 
     name: str
-    a: Tuple[Tuple[Number, ...], ...]
-    b: Tuple[Number, ...]
+    a: tuple[tuple[Number, ...], ...]
+    b: tuple[Number, ...]
     order: int
-    b_hat: Optional[Tuple[Number, ...]] = None
-    embedded_order: Optional[int] = None
-    aliases: Tuple[str, ...] = ()
-    c: Tuple[Number, ...] = field(init=False)
-    a_values: Tuple[Tuple[float, ...], ...] = field(init=False, repr=False)
-    b_values: Tuple[float, ...] = field(init=False, repr=False)
-    b_hat_values: Optional[Tuple[float, ...]] = field(init=False, repr=False)
-    c_values: Tuple[float, ...] = field(init=False, repr=False)
-    required: Tuple[bool, ...] = field(init=False, repr=False)
+    b_hat: tuple[Number, ...] | None = None
+    embedded_order: int | None = None
+    aliases: tuple[str, ...] = ()
+    c: tuple[Number, ...] = field(init=False)
+    a_values: tuple[tuple[float, ...], ...] = field(init=False, repr=False)
+    b_values: tuple[float, ...] = field(init=False, repr=False)
+    b_hat_values: tuple[float, ...] | None = field(init=False, repr=False)
+    c_values: tuple[float, ...] = field(init=False, repr=False)
+    required: tuple[bool, ...] = field(init=False, repr=False)
 
     def __post_init__(self):
         stages = len(self.b)
@@ -94,12 +93,12 @@ class Tableau:
         derive("c_values", tuple(float(entry) for entry in self.c))
         derive("required", self._required_stages())
 
-    def _check_sum(self, name: str, weights: Tuple[Number, ...]) -> None:
+    def _check_sum(self, name: str, weights: tuple[Number, ...]) -> None:
         excess = _total(weights) - 1
         if excess != 0 if isinstance(excess, Fraction) else abs(excess) > DECIMAL_TOLERANCE:
             raise ValueError(f"tableau {self.name}: the weights {name} sum to {_total(weights)}, not to 1")
 
-    def _required_stages(self) -> Tuple[bool, ...]:
+    def _required_stages(self) -> tuple[bool, ...]:
         required = [weight != 0 for weight in self.b]
         for i in reversed(range(len(self.b))):
             if required[i]:
@@ -123,11 +122,11 @@ class Tableau:
         return sum(self.required)
 
 
-def _rationals(text: str) -> Tuple[Fraction, ...]:
+def _rationals(text: str) -> tuple[Fraction, ...]:
     return tuple(Fraction(token) for token in text.split())
 
 
-def _scheme(name: str, rows: Tuple[str, ...], b: str, order: int, b_hat: str = "", embedded_order=None, aliases=()):
+def _scheme(name: str, rows: tuple[str, ...], b: str, order: int, b_hat: str = "", embedded_order=None, aliases=()):
     """A tableau written as it is printed in books: rows 2…s of ``a``, then ``b``, then ``b̂``."""
     return Tableau(
         name=name,
@@ -225,7 +224,7 @@ TSIT5 = Tableau(
     embedded_order=4,
 )
 
-TABLEAUS: Dict[str, Tableau] = {
+TABLEAUS: dict[str, Tableau] = {
     tableau.name: tableau
     for tableau in (
         EULER,
@@ -243,7 +242,7 @@ TABLEAUS: Dict[str, Tableau] = {
         TSIT5,
     )
 }
-_ALIASES: Dict[str, str] = {alias: tableau.name for tableau in TABLEAUS.values() for alias in tableau.aliases}
+_ALIASES: dict[str, str] = {alias: tableau.name for tableau in TABLEAUS.values() for alias in tableau.aliases}
 
 
 def get_tableau(name: str) -> Tableau:

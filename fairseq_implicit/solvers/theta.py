@@ -11,8 +11,8 @@ deep equilibrium ``z = x + f(z)`` whose input is injected by addition.
 Source: Hairer and Wanner, *Solving Ordinary Differential Equations II*, §IV.3 and §IV.8.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, List, Optional, Union
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig, equilibrium
 from fairseq_implicit.solvers.status import SolveResult, Status
 
-Field = Callable[[Union[float, Tensor], Tensor], Tensor]
+Field = Callable[[float | Tensor, Tensor], Tensor]
 
 SCHEMES = ("theta", "implicit-midpoint")
 
@@ -67,7 +67,7 @@ class ThetaResult(SolveResult):
     """A :class:`SolveResult` with ``converged``: ``(batch,)`` bool, whether every step met the tolerance; ``None`` for
     θ = 0."""
 
-    converged: Optional[Tensor] = None
+    converged: Tensor | None = None
 
 
 def solve_theta(
@@ -75,8 +75,8 @@ def solve_theta(
     x: Tensor,
     config: ThetaConfig,
     t0: float = 0.0,
-    valid: Optional[Tensor] = None,
-    records: Optional[List[AdjointRecord]] = None,
+    valid: Tensor | None = None,
+    records: list[AdjointRecord] | None = None,
 ) -> ThetaResult:
     """Integrate ``dz/dt = f(t, z)`` from ``z(t0) = x`` over ``config.total_time``.
 

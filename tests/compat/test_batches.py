@@ -41,7 +41,9 @@ def test_a_process_that_stops_inside_an_epoch_ends_in_peace(checkout):
         "from fairseq.data.iterators import BufferedIterator\n"
         "buffer = BufferedIterator(10, Endless()); [next(buffer) for _ in range(30)]"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(checkout), str(checkout / "tests" / "compat")], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(checkout), str(checkout / "tests" / "compat")], capture_output=True
+    )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 

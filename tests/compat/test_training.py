@@ -120,7 +120,15 @@ def in_validation(fairseq_train, *flags):
 
 
 def test_a_signal_in_validation_does_not_wait_for_its_end(toy_flags, fairseq_train, fork, tmp_path):
-    flags = toy_flags + ["--save-on-signal", "--validate-interval-updates", 3, "--batch-size", 1, "--save-dir", tmp_path]
+    flags = toy_flags + [
+        "--save-on-signal",
+        "--validate-interval-updates",
+        3,
+        "--batch-size",
+        1,
+        "--save-dir",
+        tmp_path,
+    ]
     status, calls = fork(in_validation, fairseq_train, *flags).result()
     assert status == 143 and calls[:2] == [3, 3] and len(calls) < 5
     assert updates(tmp_path / "checkpoint_last.pt") == 3

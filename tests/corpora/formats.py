@@ -157,7 +157,9 @@ def start_function_in_own_group(function, arguments, calls=None):
 
 def _call_silently(function, arguments, calls):
     os.setpgid(0, 0)
-    tqdm.set_lock(threading.RLock())  # its own is shared with this process, which would wait for a killed holder forever
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is shared with this process, which would wait for a killed holder forever
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)

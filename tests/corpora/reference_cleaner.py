@@ -54,7 +54,19 @@ def clean(text):
 TROUBLE = [
     *(chr(code) for code in range(0x20)),
     *(chr(code) for code in range(0x7F, 0xA1)),
-    *("\r\n", "\n\n", "\n \u3000\n", "\u2028", "\u2029", "\u200b", "\ufeff", "\ufffd", "e\u0301", "\u0344", "\uac00\u11a8"),
+    *(
+        "\r\n",
+        "\n\n",
+        "\n \u3000\n",
+        "\u2028",
+        "\u2029",
+        "\u200b",
+        "\ufeff",
+        "\ufffd",
+        "e\u0301",
+        "\u0344",
+        "\uac00\u11a8",
+    ),
     *("<s>", "</s>", "<mask>", '{"text": "x"}', "\U0001f469\u200d\U0001f467", "\u202e", "\ufb01", "\u2581"),
 ]
 

@@ -78,7 +78,12 @@ def test_members_of_an_archive_are_chosen_like_files_of_a_folder(tmp_path):
     assert "None of the 2 members of the archive" in problem.sentence
 
 
-TEXTS = {"gb18030": "我们在这里写一些中文。", "utf-16-le": "plain English text", "latin-1": "Été à la forêt", "cp1251": "Текст"}
+TEXTS = {
+    "gb18030": "我们在这里写一些中文。",
+    "utf-16-le": "plain English text",
+    "latin-1": "Été à la forêt",
+    "cp1251": "Текст",
+}
 
 
 @pytest.mark.parametrize("encoding", TEXTS)
@@ -152,7 +157,10 @@ def test_boundary_that_later_text_contradicts_is_reported(tmp_path, monkeypatch)
     text = "".join(f"line {number:06} of {'many ' * 20}\n" for number in range(15_000))
     path = write_gz(tmp_path / "a.txt.gz", f"{text}\nafter the blank line\n\nand another\n")
     documents, [problem] = read(path)
-    assert len(documents) == 15_002 and (problem.reason, problem.offset) == ("document boundary contradicted", len(text))
+    assert len(documents) == 15_002 and (problem.reason, problem.offset) == (
+        "document boundary contradicted",
+        len(text),
+    )
     assert f"at byte {len(text)}" in problem.sentence and "--document-boundary blank-line" in problem.sentence
     # white space before the first and after the last line separates nothing
     documents, problems = read(write_gz(path, f" \n\n{text}\n \n\n"))

@@ -32,7 +32,11 @@ def numbers(documents):
     "damage, lost, reasons",
     [
         (lambda data: data[: 1536 * 2 + 5] + b"~" + data[1536 * 2 + 6 :], {2}, ["damaged archive member"]),
-        (lambda data: data[: 1536 * 2] + random.Random(0).randbytes(1536 * 3) + data[1536 * 5 :], {2, 3, 4}, ["damaged archive member"]),
+        (
+            lambda data: data[: 1536 * 2] + random.Random(0).randbytes(1536 * 3) + data[1536 * 5 :],
+            {2, 3, 4},
+            ["damaged archive member"],
+        ),
         (lambda data: data[: 1536 * 12 + 100], set(range(12, 20)), ["damaged archive member"]),
         (lambda data: data[: 1536 * 12], set(range(12, 20)), ["truncated file"]),
         (lambda data: data[: 1536 * 12 + 512], set(range(12, 20)), ["truncated file"]),
@@ -109,7 +113,9 @@ def pax_archive(path, headers):
             archive.addfile(info, io.BytesIO(data))
 
 
-@pytest.mark.parametrize("headers", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "-1"}, {"size": "x"}])
+@pytest.mark.parametrize(
+    "headers", [{"GNU.sparse.map": "a,b"}, {"GNU.sparse.size": "x"}, {"size": "-1"}, {"size": "x"}]
+)
 def test_odd_pax_headers_cost_their_member(tmp_path, headers):
     pax_archive(tmp_path / "a.tar", headers)
     documents, problems = read(tmp_path / "a.tar")
@@ -170,7 +176,14 @@ def test_odd_metadata_never_cost_the_text(tmp_path, meta):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"\\ud800": "no text"}', "[" * 100_000, '{"text": ' + "[" * 100_000, '{"text": {"\\udfff": 1}}', "\x00\x00", "7" * 5000],
+    [
+        '{"\\ud800": "no text"}',
+        "[" * 100_000,
+        '{"text": ' + "[" * 100_000,
+        '{"text": {"\\udfff": 1}}',
+        "\x00\x00",
+        "7" * 5000,
+    ],
     ids=["field name", "nesting", "nested text", "text is no string", "NUL", "digits"],
 )
 def test_odd_records_are_counted(tmp_path, line):
@@ -208,7 +221,9 @@ def test_unexpected_fault_of_a_reader_is_a_problem(tmp_path, monkeypatch):
     assert "line 2 (byte" in problem.sentence and "ZeroDivisionError: nobody thought of it" in problem.sentence
     monkeypatch.setattr(readers, "lines_of", lambda *arguments: 1 / 0)
     documents, [problem] = read(tmp_path / "b.jsonl")
-    assert problem.reason == "unexpected content" and f"{tmp_path / 'b.jsonl'} cannot be read further" in problem.sentence
+    assert (
+        problem.reason == "unexpected content" and f"{tmp_path / 'b.jsonl'} cannot be read further" in problem.sentence
+    )
 
 
 def test_damaged_input_is_passed_over_on_resume_with_its_count(tmp_path, monkeypatch):

@@ -197,7 +197,9 @@ def test_links_lead_no_download_out_of_the_folder(server, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "hub/owner/pile").mkdir(parents=True)
     (tmp_path / "hub/owner/pile/train").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CorpusError, match="would be written to .*elsewhere, for a folder on its way is a symbolic link"):
+    with pytest.raises(
+        CorpusError, match="would be written to .*elsewhere, for a folder on its way is a symbolic link"
+    ):
         hub.download("owner/pile", tmp_path / "hub")
     assert not list((tmp_path / "elsewhere").iterdir())
     # but the repository's own folder may lie on another disk

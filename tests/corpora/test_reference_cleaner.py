@@ -7,7 +7,22 @@ import pytest
 from tests.corpora.formats import NAUGHTY
 from tests.corpora.reference_cleaner import JSON_FORMATS, TEXT_FORMATS, cases, clean, differences
 
-WORDS = ["plain", "words", "déjà", "vu", "日本語", "テスト", "ไทย", "עברית", "Ω", "मराठी", "👩‍👩‍👧", "\t", "…", "e\u0301"]
+WORDS = [
+    "plain",
+    "words",
+    "déjà",
+    "vu",
+    "日本語",
+    "テスト",
+    "ไทย",
+    "עברית",
+    "Ω",
+    "मराठी",
+    "👩‍👩‍👧",
+    "\t",
+    "…",
+    "e\u0301",
+]
 
 
 def made_up_texts(seed):

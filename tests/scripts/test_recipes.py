@@ -243,9 +243,7 @@ def test_submit_without_an_environment_makes_it_first(checkout, cluster):
 
 def test_a_slurm_task_at_the_end_of_its_time_goes_back_into_the_queue(checkout, cluster, text):
     slurm = {"SLURM_JOB_ID": "812", "SLURM_ARRAY_JOB_ID": "800", "SLURM_ARRAY_TASK_ID": "5"}
-    process = checkout.start(
-        SLURM, "read", CORPUS=text, OUT="o ut", HANG="prepare_corpus.py", path=cluster, **slurm
-    )
+    process = checkout.start(SLURM, "read", CORPUS=text, OUT="o ut", HANG="prepare_corpus.py", path=cluster, **slurm)
     running = checkout.wait_for("running")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=20)

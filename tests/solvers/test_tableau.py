@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 
 import pytest
 
@@ -14,7 +14,7 @@ ALL = list(TABLEAUS.values())
 TREES_PER_ORDER = (1, 1, 2, 4, 9, 20)
 
 
-@lru_cache(maxsize=None)
+@cache
 def trees(order):
     """All rooted trees with ``order`` nodes."""
 

@@ -1,8 +1,8 @@
 """Means, spreads and paired differences over seeds, and the cost model."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, Optional, Sequence
 
 import numpy as np
 from scipy import stats
@@ -51,7 +51,7 @@ class Difference:
         return "higher" if self.low > 0 else "not told apart"
 
 
-def paired_difference(ours: Dict[int, float], theirs: Dict[int, float]) -> Difference:
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     """``ours - theirs``, each by seed. The interval is nan with fewer than two seeds in common."""
     differences = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
     spread = Spread.of(differences)
@@ -61,7 +61,7 @@ def paired_difference(ours: Dict[int, float], theirs: Dict[int, float]) -> Diffe
     return Difference(spread.mean, spread.mean - half, spread.mean + half, spread.count)
 
 
-def goal_met(comparison: Comparison, difference: Difference, reference_loss: float) -> Optional[bool]:
+def goal_met(comparison: Comparison, difference: Difference, reference_loss: float) -> bool | None:
     """Whether a comparison's goal is reached; None where it has none or cannot be judged.
 
     ``below`` asks for an interval that lies below 0 altogether; ``within`` for a mean of at most the margin.
@@ -91,7 +91,7 @@ def update_cost(record: Record, flags: Flags, update: int) -> float:
     return gradient.update_cost(forward, record.get("evaluations_backward", 0.0))[0]
 
 
-def cumulative_cost(intervals: Dict[int, Record], flags: Flags) -> Dict[int, float]:
+def cumulative_cost(intervals: dict[int, Record], flags: Flags) -> dict[int, float]:
     """Evaluations' worth of all updates up to the end of each interval."""
     total, start, found = 0.0, 0, {}
     for update, record in sorted(intervals.items()):

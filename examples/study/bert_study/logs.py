@@ -4,9 +4,8 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from typing import Dict, List
 
-Record = Dict[str, float]
+Record = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Curve:
         intervals: metrics of training between two log lines, by the update at the interval's end.
     """
 
-    validations: Dict[int, Record]
-    intervals: Dict[int, Record]
+    validations: dict[int, Record]
+    intervals: dict[int, Record]
 
     @property
     def last(self) -> Record:
@@ -58,8 +57,8 @@ def read_curve(path: str) -> Curve:
     Raises:
         FileNotFoundError: there is no such log.
     """
-    validations: Dict[int, Record] = {}
-    intervals: Dict[int, Record] = {}
+    validations: dict[int, Record] = {}
+    intervals: dict[int, Record] = {}
     for tag, record in _records(path):
         if tag == "valid":
             metrics = {name.removeprefix("valid_"): value for name, value in record.items()}
@@ -70,7 +69,7 @@ def read_curve(path: str) -> Curve:
     return Curve(validations, intervals)
 
 
-def _records(path: str) -> List[tuple]:
+def _records(path: str) -> list[tuple]:
     found = []
     with open(path, encoding="utf-8", errors="replace") as log:
         for line in log:

@@ -3,7 +3,7 @@
 import os
 import platform
 from dataclasses import asdict, dataclass
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from fairseq import options, tasks
@@ -67,7 +67,7 @@ class TrainedModel:
         return peak_bytes(self.gradients, str(self.device))
 
 
-def measure(plan: Plan, runs: Dict[str, Run], data: str, out: str) -> Dict[str, Any]:
+def measure(plan: Plan, runs: dict[str, Run], data: str, out: str) -> dict[str, Any]:
     """The finished ``runs``, one per model, taking turns; with what they were measured on, as plain data."""
     torch.set_num_threads(plan.threads)
     models = {name: TrainedModel(plan, run, data, out) for name, run in runs.items()}

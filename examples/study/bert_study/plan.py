@@ -3,11 +3,11 @@
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import yaml
 
-Flags = Dict[str, Any]
+Flags = dict[str, Any]
 
 WEIGHTS = ("own", "shared")
 GOALS = ("below", "within")
@@ -38,7 +38,7 @@ class Model:
     flags: Flags = dataclasses.field(default_factory=dict)
     depth: int = 1
     weights: str = "own"
-    shares: Dict[str, float] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.weights not in WEIGHTS:
@@ -58,7 +58,7 @@ class Comparison:
     model: str
     reference: str
     terms: str
-    goal: Optional[str] = None
+    goal: str | None = None
     margin: float = 0.0
 
     def __post_init__(self):
@@ -73,7 +73,7 @@ class Comparison:
 class Grid:
     """Learning rates, each tried for ``updates`` updates with ``seed``, which no final run uses."""
 
-    rates: Tuple[float, ...]
+    rates: tuple[float, ...]
     updates: int
     seed: int = 100
 
@@ -82,8 +82,8 @@ class Grid:
 class Further:
     """More seeds for the models of the comparisons that matter most."""
 
-    seeds: Tuple[int, ...] = ()
-    models: Tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,10 @@ class Plan:
     training: Flags
     updates: int
     validations: int
-    seeds: Tuple[int, ...]
+    seeds: tuple[int, ...]
     grid: Grid
-    models: Dict[str, Model]
-    comparisons: Tuple[Comparison, ...]
+    models: dict[str, Model]
+    comparisons: tuple[Comparison, ...]
     reference: str
     further: Further = Further()
     jobs: int = 1
@@ -147,7 +147,7 @@ class Plan:
         if not self.seeds or not self.grid.rates:
             raise StudyError(f"{self.size}.yaml: name at least one seed and one learning rate")
 
-    def trials(self) -> List[Run]:
+    def trials(self) -> list[Run]:
         """The learning-rate grid: every rate for every model, the same number of updates for all."""
         return [
             Run(model, rate, self.grid.seed, self.grid.updates, trial=True)
@@ -155,11 +155,11 @@ class Plan:
             for rate in self.grid.rates
         ]
 
-    def seeds_of(self, name: str) -> Tuple[int, ...]:
+    def seeds_of(self, name: str) -> tuple[int, ...]:
         """The seeds of a model's final runs."""
         return self.seeds + (self.further.seeds if name in self.further.models else ())
 
-    def finals(self, rates: Dict[str, float]) -> List[Run]:
+    def finals(self, rates: dict[str, float]) -> list[Run]:
         """The runs that are compared, seed by seed, so that a study cut short still compares."""
         return [
             Run(model, rates[name], seed, self.updates)
@@ -194,7 +194,7 @@ class Plan:
         }
 
 
-def arguments(flags: Flags) -> List[str]:
+def arguments(flags: Flags) -> list[str]:
     """Flags as words of a command line; true stands alone, false and null are left out."""
     words = []
     for name, value in flags.items():
@@ -234,7 +234,7 @@ def load(size: str, folder: str, **overrides: Any) -> Plan:
     return _build(Plan, where, {"size": size, "models": models, "comparisons": comparisons, **given, **overrides})
 
 
-def _read(path: str) -> Dict[str, Any]:
+def _read(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             found = yaml.safe_load(file)
@@ -247,7 +247,7 @@ def _read(path: str) -> Dict[str, Any]:
     return found
 
 
-def _build(kind, where: str, values: Dict[str, Any]):
+def _build(kind, where: str, values: dict[str, Any]):
     fields = {field.name: field for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

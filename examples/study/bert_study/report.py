@@ -2,7 +2,8 @@
 
 import math
 import os
-from typing import Any, Callable, Dict, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from scripts import pictures
 
 METRICS = {"loss": "loss, nats per masked token", "accuracy": "accuracy, % of the masked tokens"}
 
-Results = Dict[str, ModelResult]
-Measurements = Dict[str, Dict[str, Any]]  # of measure(), by model
+Results = dict[str, ModelResult]
+Measurements = dict[str, dict[str, Any]]  # of measure(), by model
 
 
 def write_report(
@@ -22,10 +23,10 @@ def write_report(
     command: str,
     text_name: str,
     text: Text,
-    grid: Dict[str, Dict[float, float]],
+    grid: dict[str, dict[float, float]],
     found: Results,
-    measured: Dict[str, Any],
-    failures: Dict[str, str],
+    measured: dict[str, Any],
+    failures: dict[str, str],
     folder: str,
 ) -> str:
     """Writes ``report.md`` and its plots into ``folder``; returns the path of the report."""
@@ -49,12 +50,12 @@ def write_report(
     return path
 
 
-def _table(header: List[str], rows: List[List[str]]) -> str:
+def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _by_loss(found: Results) -> List[Tuple[str, ModelResult]]:
+def _by_loss(found: Results) -> list[tuple[str, ModelResult]]:
     """The best first."""
     return sorted(found.items(), key=lambda item: item[1].spread(lambda run: run.loss).mean)
 
@@ -203,7 +204,7 @@ def _telemetry(found: Results) -> str:
     return "\n## Telemetry\n\nMeans over the training, after a schedule's warm-up.\n\n" + _table(header, rows)
 
 
-def _grid_table(plan: Plan, grid: Dict[str, Dict[float, float]]) -> str:
+def _grid_table(plan: Plan, grid: dict[str, dict[float, float]]) -> str:
     rates = plan.grid.rates
     rows = []
     for name, by_rate in grid.items():
@@ -266,7 +267,7 @@ def _operations_axis(found: Results, models: Measurements) -> Callable[[str, int
     return lambda name, update: np.interp(update, list(curves[name]), list(curves[name].values())) / 1e12
 
 
-def _failures(failures: Dict[str, str], plan: Plan, found: Results) -> str:
+def _failures(failures: dict[str, str], plan: Plan, found: Results) -> str:
     lines = [f"* {name}: {sentence}" for name, sentence in failures.items()]
     lines += [f"* {model.label}: no finished run" for name, model in plan.models.items() if name not in found]
     for name, result in found.items():

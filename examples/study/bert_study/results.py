@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Tuple
 
 from bert_study.estimates import Spread, cumulative_cost, floating_point_operations
 from bert_study.logs import Curve, read_curve
@@ -57,26 +56,26 @@ class ModelResult:
 
     model: Model
     rate: float
-    runs: Tuple[FinalRun, ...]
+    runs: tuple[FinalRun, ...]
     sets: int
     tokens_per_update: int
 
     @property
-    def losses(self) -> Dict[int, float]:
+    def losses(self) -> dict[int, float]:
         return {found.run.seed: found.loss for found in self.runs}
 
     def spread(self, quantity) -> Spread:
         """Of a function of a run, over the seeds."""
         return Spread.of([quantity(found) for found in self.runs])
 
-    def by_update(self, metric: str) -> Dict[int, Spread]:
+    def by_update(self, metric: str) -> dict[int, Spread]:
         """A metric of the validations that all seeds have."""
         updates = sorted(set.intersection(*(set(found.curve.validations) for found in self.runs)))
         return {
             update: Spread.of([found.curve.validations[update][metric] for found in self.runs]) for update in updates
         }
 
-    def operations_by_update(self, parameters: int) -> Dict[int, float]:
+    def operations_by_update(self, parameters: int) -> dict[int, float]:
         """Floating-point operations of the depth up to each logged update, mean over the seeds."""
         curves = [cumulative_cost(found.curve.intervals, found.flags) for found in self.runs]
         updates = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -88,9 +87,9 @@ class ModelResult:
         }
 
 
-def grid_losses(plan: Plan, out: str) -> Dict[str, Dict[float, float]]:
+def grid_losses(plan: Plan, out: str) -> dict[str, dict[float, float]]:
     """The last validation loss of every trial that ended, by model and rate; inf where it failed or is no number."""
-    found: Dict[str, Dict[float, float]] = {}
+    found: dict[str, dict[float, float]] = {}
     for run in plan.trials():
         loss = math.nan
         if is_finished(out, run):
@@ -101,7 +100,7 @@ def grid_losses(plan: Plan, out: str) -> Dict[str, Dict[float, float]]:
     return found
 
 
-def best_rates(plan: Plan, losses: Dict[str, Dict[float, float]]) -> Dict[str, float]:
+def best_rates(plan: Plan, losses: dict[str, dict[float, float]]) -> dict[str, float]:
     """The rate of the lowest loss, for every model whose grid is complete and has a finite loss."""
     return {
         name: min(by_rate, key=by_rate.get)
@@ -110,15 +109,15 @@ def best_rates(plan: Plan, losses: Dict[str, Dict[float, float]]) -> Dict[str, f
     }
 
 
-def failures(plan: Plan, rates: Dict[str, float], out: str) -> Dict[str, str]:
+def failures(plan: Plan, rates: dict[str, float], out: str) -> dict[str, str]:
     """The sentences of the runs that failed, by name."""
     found = {run.name: failure(out, run) for run in plan.trials() + plan.finals(rates)}
     return {name: sentence for name, sentence in found.items() if sentence is not None}
 
 
-def results(plan: Plan, rates: Dict[str, float], out: str) -> Dict[str, ModelResult]:
+def results(plan: Plan, rates: dict[str, float], out: str) -> dict[str, ModelResult]:
     """Every model with at least one finished run."""
-    by_model: Dict[str, List[FinalRun]] = {}
+    by_model: dict[str, list[FinalRun]] = {}
     for run in plan.finals(rates):
         if is_finished(out, run):
             by_model.setdefault(run.model.name, []).append(FinalRun(run, plan.flags(run), _curve(out, run)))
@@ -130,7 +129,7 @@ def results(plan: Plan, rates: Dict[str, float], out: str) -> Dict[str, ModelRes
     }
 
 
-def first_runs(found: Dict[str, ModelResult]) -> Dict[str, Run]:
+def first_runs(found: dict[str, ModelResult]) -> dict[str, Run]:
     """One finished run of each model, to measure."""
     return {name: result.runs[0].run for name, result in found.items()}
 

@@ -11,7 +11,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Dict, List, Optional
 
 from bert_study.logs import last_sentence
 from bert_study.plan import Plan, Run, StudyError, arguments
@@ -23,7 +22,7 @@ INTERVALS = 20  # log lines per run
 logger = logging.getLogger(__name__)
 
 
-def environment(threads: int) -> Dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -33,7 +32,7 @@ def environment(threads: int) -> Dict[str, str]:
     }
 
 
-def prepare(plan: Plan, text: Optional[str], out: str) -> str:
+def prepare(plan: Plan, text: str | None, out: str) -> str:
     """Corpus, tokenizer and data folder below ``out``, made where they are missing; returns the data folder.
 
     Args:
@@ -76,7 +75,7 @@ def prepare(plan: Plan, text: Optional[str], out: str) -> str:
     return data
 
 
-def _fingerprint(text: Optional[str]) -> str:
+def _fingerprint(text: str | None) -> str:
     """Of the names and the contents of the files."""
     if text is None:
         return "embedded"
@@ -92,7 +91,7 @@ def _fingerprint(text: Optional[str]) -> str:
     return digest.hexdigest()
 
 
-def _step(name: str, command: List[str], threads: int) -> None:
+def _step(name: str, command: list[str], threads: int) -> None:
     logger.info("preparing: %s", name)
     finished = subprocess.run(command, env=environment(threads), cwd=ROOT, capture_output=True, text=True)
     if finished.returncode:
@@ -100,7 +99,7 @@ def _step(name: str, command: List[str], threads: int) -> None:
         raise StudyError(f"preparing the {name} failed: {said[-1] if said else 'it said nothing'}")
 
 
-def command(plan: Plan, run: Run, data: str, folder: str) -> List[str]:
+def command(plan: Plan, run: Run, data: str, folder: str) -> list[str]:
     """The words of ``fairseq-train`` for a run."""
     every = run.updates if run.trial else run.updates // plan.validations
     bookkeeping = {
@@ -127,7 +126,7 @@ def is_finished(out: str, run: Run) -> bool:
     return os.path.isfile(os.path.join(run_folder(out, run), "finished"))
 
 
-def failure(out: str, run: Run) -> Optional[str]:
+def failure(out: str, run: Run) -> str | None:
     """The sentence with which the last attempt at a run ended, None where it did not fail."""
     try:
         with open(os.path.join(run_folder(out, run), "failed"), encoding="utf-8") as file:
@@ -153,11 +152,11 @@ class Trainer:
     lock: int
 
     def __post_init__(self):
-        self._children: List[subprocess.Popen] = []
+        self._children: list[subprocess.Popen] = []
         self._lock = threading.Lock()
         self._stopped = False
 
-    def train(self, runs: List[Run]) -> None:
+    def train(self, runs: list[Run]) -> None:
         """Runs what is missing of ``runs``, in their order.
 
         Raises:
