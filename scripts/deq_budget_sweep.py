@@ -24,7 +24,8 @@ if __name__ == "__main__":
     logging.disable(logging.INFO)  # fairseq announces optional packages on import
 
 from fairseq_implicit.depth.equilibrium import EquilibriumDepth  # noqa: E402
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError  # noqa: E402
+from fairseq_implicit.options import OptionError  # noqa: E402
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig  # noqa: E402
 from scripts import pictures, validation  # noqa: E402
 from scripts.side_by_side import conditions, counted  # noqa: E402
 

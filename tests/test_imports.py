@@ -10,11 +10,12 @@ PACKAGE = "fairseq_implicit"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # What each folder may import of the package, besides itself; the package's own __init__ and __main__ may import all.
 ALLOWED = {
+    "options": set(),
     "layout": set(),
-    "solvers": {"layout"},
-    "fields": {"layout", "solvers"},
-    "depth": {"layout", "solvers", "fields"},
-    "models": {"layout", "solvers", "fields", "depth", "data", "compat"},
+    "solvers": {"layout", "options"},
+    "fields": {"layout", "options", "solvers"},
+    "depth": {"layout", "options", "solvers", "fields"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "data", "compat"},
     "data": {"compat"},
     "tasks": {"solvers", "fields", "depth", "models", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
@@ -22,9 +23,14 @@ ALLOWED = {
     "compat": {"folder_lock"},
     "folder_lock": set(),
 }
-WITHOUT_FAIRSEQ = {"layout", "solvers", "fields", "depth", "corpora", "folder_lock"}
+WITHOUT_FAIRSEQ = {"layout", "options", "solvers", "fields", "depth", "corpora", "folder_lock"}
 # Numerics are torch and the standard library; the optional back ends are for adaptive steps.
-ONLY_TORCH = {"layout": {"torch"}, "solvers": {"torch", "torchdyn", "torchdiffeq"}, "folder_lock": set()}
+ONLY_TORCH = {
+    "options": set(),
+    "layout": {"torch"},
+    "solvers": {"torch", "torchdyn", "torchdiffeq"},
+    "folder_lock": set(),
+}
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -16,6 +16,7 @@ from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import (
     STEP_CONTROLS,
     AdaptiveConfig,
@@ -65,7 +66,7 @@ class ContinuousConfig:
         final_norm: end with a layer norm.
 
     Raises:
-        ValueError: an impossible combination, in one sentence that names the flag.
+        OptionError: an impossible combination, in one sentence that names the option.
         ModuleNotFoundError: the back end is not installed.
     """
 
@@ -91,73 +92,66 @@ class ContinuousConfig:
 
     def __post_init__(self):
         if not 0 < self.duration < math.inf:
-            raise ValueError(f"--ode-time {self.duration}: the depth must be positive and finite")
+            raise OptionError("duration", f"{self.duration}: the depth must be positive and finite.")
         if not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"--ode-tolerance {self.tolerance}: give a positive tolerance, or 0 for fixed steps")
-        for flag, value in (
-            ("--ode-kinetic-energy", self.kinetic_energy),
-            ("--ode-jacobian", self.jacobian),
-            ("--ode-local-error", self.local_error),
-        ):
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{flag} {value}: the weight of a penalty must be finite and not negative")
-        if self.step_control not in STEP_CONTROLS + ("auto",):
-            raise ValueError(f"--ode-step-control {self.step_control!r} is unknown: auto, {', '.join(STEP_CONTROLS)}")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"--ode-gradient {self.gradient!r} is unknown: choose one of {', '.join(GRADIENTS)}")
+            raise OptionError("tolerance", f"{self.tolerance}: give a positive tolerance, or 0 for fixed steps.")
+        for name in ("kinetic_energy", "jacobian", "local_error"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(name, f"{getattr(self, name)}: a penalty's weight must be finite and not negative.")
+        check_choice("step_control", self.step_control, ("auto", *STEP_CONTROLS))
+        check_choice("gradient", self.gradient, GRADIENTS)
         if self.adaptive:
             self._check_adaptive()
         else:
             self._check_fixed()
         if self.noise and self.independent_noise and (self.adaptive or self.reversible):
-            raise ValueError(
-                "--stage-dropout independent makes the field a different function at each evaluation: neither an "
-                "adaptive nor a reversible solve has a meaning then; use --stage-dropout shared"
+            raise OptionError(
+                "stage_dropout",
+                "independent makes the field a different function at each evaluation: neither an adaptive nor a "
+                "reversible solve has a meaning then; use shared.",
             )
         if self.penalised and self.gradient not in FIXED_GRADIENTS:
-            raise ValueError(
-                f"--ode-gradient {self.gradient} carries the gradient of the final state only, not that of the "
-                "penalties: use autograd or checkpoint-step with --ode-kinetic-energy, --ode-jacobian and "
-                "--ode-local-error"
+            raise OptionError(
+                "gradient",
+                f"{self.gradient} carries the gradient of the final state only, not that of the penalties: use autograd "
+                "or checkpoint-step with `kinetic_energy`, `jacobian` and `local_error`.",
             )
         if self.penalised and self.backend != "own":
-            raise ValueError(f"penalties along the depth need --ode-backend own, not {self.backend}")
+            raise OptionError("backend", f"penalties along the depth need own, not {self.backend}.")
 
     def _check_adaptive(self) -> None:
         if self.scheme == REVERSIBLE_SCHEME or self.gradient in ("reversible", "checkpoint-stage"):
-            raise ValueError(
-                f"--ode-scheme {self.scheme} with --ode-gradient {self.gradient} takes fixed steps: set "
-                "--ode-tolerance 0"
+            raise OptionError(
+                "scheme", f"{self.scheme} with `gradient` {self.gradient} takes fixed steps: set `tolerance` 0."
             )
         check_backend(self.backend, self.solve("batch").scheme)
         if self.gradient == "torchdyn-adjoint" and self.backend != "torchdyn":
-            raise ValueError("--ode-gradient torchdyn-adjoint needs --ode-backend torchdyn")
+            raise OptionError("gradient", "torchdyn-adjoint needs `backend` torchdyn.")
         if self.backend != "own" and self.gradient not in ("autograd", "torchdyn-adjoint"):
-            raise ValueError(
-                f"--ode-gradient {self.gradient} needs --ode-backend own: {self.backend} has autograd"
-                + (" and torchdyn-adjoint" if self.backend == "torchdyn" else "")
+            raise OptionError(
+                "gradient",
+                f"{self.gradient} needs `backend` own: {self.backend} has autograd"
+                + (" and torchdyn-adjoint." if self.backend == "torchdyn" else "."),
             )
         if self.backend != "own" and self.step_control == "sample":
-            raise ValueError(f"--ode-step-control sample needs --ode-backend own: {self.backend} has one step for all")
+            raise OptionError("step_control", f"sample needs `backend` own: {self.backend} has one step for all.")
         if self.random_steps is not None:
-            raise ValueError("--ode-random-steps draws a number of fixed steps: set --ode-tolerance 0")
+            raise OptionError("random_steps", "it draws a number of fixed steps: set `tolerance` 0.")
 
     def _check_fixed(self) -> None:
         if self.backend != "own":
-            raise ValueError(
-                f"--ode-backend {self.backend} is for adaptive solves: set --ode-tolerance, or --ode-backend own"
-            )
+            raise OptionError("backend", f"{self.backend} is for adaptive solves: set `tolerance`, or take own.")
         if (self.scheme == REVERSIBLE_SCHEME) != (self.gradient == "reversible"):
-            raise ValueError(
-                f"--ode-scheme {REVERSIBLE_SCHEME} and --ode-gradient reversible belong together, got "
-                f"--ode-scheme {self.scheme} --ode-gradient {self.gradient}"
+            raise OptionError(
+                "scheme",
+                f"{REVERSIBLE_SCHEME} and `gradient` reversible belong together, got {self.scheme} and {self.gradient}.",
             )
         if self.gradient not in FIXED_GRADIENTS + ("reversible",):
-            raise ValueError(f"--ode-gradient {self.gradient} is for adaptive solves: set --ode-tolerance")
+            raise OptionError("gradient", f"{self.gradient} is for adaptive solves: set `tolerance`.")
         if self.local_error > 0:
-            raise ValueError("--ode-local-error needs the error estimate of adaptive steps: set --ode-tolerance")
+            raise OptionError("local_error", "it needs the error estimate of adaptive steps: set `tolerance`.")
         if self.steps < 1:
-            raise ValueError(f"--ode-steps {self.steps}: at least one step is needed")
+            raise OptionError("steps", f"{self.steps}: at least one step is needed.")
         if not self.reversible:
             self.explicit(self.steps)
 
@@ -214,7 +208,7 @@ class ContinuousDepth(nn.Module):
         field: the time-conditioned field.
 
     Raises:
-        ValueError: the field cannot do what the configuration asks, in one sentence.
+        OptionError: the field cannot do what the configuration asks, in one sentence.
     """
 
     def __init__(self, config: ContinuousConfig, field: Field):
@@ -224,14 +218,16 @@ class ContinuousDepth(nn.Module):
         self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         if field.piecewise and config.step_control == "sample":
-            raise ValueError(
-                "--ode-step-control sample gives every sample its own time, but weights interpolated along the depth "
-                "need one for the batch in training: use batch, or auto (sample in evaluation)"
+            raise OptionError(
+                "step_control",
+                "sample gives every sample its own time, but weights interpolated along the depth need one for the batch "
+                "in training: use batch, or auto (sample in evaluation).",
             )
         if field.piecewise and config.gradient == "torchdyn-adjoint":
-            raise ValueError(
-                "--ode-gradient torchdyn-adjoint fails on weights that act at some depths only: use --ode-gradient "
-                "adjoint with --ode-backend own, or --ode-depth-weights embedding"
+            raise OptionError(
+                "gradient",
+                "torchdyn-adjoint fails on weights that act at some depths only: use adjoint with `backend` own, or "
+                "`depth_weights` embedding.",
             )
         self._backward_evaluations = 0.0
         self._warned = False
@@ -348,18 +344,19 @@ class ContinuousDepth(nn.Module):
         if result.status is Status.NON_FINITE:
             raise ArithmeticError(
                 f"the field returned non-finite values at depth {min(result.reached or (0.0,)):.3g} of "
-                f"{self.config.duration:g}: the model has diverged; lower --lr, or continue from an earlier checkpoint"
+                f"{self.config.duration:g}: the model has diverged; lower the learning rate, or continue from an earlier "
+                "checkpoint"
             )
         if result.status is Status.STEP_UNDERFLOW:
             raise ArithmeticError(
                 f"the steps shrank to nothing at depth {min(result.reached or (0.0,)):.3g} of "
-                f"{self.config.duration:g}: the field is not smooth at this tolerance; raise --ode-tolerance"
+                f"{self.config.duration:g}: the field is not smooth at this tolerance; raise it"
             )
         if result.status is Status.BUDGET_SPENT and not self._warned:
             self._warned = True
             logger.warning(
                 "a solve spent its %d evaluations before the end of the depth and goes on with the state it reached: "
-                "raise --ode-max-evaluations or --ode-tolerance, or train with --ode-kinetic-energy (reported once; "
+                "raise max_evaluations or the tolerance, or train with a penalty of the kinetic energy (reported once; "
                 "the statistic 'stopped' counts them)",
                 self.config.max_evaluations,
             )
@@ -373,7 +370,7 @@ class ContinuousDepth(nn.Module):
             if result.status is Status.NON_FINITE:
                 raise ArithmeticError(
                     f"the reversible solve met non-finite values or a state beyond {LARGEST_STATE:g}: the model has "
-                    "diverged; lower --lr, take more --ode-steps, or another --ode-scheme with --ode-gradient "
+                    "diverged; lower the learning rate, take more steps, or another scheme with the gradient "
                     "checkpoint-step"
                 )
             ends = ((x, result.state), (0.0, config.duration)) if keep else ((), ())

@@ -15,7 +15,8 @@ from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, field_dtype, solve
+from fairseq_implicit.options import OptionError, check_choice
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig, field_dtype, solve
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, Equilibrium, GradientConfig, equilibrium
 from fairseq_implicit.solvers.jacobian import (
     frobenius_double_backward,
@@ -33,7 +34,7 @@ REVERSIBLE_ERROR = 0.01  # estimated relative error of a reversible gradient abo
 ACCEPTED_SHARE = 0.95  # share of samples that must converge at update 0
 
 
-class NonConvergentCellError(ValueError):
+class NonConvergentCellError(OptionError):
     """The cell does not converge at update 0."""
 
 
@@ -60,7 +61,7 @@ class EquilibriumConfig:
         allow_nonconvergent: train a cell that does not converge at update 0.
 
     Raises:
-        OptionError, ValueError: an impossible value or combination.
+        OptionError: an impossible value or combination.
     """
 
     cell: CellConfig
@@ -86,12 +87,8 @@ class EquilibriumConfig:
         for name in ("prelude_layers", "coda_layers", "monitor_interval"):
             if getattr(self, name) < 0:
                 raise OptionError(name, f"{getattr(self, name)} is negative.")
-        if self.initial_state not in INITIAL_STATES:
-            raise OptionError("initial_state", f"{self.initial_state!r} is unknown; choose one of zero, input.")
-        if self.jacobian_estimator not in ESTIMATORS:
-            raise OptionError(
-                "jacobian_estimator", f"{self.jacobian_estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}."
-            )
+        check_choice("initial_state", self.initial_state, INITIAL_STATES)
+        check_choice("jacobian_estimator", self.jacobian_estimator, ESTIMATORS)
         if self.jacobian_probes < 1:
             raise OptionError(
                 "jacobian_probes", f"{self.jacobian_probes} directions estimate nothing; give at least 1."
@@ -191,15 +188,8 @@ class EquilibriumDepth(nn.Module):
         Raises:
             NonConvergentCellError: at update 0 of training, when the cell does not converge.
             ArithmeticError: the cell returned non-finite values.
-            ValueError: the tolerance or the memory cap does not suit the precision or the batch.
+            OptionError: the tolerance or the memory cap does not suit the precision or the batch.
         """
-        try:
-            return self._forward(x, layout, return_hidden_states)
-        except OptionError as error:
-            # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
-            raise ValueError(f"--deq-{error.option.replace('_', '-')}: {error.sentence}") from error
-
-    def _forward(self, x: Tensor, layout: Layout, return_hidden_states: bool) -> DepthOutput:
         hidden = [x] if return_hidden_states else None
         x = self._through(self.prelude, x, layout, hidden)
         # Weights that are computed from others (weight norm) are computed once per pass.
@@ -300,8 +290,7 @@ class EquilibriumDepth(nn.Module):
             if self.gradient_alarm.due(update, error):
                 logger.warning(
                     "update %d: the reversible iteration did not come back to its start, and the gradient is wrong by "
-                    "an estimated %.2g of its size; lower the budget (--deq-max-iter) or the damping "
-                    "(--deq-gradient-damping), or take --deq-gradient ift",
+                    "an estimated %.2g of its size; lower max_iter or gradient_damping, or take the gradient ift",
                     update,
                     error,
                 )
@@ -348,20 +337,21 @@ class EquilibriumDepth(nn.Module):
         if share >= ACCEPTED_SHARE or not config.gradient.uses_solver or config.allow_nonconvergent:
             return
         raise NonConvergentCellError(
-            f"The cell does not converge: after {config.solver.max_iter} evaluations {100 * share:.0f} % of the "
+            "allow_nonconvergent",
+            f"the cell does not converge: after {config.solver.max_iter} evaluations {100 * share:.0f} % of the "
             f"samples meet the tolerance {result.tolerance:g} (mean residual {residual:.2g}, spectral radius "
-            f"{self.spectral_radius:.2f}). {self._advice()} --deq-allow-nonconvergent trains it as it is."
+            f"{self.spectral_radius:.2f}). {self._advice()} or set this to train it as it is.",
         )
 
     def _advice(self) -> str:
         injection = self.config.cell.injection
         if not injection.residual:
-            return "Inject the input into the residual stream (--deq-injection residual), which makes the map contract;"
+            return "Inject the input into the residual stream (`injection` residual), which makes the map contract,"
         if self.spectral_radius < 0.95:
-            return "It contracts, so raise --deq-max-iter or loosen --deq-tol;"
+            return "It contracts, so raise `max_iter`, loosen `tol`,"
         return (
-            f"Raise --deq-injection-gain above {injection.gain:g}, lower the scale of the initial weights, or set "
-            "--deq-jacobian-weight;"
+            f"Raise `injection_gain` above {injection.gain:g}, lower the scale of the initial weights, set "
+            "`jacobian_weight`,"
         )
 
     def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, object]:

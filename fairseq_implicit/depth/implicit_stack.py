@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.fixed_point import OptionError
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
@@ -30,7 +30,7 @@ class ImplicitStackConfig:
         final_norm: end with a layer norm, as pre-norm stacks need.
 
     Raises:
-        ValueError: no block, or no width.
+        OptionError: no block, or no width.
     """
 
     layers: int
@@ -41,7 +41,9 @@ class ImplicitStackConfig:
 
     def __post_init__(self):
         if self.layers < 1 or self.dim < 1:
-            raise ValueError(f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1")
+            raise OptionError(
+                "layers", f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1."
+            )
 
 
 class ImplicitStack(nn.Module):
@@ -79,7 +81,7 @@ class ImplicitStack(nn.Module):
 
         Raises:
             ArithmeticError: a field returned non-finite values.
-            ValueError: the tolerance or the memory cap does not suit the precision or the batch.
+            OptionError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         theta = self.config.theta
         backward = self._backward_statistics()
@@ -97,10 +99,7 @@ class ImplicitStack(nn.Module):
                     state = layer(float(block), state)
                 evaluations = evaluations + theta.steps
             else:
-                try:
-                    result = solve_theta(f, state, theta, float(block), layout, records)
-                except OptionError as error:
-                    raise ValueError(f"--ode-theta-{error.option.replace('_', '-')}: {error.sentence}") from error
+                result = solve_theta(f, state, theta, float(block), layout, records)
                 refuse_non_finite(result.status, f"implicit block {block}")
                 unfinished = unfinished or result.status in (Status.BUDGET_SPENT, Status.STAGNATED)
                 state = result.state
@@ -129,8 +128,8 @@ class ImplicitStack(nn.Module):
         worst = max(range(len(means)), key=means.__getitem__)
         if theta.solver.criterion == "relative" and self.alarm.due(self.update, means[worst]):
             logger.warning(
-                "update %d: the mean residual %.3f of implicit block %d is above %.2f; raise --ode-theta-max-iter (now "
-                "%d), or take smaller steps: a larger --ode-steps, a smaller --ode-time",
+                "update %d: the mean residual %.3f of implicit block %d is above %.2f; raise max_iter (now %d), "
+                "or take more and smaller steps",
                 self.update,
                 means[worst],
                 worst,

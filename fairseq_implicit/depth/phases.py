@@ -8,7 +8,8 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import GradientConfig
 
 

@@ -17,6 +17,7 @@ from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
 from fairseq_implicit.solvers.multistep import (
@@ -73,7 +74,7 @@ class StackConfig:
         seed: of ``random_steps``.
 
     Raises:
-        ValueError: a value or a combination that has no meaning, in one sentence.
+        OptionError: a value or a combination that has no meaning, in one sentence.
     """
 
     layers: int
@@ -104,62 +105,67 @@ class StackConfig:
     def __post_init__(self):
         solve = self.solve  # validates what concerns one block
         if self.layers < 1 or self.dim < 1:
-            raise ValueError(f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1")
+            raise OptionError(
+                "layers", f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1."
+            )
         check_coefficients(solve.tableau, self.coefficients, self.start, self.scope)
-        for name, value, known in (
-            ("corrector", self.corrector, CORRECTORS),
-            ("history", self.history, HISTORIES),
-            ("stage dropout", self.stage_dropout, STAGE_DROPOUTS),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+        check_choice("corrector", self.corrector, CORRECTORS)
+        check_choice("history", self.history, HISTORIES)
+        check_choice("stage_dropout", self.stage_dropout, STAGE_DROPOUTS)
         if not 0 <= self.layerdrop < 1:
-            raise ValueError(f"a layer drop of {self.layerdrop} is not a probability below 1")
-        for name, weight in (("consistency", self.consistency_penalty), ("second-order", self.second_order_penalty)):
+            raise OptionError("layerdrop", f"{self.layerdrop} is not a probability below 1.")
+        for name in ("consistency_penalty", "second_order_penalty"):
+            weight = getattr(self, name)
             if not 0 <= weight < math.inf:
-                raise ValueError(f"the weight {weight} of the {name} penalty must be finite and not negative")
+                raise OptionError(name, f"the weight {weight} must be finite and not negative.")
             if weight > 0 and self.coefficients == "fixed":
-                raise ValueError(f"a {name} penalty needs coefficients that are learned, not the mode 'fixed'")
+                raise OptionError(name, "it needs learned `coefficients`, not fixed ones.")
         if self.second_order_penalty > 0 and solve.tableau.stages == 1:
-            raise ValueError(f"a second-order penalty needs a scheme with two stages or more, not {self.scheme!r}")
+            raise OptionError("second_order_penalty", f"{self.scheme!r} has one stage; take two stages or more.")
         if self.history != "none" and self.corrector in ("adams", "pcformer"):
-            raise ValueError(
-                f"corrector {self.corrector!r} carries a history of its own: history {self.history!r} goes with the "
-                "correctors none and backward-euler"
+            raise OptionError(
+                "history",
+                f"`corrector` {self.corrector} carries a history of its own; {self.history} goes with none and "
+                "backward-euler.",
             )
         if self.corrector == "adams":
             self._check_adams()
         if not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"a tolerance of {self.tolerance}: it must be positive, or 0 for fixed steps")
+            raise OptionError(
+                "tolerance", f"a tolerance of {self.tolerance}: give a positive one, or 0 for fixed steps."
+            )
         if self.tolerance > 0:
             self._check_adaptive()
 
     def _check_adaptive(self) -> None:
         self.adaptive  # validates scheme and budget
         if self.coefficients != "fixed" or self.stage_norm or self.residual_in_field or self.corrector != "none":
-            raise ValueError(
-                "adaptive steps (a tolerance above 0) measure the error of the tableau itself: set coefficients "
-                "'fixed', corrector 'none', and neither a stage norm nor the residual in the field"
+            raise OptionError(
+                "tolerance",
+                "adaptive steps (above 0) measure the error of the tableau itself: set `coefficients` fixed, `corrector` "
+                "none, and neither `stage_norm` nor `residual_in_field`.",
             )
         if self.gradient == "checkpoint-stage" or self.random_steps is not None:
-            raise ValueError(
-                "gradient 'checkpoint-stage' and random steps are for fixed steps: set the tolerance to 0, or leave "
-                "them out"
+            raise OptionError(
+                "tolerance",
+                "`gradient` checkpoint-stage and `random_steps` are for fixed steps: set 0, or leave them out.",
             )
         if self.stage_dropout == "independent":
-            raise ValueError(
-                "stage dropout 'independent' makes the field a different function at each evaluation, which has no "
-                "error estimate: adaptive steps need 'shared'"
+            raise OptionError(
+                "stage_dropout",
+                "independent makes the field a different function at each evaluation, which has no error estimate: "
+                "adaptive steps need 'shared'.",
             )
 
     def _check_adams(self) -> None:
         if self.scheme not in ("heun2", "rk2") or self.steps != 1:
-            raise ValueError(
-                f"corrector 'adams' takes one step per block and is started by Heun's method: set scheme 'heun2' and "
-                f"1 step, not scheme {self.scheme!r} and {self.steps}"
+            raise OptionError(
+                "corrector",
+                f"adams takes one step per block and is started by Heun's method: set `scheme` heun2 and `steps` 1, not "
+                f"{self.scheme} and {self.steps}.",
             )
         if self.coefficients != "fixed" or self.stage_norm:
-            raise ValueError("corrector 'adams' has coefficients of its own: set mode 'fixed' and no stage norm")
+            raise OptionError("corrector", "adams has coefficients of its own: `coefficients` fixed, no `stage_norm`.")
 
     @property
     def solve(self) -> ExplicitConfig:
@@ -231,7 +237,7 @@ class BlockStack(nn.Module):
         self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         if self.random_steps is not None and config.corrector == "adams":
-            raise ValueError("corrector 'adams' takes one step per block: it has no random number of steps")
+            raise OptionError("random_steps", "`corrector` adams takes one step per block: it has no random number.")
 
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.

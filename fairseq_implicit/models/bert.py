@@ -179,7 +179,9 @@ class ImplicitBertModel(FairseqEncoderModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         typed.check()
-        return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, cls.build_depth(typed)))
+        with typed.flags.naming():
+            depth = cls.build_depth(typed)
+        return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, depth))
 
     @classmethod
     def config_class(cls):
@@ -243,9 +245,11 @@ class ImplicitBertModel(FairseqEncoderModel):
         **kwargs,
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """See :meth:`ImplicitBertEncoder.forward`; a head's name gives its logits ``(batch, classes)``."""
-        x, extra = self.encoder(
-            src_tokens, features_only or classification_head_name is not None, return_all_hiddens, **kwargs
-        )
+        # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
+        with self.args.flags.naming():
+            x, extra = self.encoder(
+                src_tokens, features_only or classification_head_name is not None, return_all_hiddens, **kwargs
+            )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
             dtype = self.encoder.lm_head.layer_norm.weight.dtype

@@ -10,6 +10,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.shared_dropout import POLICIES
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
+from fairseq_implicit.models.flags import Flags
 
 INITIALISATIONS = ("depth-scaled", "identity", "plain")
 POSITION_STARTS = ("normal", "sinusoidal")
@@ -90,6 +91,11 @@ class ImplicitBertConfig(FairseqDataclass):
             "status 143 and 138; a second signal ends it at once"
         },
     )
+
+    @property
+    def flags(self) -> Flags:
+        """What the options of the depth are called here."""
+        return Flags("encoder")
 
     def check(self) -> None:
         """Refuse impossible values with one sentence that names the flag.

@@ -1,9 +1,8 @@
 """DEQ-BERT: the encoder's depth is the equilibrium of one cell (arXiv 1909.01377)."""
 
-import contextlib
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from fairseq.models import register_model
 from torch import nn
@@ -14,8 +13,10 @@ from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.flags import Flags, flag
 from fairseq_implicit.models.presets import SIZES, register_presets
-from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig, OptionError
+from fairseq_implicit.options import OptionError, named
+from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
 
 logger = logging.getLogger(__name__)
@@ -23,8 +24,7 @@ logger = logging.getLogger(__name__)
 SOLVERS = ("auto", "none", *METHODS)
 INJECTIONS = ("residual", "none")
 
-# The flags whose name is not simply "deq" and the option's.
-_FLAGS = {"checkpoint_activations": "--checkpoint-activations", "stage_dropout": "--stage-dropout"}
+FLAGS = Flags("deq", checkpoint_activations="checkpoint_activations", stage_dropout="stage_dropout")
 
 
 @dataclass
@@ -140,6 +140,10 @@ class DeqBertConfig(ImplicitBertConfig):
     )
     deq_seed: int = field(default=1, metadata={"help": "seed of the budget jitter and of the penalty's draws"})
 
+    @property
+    def flags(self) -> Flags:
+        return FLAGS
+
     def check(self) -> None:
         super().check()
         for name, choices in (
@@ -148,7 +152,7 @@ class DeqBertConfig(ImplicitBertConfig):
             ("deq_solver", SOLVERS),
             ("deq_adjoint_solver", ("auto", *METHODS)),
         ):
-            check_choice(_flag(name), getattr(self, name), choices)
+            check_choice(flag(name), getattr(self, name), choices)
         self.equilibrium()
 
     def equilibrium(self) -> EquilibriumConfig:
@@ -157,7 +161,7 @@ class DeqBertConfig(ImplicitBertConfig):
         Raises:
             ValueError: a value or combination that cannot be, in one sentence that names the flag.
         """
-        with _flags_named():
+        with self.flags.naming():
             gradient = self._gradient()
             solver = self._solver(gradient)
             return EquilibriumConfig(
@@ -187,7 +191,7 @@ class DeqBertConfig(ImplicitBertConfig):
         elif self.deq_gradient in ("ift", "jfb"):
             raise OptionError("gradient_damping", f"{self.deq_gradient} has nothing to damp; drop one of the two.")
         method = "anderson" if self.deq_adjoint_solver == "auto" else self.deq_adjoint_solver
-        with _adjoint_named():
+        with named("adjoint_{}".format):
             adjoint = FixedPointConfig(method, self.deq_adjoint_max_iter, self.deq_adjoint_tol)
         return parse_gradient(self.deq_gradient, damping=damping, adjoint=adjoint)
 
@@ -196,11 +200,11 @@ class DeqBertConfig(ImplicitBertConfig):
         if gradient.uses_solver:
             if method == "none":
                 raise OptionError(
-                    "solver", f"none contradicts --deq-gradient {gradient.name}, which is taken at a fixed point."
+                    "solver", f"none contradicts `gradient` {gradient.name}, which is taken at a fixed point."
                 )
         elif method not in ("auto", "none"):
             raise OptionError(
-                "solver", f"{method} contradicts --deq-gradient {gradient.name}, which iterates without a solver."
+                "solver", f"{method} contradicts `gradient` {gradient.name}, which iterates without a solver."
             )
         method = "anderson" if method in ("auto", "none") else method
         options: Dict[str, Any] = {}
@@ -209,7 +213,7 @@ class DeqBertConfig(ImplicitBertConfig):
             if value is None:
                 continue
             if method != owner or not gradient.uses_solver:
-                raise OptionError(name, f"only --deq-solver {owner} has one; drop the flag or take {owner}.")
+                raise OptionError(name, f"only `solver` {owner} has one; drop the flag or take {owner}.")
             options[name] = value
         return FixedPointConfig(
             method=method,
@@ -231,10 +235,8 @@ class DeqBertConfig(ImplicitBertConfig):
             raise OptionError(
                 f"eval_{name}", f"{gradient.name} iterates a fixed number of steps without a solver; drop the flag."
             )
-        try:
+        with named("eval_{}".format):
             return replace(solver, **turned) if turned else None
-        except OptionError as error:
-            raise OptionError(f"eval_{error.option}", error.sentence) from error
 
     def _cell(self) -> CellConfig:
         layer = self.transformer_field(self.deq_cell_norm)
@@ -273,29 +275,6 @@ class DeqBertConfig(ImplicitBertConfig):
             return tuple(int(part) for part in self.deq_correction.split(","))
         except ValueError:
             raise OptionError("correction", f"{self.deq_correction!r} is no list of numbers such as 4,8.") from None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-@contextlib.contextmanager
-def _flags_named() -> Iterator[None]:
-    """Say an option's sentence with the flag that set it."""
-    try:
-        yield
-    except OptionError as error:
-        flag = _FLAGS.get(error.option, _flag(f"deq_{error.option}"))
-        raise ValueError(f"{flag}: {error.sentence}") from error
-
-
-@contextlib.contextmanager
-def _adjoint_named() -> Iterator[None]:
-    """The options of the adjoint solver go by names of their own."""
-    try:
-        yield
-    except OptionError as error:
-        raise OptionError(f"adjoint_{error.option}", error.sentence) from error
 
 
 def matched_ffn_dim(layers: int, dim: int, ffn_dim: int) -> int:

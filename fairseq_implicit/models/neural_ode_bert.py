@@ -13,6 +13,7 @@ from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbedd
 from fairseq_implicit.fields.transformer import KINDS
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.flags import Flags
 from fairseq_implicit.models.presets import register_presets
 from fairseq_implicit.solvers.adaptive import PAIRS, STEP_CONTROLS
 from fairseq_implicit.solvers.backends import BACKENDS
@@ -20,6 +21,7 @@ from fairseq_implicit.solvers.backends import BACKENDS
 logger = logging.getLogger(__name__)
 
 DEPTH_WEIGHTS = ("embedding",) + INTERPOLATIONS
+FLAGS = Flags("ode", duration="ode_time", stage_dropout="stage_dropout")
 
 
 @dataclass
@@ -92,6 +94,10 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
     ode_local_error: float = field(default=0.0, metadata={"help": "weight of the solver's error estimate"})
     ode_seed: int = field(default=1, metadata={"help": "seed of --ode-random-steps"})
 
+    @property
+    def flags(self) -> Flags:
+        return FLAGS
+
     def check(self) -> None:
         super().check()
         check_choice("--ode-field", self.ode_field, KINDS)
@@ -105,7 +111,8 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             )
         if self.checkpoint_activations and self.ode_backend != "own":
             raise ValueError(f"--checkpoint-activations needs --ode-backend own, not {self.ode_backend}")
-        self.continuous()
+        with self.flags.naming():
+            self.continuous()
 
     @property
     def duration(self) -> float:
@@ -125,7 +132,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         """The solve.
 
         Raises:
-            ValueError: an impossible combination, in one sentence.
+            OptionError: an impossible combination, in one sentence.
         """
         return ContinuousConfig(
             dim=self.encoder_embed_dim,

@@ -14,9 +14,11 @@ from fairseq_implicit.depth.stack import CORRECTORS, HISTORIES, BlockStack, Stac
 from fairseq_implicit.fields.transformer import KINDS, TransformerField
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.flags import Flags, flag
+from fairseq_implicit.models.original_flags import from_original_flags
 from fairseq_implicit.models.presets import register_presets
-from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS, from_original_flags
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError
+from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import parse_gradient
 from fairseq_implicit.solvers.runge_kutta import GRADIENTS
 from fairseq_implicit.solvers.tableau import get_tableau
@@ -27,16 +29,24 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SCHEME = "rk2"
 
-# How the options of an implicit step are called here.
-_THETA_FLAGS = {
-    "theta": "--ode-theta",
-    "steps": "--ode-steps",
-    "total_time": "--ode-time",
-    "solver": "--ode-theta-solver",
-    "max_iter": "--ode-theta-max-iter",
-    "tol": "--ode-theta-tol",
-    "gradient": "--ode-theta-gradient",
-}
+_COMMON = dict(total_time="ode_time", layers="encoder_layers", dim="encoder_embed_dim", stage_dropout="stage_dropout")
+FLAGS = Flags(
+    "ode",
+    start="ode_coefficient_start",
+    scope="ode_coefficient_scope",
+    stage_norm="rk_norm",
+    state_float32="ode_float32_state",
+    layerdrop="encoder_layerdrop",
+    consistency_penalty="ode_consistency_weight",
+    second_order_penalty="ode_second_order_weight",
+    **_COMMON,
+)
+IMPLICIT_FLAGS = Flags(
+    "ode",
+    **{option: f"ode_theta_{option}" for option in ("solver", "max_iter", "tol", "memory", "gradient")},
+    adjoint_tol="ode_theta_tol",
+    **_COMMON,
+)
 
 
 class Coefficients(NamedTuple):
@@ -169,9 +179,9 @@ class OdeBertConfig(ImplicitBertConfig):
             "ode_coefficient_scope": self.ode_coefficient_scope,
         }
         if self.enc_calculate_num is None:
-            for flag in ("rk_type", "enc_learnable_type", "alpha_type"):
-                if getattr(self, flag) is not None:
-                    raise ValueError(f"{_flag(flag)} {getattr(self, flag)} needs --enc-calculate-num, the order")
+            for name in ("rk_type", "enc_learnable_type", "alpha_type"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{flag(name)} {getattr(self, name)} needs --enc-calculate-num, the order")
             defaults = Coefficients(DEFAULT_SCHEME, "fixed", "tableau", "block")
             return Coefficients(
                 *(given if given is not None else value for given, value in zip(own.values(), defaults))
@@ -183,10 +193,14 @@ class OdeBertConfig(ImplicitBertConfig):
             same = given == value or (name == "ode_scheme" and given and get_tableau(given) is get_tableau(value))
             if given is not None and not same:
                 raise ValueError(
-                    f"{_flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its "
+                    f"{flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its "
                     f"--rk-type, which means {value}: give one of the two"
                 )
         return Coefficients(*mapped)
+
+    @property
+    def flags(self) -> Flags:
+        return IMPLICIT_FLAGS if self.is_implicit else FLAGS
 
     def check(self) -> None:
         super().check()
@@ -200,7 +214,7 @@ class OdeBertConfig(ImplicitBertConfig):
             ("ode_gradient", GRADIENTS),
         ):
             if getattr(self, name) is not None:
-                check_choice(_flag(name), getattr(self, name), choices)
+                check_choice(flag(name), getattr(self, name), choices)
         if self.ode_split < 1:
             raise ValueError(f"--ode-split {self.ode_split}: each layer becomes at least one block")
         if self.ode_split > 1 and (self.ode_history != "none" or self.ode_corrector in ("adams", "pcformer")):
@@ -215,16 +229,18 @@ class OdeBertConfig(ImplicitBertConfig):
                 "each layer's once, which is another function: leave one of the two out"
             )
         if self.is_implicit:
-            self.implicit_stack()
+            with self.flags.naming():
+                self.implicit_stack()
             return
         for item in dataclasses.fields(OdeBertConfig):
             if item.name.startswith("ode_theta") and getattr(self, item.name) != item.default:
                 raise ValueError(
-                    f"{_flag(item.name)} {getattr(self, item.name)} belongs to the implicit schemes "
+                    f"{flag(item.name)} {getattr(self, item.name)} belongs to the implicit schemes "
                     f"({', '.join(IMPLICIT_SCHEMES)}), and --ode-scheme is {self.ode_scheme or DEFAULT_SCHEME}: "
                     "leave it out"
                 )
-        self.stack()
+        with self.flags.naming():
+            self.stack()
 
     @property
     def is_implicit(self) -> bool:
@@ -246,7 +262,7 @@ class OdeBertConfig(ImplicitBertConfig):
         for item in dataclasses.fields(OdeBertConfig):
             if item.name in explicit_only and getattr(self, item.name) != item.default:
                 raise ValueError(
-                    f"{_flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme "
+                    f"{flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme "
                     f"{self.ode_scheme} is implicit: leave it out (its gradient is --ode-theta-gradient)"
                 )
         if self.ode_scheme == "implicit-midpoint" and self.ode_theta != 1.0:
@@ -257,20 +273,16 @@ class OdeBertConfig(ImplicitBertConfig):
                 "--stage-dropout independent makes the field a different function at each evaluation, so an implicit "
                 "step has no solution: take shared"
             )
-        if self.ode_theta_gradient == "reversible":
-            raise ValueError("--ode-theta-gradient reversible solves no implicit step: take ift or phantom-K")
-        try:
-            adjoint = FixedPointConfig("anderson", self.ode_theta_max_iter, self.ode_theta_tol)
-            theta = ThetaConfig(
-                scheme=self.ode_scheme,
-                theta=self.ode_theta,
-                steps=self.ode_steps,
-                total_time=self.ode_time / self.ode_split,
-                solver=FixedPointConfig(self.ode_theta_solver, self.ode_theta_max_iter, self.ode_theta_tol),
-                gradient=parse_gradient(self.ode_theta_gradient, adjoint=adjoint),
-            )
-        except OptionError as error:
-            raise ValueError(f"{_THETA_FLAGS[error.option]}: {error.sentence}") from error
+        adjoint = FixedPointConfig("anderson", self.ode_theta_max_iter, self.ode_theta_tol)
+        damping = 0.5 if self.ode_theta_gradient == "reversible" else 1.0
+        theta = ThetaConfig(
+            scheme=self.ode_scheme,
+            theta=self.ode_theta,
+            steps=self.ode_steps,
+            total_time=self.ode_time / self.ode_split,
+            solver=FixedPointConfig(self.ode_theta_solver, self.ode_theta_max_iter, self.ode_theta_tol),
+            gradient=parse_gradient(self.ode_theta_gradient, damping=damping, adjoint=adjoint),
+        )
         return ImplicitStackConfig(
             layers=self.encoder_layers * self.ode_split,
             dim=self.encoder_embed_dim,
@@ -313,10 +325,6 @@ class OdeBertConfig(ImplicitBertConfig):
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
             seed=self.ode_seed,
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 @register_model("ode_bert", dataclass=OdeBertConfig)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.status import SolveResult, Status
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 
@@ -65,7 +66,7 @@ class AdaptiveConfig:
         first_step: first trial step in the units of time; ``None``: the whole interval.
 
     Raises:
-        ValueError: unknown scheme or step control, tolerance or first step not positive, budget smaller than one step.
+        OptionError: unknown scheme or step control, tolerance or first step not positive, budget under one step.
     """
 
     scheme: str = "dopri5"
@@ -77,17 +78,17 @@ class AdaptiveConfig:
 
     def __post_init__(self):
         stages = embedded_pair(self.scheme)[0].stages
-        if self.step_control not in STEP_CONTROLS:
-            raise ValueError(f"Unknown step control '{self.step_control}': choose one of {', '.join(STEP_CONTROLS)}.")
+        check_choice("step_control", self.step_control, STEP_CONTROLS)
         for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
             if not (tolerance > 0 and math.isfinite(tolerance)):
-                raise ValueError(f"The tolerance {name} must be a positive number, got {tolerance}.")
+                raise OptionError(name, f"a tolerance must be a positive number, got {tolerance}.")
         if self.first_step is not None and not 0 < self.first_step < math.inf:
-            raise ValueError(f"The first step must be a positive time, got {self.first_step}.")
+            raise OptionError("first_step", f"the first step must be a positive time, got {self.first_step}.")
         if self.max_evaluations < stages:
-            raise ValueError(
-                f"max_evaluations is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: "
-                f"raise it to at least {stages}."
+            raise OptionError(
+                "max_evaluations",
+                f"the budget is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: raise it to "
+                f"at least {stages}.",
             )
 
 
@@ -125,14 +126,15 @@ def embedded_pair(scheme: str) -> tuple[Tableau, tuple[float, ...], int]:
     """The tableau of that name, the weights of its error estimate (b minus b-hat), and the estimate's order in h.
 
     Raises:
-        ValueError: the scheme has no embedded weights, or its last stage is not its new state (the loop takes the
+        OptionError: the scheme has no embedded weights, or its last stage is not its new state (the loop takes the
             last stage of a step as the first of the next one).
     """
     tableau = get_tableau(scheme)
     if tableau.b_hat is None or not tableau.first_same_as_last:
-        raise ValueError(
-            f"'{scheme}' has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}, or take "
-            "fixed steps with --ode-tolerance 0."
+        raise OptionError(
+            "scheme",
+            f"{scheme!r} has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}, or take "
+            "fixed steps with `tolerance` 0.",
         )
     weights = tuple(b - b_hat for b, b_hat in zip(tableau.b_values, tableau.b_hat_values))
     return tableau, weights, min(tableau.order, tableau.embedded_order) + 1
@@ -155,13 +157,12 @@ def in_state_precision(f: Field, dtype: torch.dtype) -> tuple[Field, torch.dtype
 
 def check_tolerance(config: AdaptiveConfig, dtype: torch.dtype) -> None:
     """Raises:
-    ValueError: the tolerance is below what the dtype of the state can resolve.
+    OptionError: the tolerance is below what the dtype of the state can resolve.
     """
     floor = FLOOR_IN_ROUNDING_UNITS * torch.finfo(dtype).eps
     if config.rtol < floor:
-        raise ValueError(
-            f"The tolerance {config.rtol:g} is below the floor of a {str(dtype)[6:]} state ({floor:.1e}): "
-            f"raise --ode-tolerance."
+        raise OptionError(
+            "tolerance", f"{config.rtol:g} is below the floor of a {str(dtype)[6:]} state ({floor:.1e}): raise it."
         )
 
 
@@ -302,7 +303,7 @@ def solve_adaptive(
         accepted state of each sample and says so in ``status``; the sample with the worst ending decides.
 
     Raises:
-        ValueError: the tolerance is below the rounding floor of the state.
+        OptionError: the tolerance is below the rounding floor of the state.
     """
     tableau, _, exponent = embedded_pair(config.scheme)
     stages, rows, returned_dtype = tableau.stages, y.shape[0], y.dtype

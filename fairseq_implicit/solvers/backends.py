@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import (
     LARGEST_FACTOR,
     SMALLEST_FACTOR,
@@ -46,15 +47,15 @@ _INSTALL = {
 
 def check_backend(backend: str, scheme: str) -> None:
     """Raises:
-    ValueError: unknown back end, or one that does not offer the scheme.
+    OptionError: unknown back end, or one that does not offer the scheme.
     ModuleNotFoundError: the back end is not installed; the sentence holds the install line.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown ODE back end '{backend}': choose one of {', '.join(BACKENDS)}.")
+    check_choice("backend", backend, BACKENDS)
     if scheme not in BACKEND_PAIRS[backend]:
-        raise ValueError(
-            f"The back end {backend} has no sound adaptive '{scheme}': choose one of "
-            f"{', '.join(BACKEND_PAIRS[backend])}, or --ode-backend own."
+        raise OptionError(
+            "scheme",
+            f"{backend} has no sound adaptive {scheme!r}: choose one of {', '.join(BACKEND_PAIRS[backend])}, or "
+            "`backend` own.",
         )
     if backend != "own":
         _module(backend)
@@ -67,8 +68,8 @@ def _module(backend: str):
         return importlib.import_module(name)
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"--ode-backend {backend} needs the package {backend} ({error}): install it with "
-            f"`{_INSTALL[backend]}` or use --ode-backend own."
+            f"the back end {backend} needs the package {backend} ({error}): install it with `{_INSTALL[backend]}` or use "
+            "the back end own."
         ) from error
 
 
@@ -93,7 +94,7 @@ def solve_with(
         options: further options of :func:`solve_adaptive`, for the back end ``own`` only.
 
     Raises:
-        ValueError, ModuleNotFoundError: see :func:`check_backend`.
+        OptionError, ModuleNotFoundError: see :func:`check_backend`.
     """
     check_backend(backend, config.scheme)
     if backend == "own":
@@ -156,7 +157,7 @@ class _Stopped(ArithmeticError):
 
     def __init__(self, status: Status):
         super().__init__(
-            f"torchdyn's adjoint failed on its way back ({status.value}): use --ode-backend own with --ode-gradient "
+            f"torchdyn's adjoint failed on its way back ({status.value}): use the back end own with the gradient "
             "checkpoint-step."
         )
         self.status = status
@@ -223,8 +224,8 @@ def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig,
     times, states = odeint(probe, y, span, solver, atol=config.atol, rtol=config.rtol)
     if len(states) != len(span):
         raise ArithmeticError(
-            f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use "
-            f"--ode-backend own or torchdiffeq."
+            f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use the back end "
+            "own or torchdiffeq."
         )
     probe.accepted += 1
     return states[-1]
@@ -284,14 +285,14 @@ def solve_torchdyn_adjoint(
         on_backward: called after the backward solve with its evaluations of the field.
 
     Raises:
-        ValueError: a half-precision state, which torchdyn's adjoint cannot carry.
+        OptionError: a half-precision state, which torchdyn's adjoint cannot carry.
         ArithmeticError: the solve, forward or backward, did not reach its end, without which there is no adjoint.
     """
     check_backend("torchdyn", config.scheme)
     check_tolerance(config, torch.promote_types(y.dtype, torch.float32))
     if y.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use --ode-gradient adjoint instead."
+        raise OptionError(
+            "gradient", f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use adjoint with `backend` own."
         )
     gather = importlib.import_module("torchdyn.numerics.sensitivity")._gather_odefunc_adjoint
     probe = _Probe(start, config.max_evaluations, y)
@@ -314,10 +315,10 @@ def solve_torchdyn_adjoint(
         raise ArithmeticError(
             f"The forward solve stopped at depth {probe.last_time:.3g} of {start + duration:g} "
             f"({stopped.status.value}), so torchdyn's adjoint has no end point to start from: raise "
-            "--ode-max-evaluations or --ode-tolerance, or use --ode-gradient autograd."
+            "max_evaluations or the tolerance, or use the gradient autograd."
         ) from None
     if len(states) != 2:
-        raise ArithmeticError("torchdyn lost the end of the interval: use --ode-gradient autograd instead.")
+        raise ArithmeticError("torchdyn lost the end of the interval: use the gradient autograd instead.")
     forward, accepted, trials = probe.evaluations, probe.accepted + 1, probe.trials
     # The backward solve has a budget of its own, and nobody left to receive a status: it ends in an error.
     probe.limit = forward + 10 * config.max_evaluations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
 from fairseq_implicit.solvers.status import SolveResult, Status
@@ -37,20 +38,6 @@ STAGNATION_SPREAD = 1.3  # max / min of the last residuals below which nothing m
 STAGNATION_MARGIN = 3.0  # ... which ends the solve only this close to the tolerance: rounding, not slowness
 TRACKING_MARGIN = 2.0  # the next evaluation is tracked when it is predicted to end within this many tolerances
 COMPACTION_SHARE = 0.5  # rows are compacted when fewer than this share of them is still active
-
-
-class OptionError(ValueError):
-    """One option of a solver is wrong. Callers that know the option by another name can say so.
-
-    Attributes:
-        option: the field of the configuration at fault.
-        sentence: what is wrong and what to do.
-    """
-
-    def __init__(self, option: str, sentence: str):
-        super().__init__(f"{option}: {sentence}")
-        self.option = option
-        self.sentence = sentence
 
 
 @dataclass(frozen=True)
@@ -89,10 +76,8 @@ class FixedPointConfig:
     stagnation_window: int = 6
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise OptionError("solver", f"{self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
-        if self.criterion not in CRITERIA:
-            raise OptionError("criterion", f"{self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
+        check_choice("solver", self.method, METHODS)
+        check_choice("criterion", self.criterion, CRITERIA)
         if self.max_iter < 1:
             raise OptionError("max_iter", f"a budget of {self.max_iter} evaluations finds nothing; give at least 1.")
         if self.tol is not None and not (math.isfinite(self.tol) and self.tol > 0):

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, named
 from fairseq_implicit.solvers.fixed_point import (
     FixedPointConfig,
     FixedPointResult,
-    OptionError,
     algebra_dtype,
     field_dtype,
     solve,
@@ -218,10 +218,8 @@ def equilibrium(
 
     if gradient.kind == "ift" and torch.is_grad_enabled():
         # Said now, not in the middle of the backward pass.
-        try:
+        with named("adjoint_{}".format):
             gradient.adjoint.tolerance_for(field_dtype(z0))
-        except OptionError as error:
-            raise OptionError("adjoint_tol", error.sentence) from error
     training = torch.is_grad_enabled()
     result = solve(f, z0, solver, layout, capture=capture, track=training)
     tracked, result = result.tracked, replace(result, tracked=None)
@@ -451,8 +449,8 @@ class _Reversible(torch.autograd.Function):
         if lost.any():
             raise ArithmeticError(
                 f"the reversible iteration of {2 * iteration.steps} evaluations at damping {iteration.damping:g} lost "
-                "its start on the way back, and its gradient is not finite: lower the budget (--deq-max-iter) or the "
-                "damping (--deq-gradient-damping), or take the gradient ift"
+                "its start on the way back, and its gradient is not finite: lower max_iter or gradient_damping, or "
+                "take the gradient ift"
             )
         iteration.record.evaluations = 2 * iteration.steps
         iteration.record.residual = torch.where(wrong.isfinite(), wrong, 0.0)

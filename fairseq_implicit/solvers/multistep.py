@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
@@ -89,12 +90,12 @@ def solve_adams(
         field_dtype: dtype in which the field is entered; that of ``x`` by default.
 
     Raises:
-        ValueError: ``config`` asks for several steps or for another starting scheme.
+        OptionError: ``config`` asks for several steps or for another starting scheme.
     """
     if config.steps != 1:
-        raise ValueError(f"the Adams pair takes one step per block, not {config.steps}: set the steps to 1")
+        raise OptionError("steps", f"the Adams pair takes one step per block, not {config.steps}: set it to 1.")
     if config.tableau.name != "heun2":
-        raise ValueError(f"the Adams pair is started by scheme 'heun2', not by {config.scheme!r}: set the scheme to it")
+        raise OptionError("scheme", f"the Adams pair is started by scheme 'heun2', not by {config.scheme!r}: set it.")
     h = config.total_time
     evaluate = solver_field(f, config, field_dtype or x.dtype)
 

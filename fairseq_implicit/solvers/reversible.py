@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.adaptive import Field, in_state_precision
 from fairseq_implicit.solvers.sensitivity import Surroundings, accumulate
 from fairseq_implicit.solvers.status import SolveResult, Status
@@ -44,10 +45,10 @@ def solve_reversible(
         not finite or beyond ``LARGEST_STATE``. Reading that is the one synchronisation of the solve.
 
     Raises:
-        ValueError: fewer than one step.
+        OptionError: fewer than one step.
     """
     if steps < 1:
-        raise ValueError(f"The reversible scheme needs at least one step, got {steps}.")
+        raise OptionError("steps", f"the reversible scheme needs at least one step, got {steps}.")
     g, dtype = in_state_precision(f, y.dtype)
     extremes = _Extremes(y)
     state = _ReversibleHeun.apply(g, y.to(dtype), duration / steps, steps, start, extremes, *parameters)

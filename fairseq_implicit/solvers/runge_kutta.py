@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.coefficients import Combination, Weight, combine
 from fairseq_implicit.solvers.status import SolveResult
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
@@ -51,11 +52,10 @@ class ExplicitConfig:
     def __post_init__(self):
         get_tableau(self.scheme)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"{self.steps} steps per solve: the number of steps must be a whole number of at least 1")
+            raise OptionError("steps", f"{self.steps} steps per solve: give a whole number of at least 1.")
         if not 0 < self.total_time < float("inf"):
-            raise ValueError(f"a total time of {self.total_time} per solve: it must be positive and finite")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"unknown gradient mode {self.gradient!r}; the modes are {', '.join(GRADIENTS)}")
+            raise OptionError("total_time", f"a total time of {self.total_time} is not positive and finite.")
+        check_choice("gradient", self.gradient, GRADIENTS)
 
     @property
     def tableau(self) -> Tableau:

@@ -105,7 +105,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
         if ctx.status is not Status.CONVERGED:
             raise ArithmeticError(
                 f"The forward solve stopped early ({ctx.status.value}), so the adjoint has no end point to start "
-                f"from: raise --ode-max-evaluations or --ode-tolerance, or use --ode-gradient checkpoint-step."
+                "from: raise max_evaluations or the tolerance, or use the gradient checkpoint-step."
             )
         states, parameters = ctx.saved_tensors[: len(ctx.pieces)], ctx.saved_tensors[len(ctx.pieces) :]
         wanted = [p for p in parameters if p.requires_grad]
@@ -172,7 +172,7 @@ def _integrate_backward(
     if result.status is not Status.CONVERGED:
         raise ArithmeticError(
             f"The adjoint solve failed on its way back ({result.status.value}): this flow cannot be run backward at "
-            f"this tolerance; use --ode-gradient checkpoint-step."
+            "this tolerance; use the gradient checkpoint-step."
         )
     totals = [None if total is None else (total * size).to(p.dtype) for total, p in zip(totals, wanted)]
     return (result.state[..., dim:] * size).to(gradient.dtype), totals, result.field_calls

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
+from fairseq_implicit.options import OptionError, check_choice
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig, equilibrium
 from fairseq_implicit.solvers.status import SolveResult, Status
 
@@ -51,8 +52,7 @@ class ThetaConfig:
     gradient: GradientConfig = field(default_factory=GradientConfig)
 
     def __post_init__(self):
-        if self.scheme not in SCHEMES:
-            raise OptionError("scheme", f"{self.scheme!r} is unknown; choose one of {', '.join(SCHEMES)}.")
+        check_choice("scheme", self.scheme, SCHEMES)
         if not 0.0 <= self.theta <= 1.0:
             raise OptionError("theta", f"{self.theta} is outside [0, 1] (0 the explicit layer, 1 backward Euler).")
         if self.steps < 1:

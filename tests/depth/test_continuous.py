@@ -410,7 +410,7 @@ def test_random_steps_depend_on_seed_and_update_alone():
     first = draws(1, range(200))
     assert set(first) == {2, 3, 4, 5, 6}
     assert first == draws(1, range(200)) and first[100:] == draws(1, range(100, 200)) != draws(2, range(100, 200))
-    with pytest.raises(ValueError, match="--ode-random-steps 3,1"):
+    with pytest.raises(ValueError, match="random_steps: 3,1"):
         RandomSteps((3, 1), 1)
 
 
@@ -427,7 +427,7 @@ def test_random_steps_act_in_training_only():
 def test_limit_of_evaluations_is_counted_and_reported_once(caplog):
     module = depth(embedded(), max_evaluations=8).eval()
     assert module(states()).statistics["stopped"] == 1.0
-    assert "raise --ode-max-evaluations" in caplog.text
+    assert "raise max_evaluations" in caplog.text
     caplog.clear()
     module(states())
     assert not caplog.text
@@ -437,38 +437,38 @@ def test_non_finite_field_is_an_error():
     field = embedded()
     with torch.no_grad():
         field.attention.out.bias.fill_(float("nan"))
-    with pytest.raises(ArithmeticError, match="non-finite values at depth 0 of 3.*lower --lr"):
+    with pytest.raises(ArithmeticError, match="non-finite values at depth 0 of 3.*lower the learning rate"):
         depth(field)(states())
     reversible = depth(field, scheme="reversible-heun", gradient="reversible", tolerance=0.0, steps=3)
     for mode in (True, False):
-        with torch.set_grad_enabled(mode), pytest.raises(ArithmeticError, match="non-finite.*more --ode-steps"):
+        with torch.set_grad_enabled(mode), pytest.raises(ArithmeticError, match="non-finite.*more steps"):
             reversible.train(mode)(states())
 
 
 @pytest.mark.parametrize(
     "settings, sentence",
     (
-        ({"duration": 0.0}, "--ode-time 0.0"),
-        ({"tolerance": -1.0}, "--ode-tolerance -1.0"),
-        ({"scheme": "rk4"}, "'rk4' has no embedded error estimate.*or take fixed steps with --ode-tolerance 0"),
+        ({"duration": 0.0}, "duration: 0.0"),
+        ({"tolerance": -1.0}, "tolerance: -1.0"),
+        ({"scheme": "rk4"}, "'rk4' has no embedded error estimate.*or take fixed steps with `tolerance` 0"),
         ({"scheme": "rk5", "tolerance": 0.0}, "unknown scheme 'rk5'"),
         ({"scheme": "reversible-heun", "tolerance": 0.0}, "belong together"),
         ({"scheme": "rk4", "tolerance": 0.0, "gradient": "reversible"}, "belong together"),
         ({"scheme": "rk4", "tolerance": 0.0, "gradient": "adjoint"}, "is for adaptive solves"),
-        ({"gradient": "checkpoint-stage"}, "takes fixed steps: set --ode-tolerance 0"),
+        ({"gradient": "checkpoint-stage"}, "takes fixed steps: set `tolerance` 0"),
         ({"gradient": "interpolated-adjoint"}, "is unknown"),
         ({"backend": "torchdiffeq", "scheme": "tsit5"}, "has no sound adaptive 'tsit5'"),
         ({"backend": "torchdyn", "scheme": "rk4", "tolerance": 0.0}, "is for adaptive solves"),
-        ({"backend": "torchdyn", "gradient": "adjoint"}, "needs --ode-backend own"),
+        ({"backend": "torchdyn", "gradient": "adjoint"}, "needs `backend` own"),
         ({"backend": "torchdyn", "step_control": "sample"}, "one step for all"),
-        ({"gradient": "torchdyn-adjoint"}, "needs --ode-backend torchdyn"),
-        ({"noise": True, "independent_noise": True}, "use --stage-dropout shared"),
-        ({"random_steps": (1, 2)}, "set --ode-tolerance 0"),
-        ({"kinetic_energy": -1.0}, "--ode-kinetic-energy -1.0"),
+        ({"gradient": "torchdyn-adjoint"}, "needs `backend` torchdyn"),
+        ({"noise": True, "independent_noise": True}, "stage_dropout: independent .* use shared"),
+        ({"random_steps": (1, 2)}, "random_steps: .*set `tolerance` 0"),
+        ({"kinetic_energy": -1.0}, "kinetic_energy: -1.0"),
         ({"jacobian": 1.0, "gradient": "adjoint"}, "not that of the penalties"),
-        ({"kinetic_energy": 1.0, "backend": "torchdyn"}, "need --ode-backend own"),
+        ({"kinetic_energy": 1.0, "backend": "torchdyn"}, "backend: penalties along the depth need own"),
         ({"local_error": 1.0, "tolerance": 0.0, "scheme": "rk4"}, "needs the error estimate"),
-        ({"steps": 0, "tolerance": 0.0, "scheme": "rk4"}, "--ode-steps 0"),
+        ({"steps": 0, "tolerance": 0.0, "scheme": "rk4"}, "steps: 0"),
         ({"max_evaluations": 3}, "at least 7"),
     ),
 )

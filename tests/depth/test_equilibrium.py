@@ -13,7 +13,8 @@ from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell
 from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError, solve
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve
 from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
 from fairseq_implicit.solvers.jacobian import spectral_radius
 
@@ -318,7 +319,7 @@ def test_a_cell_that_does_not_converge_is_refused_at_update_zero(caplog):
     )
     module = depth(**options).train()
     with pytest.raises(
-        NonConvergentCellError, match=r"does not converge.*--deq-injection-gain.*--deq-allow-nonconvergent"
+        NonConvergentCellError, match=r"allow_nonconvergent: the cell does not converge.*`injection_gain`.*set this to train it"
     ):
         module(embedding())
     with caplog.at_level(logging.WARNING):
@@ -332,13 +333,13 @@ def test_a_cell_that_does_not_converge_is_refused_at_update_zero(caplog):
 
 def test_a_cell_with_projected_injection_alone_is_told_why():
     alone = cell(injection=InjectionConfig(residual=False, qkv=True))
-    with pytest.raises(NonConvergentCellError, match="spectral radius 1.00.*--deq-injection residual"):
+    with pytest.raises(NonConvergentCellError, match="spectral radius 1.00.*`injection` residual"):
         depth(cell=alone, solver=FixedPointConfig("anderson", 12, 1e-4)).train()(embedding())
 
 
 def test_a_contracting_cell_short_of_budget_is_told_to_raise_it():
     module = depth(solver=FixedPointConfig("picard", 3, 1e-6)).train()
-    with pytest.raises(NonConvergentCellError, match="raise --deq-max-iter"):
+    with pytest.raises(NonConvergentCellError, match="raise `max_iter`"):
         module(embedding())
 
 
@@ -382,15 +383,15 @@ def test_bfloat16_autocast_trains_close_to_float32(kind):
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(solver=FixedPointConfig(tol=1e-3), gradient=GradientConfig()), "--deq-tol: 0.001 lies below"),
+        (dict(solver=FixedPointConfig(tol=1e-3), gradient=GradientConfig()), "^tol: 0.001 lies below"),
         (
             dict(solver=FixedPointConfig(), gradient=GradientConfig(adjoint=FixedPointConfig(tol=1e-4))),
-            "--deq-adjoint-tol: 0.0001 lies below",
+            "^adjoint_tol: 0.0001 lies below",
         ),
-        (dict(solver=FixedPointConfig("broyden", memory=1e-4), gradient=GradientConfig()), "--deq-memory: one Broyden"),
+        (dict(solver=FixedPointConfig("broyden", memory=1e-4), gradient=GradientConfig()), "^memory: one Broyden"),
     ],
 )
-def test_what_does_not_suit_the_precision_or_the_batch_names_its_flag(options, match):
+def test_what_does_not_suit_the_precision_or_the_batch_names_its_option(options, match):
     with pytest.raises(ValueError, match=match):
         depth(double=False, **options).train().bfloat16()(embedding().bfloat16())
 
@@ -490,10 +491,10 @@ def test_a_wrong_reversible_gradient_is_warned_of(caplog):
             assert wrong > 0.01 and len(found) == 1 and found[0].startswith("update 1: the reversible iteration")
 
 
-def test_a_reversible_budget_that_cannot_be_inverted_names_its_flag():
+def test_a_reversible_budget_that_cannot_be_inverted_names_its_option():
     gradient = GradientConfig("reversible", damping=0.9)
     module = depth(gradient=gradient, solver=FixedPointConfig(max_iter=40), phases=PhaseConfig(warmup_updates=5))
-    with pytest.raises(ValueError, match="--deq-max-iter: 40 evaluations .* damping 0.9 cannot be inverted"):
+    with pytest.raises(ValueError, match="max_iter: 40 evaluations .* damping 0.9 cannot be inverted"):
         module.train()(embedding())
     assert module.eval()(embedding()).state.isfinite().all()
 

@@ -120,7 +120,7 @@ def test_blocks_far_from_their_tolerance_are_warned_of_in_training_now_and_then(
     found = [record.getMessage() for record in caplog.records]
     assert len(found) == 2, "at updates 0 and 100"
     assert found[1].startswith("update 100: the mean residual 0.2") and "of implicit block 1" in found[1]
-    assert "--ode-theta-max-iter (now 3)" in found[1]
+    assert "raise max_iter (now 3)" in found[1]
     caplog.clear()
     module.eval()(embedding())
     affine_stack(30, Affine(0.1)).train()(embedding())

@@ -3,7 +3,8 @@
 import pytest
 
 from fairseq_implicit.depth.phases import PhaseConfig, phase_at
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import GradientConfig
 
 SOLVER, GRADIENT = FixedPointConfig(max_iter=24, tol=1e-3), GradientConfig()

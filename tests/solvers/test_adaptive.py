@@ -321,10 +321,10 @@ def test_recomputation_evaluates_the_piece_that_was_evaluated():
     (
         ({"scheme": "rk4"}, "no embedded error estimate"),
         ({"scheme": "heun2"}, "no embedded error estimate"),
-        ({"rtol": 0.0}, "rtol must be a positive number"),
-        ({"atol": float("nan")}, "atol must be a positive number"),
+        ({"rtol": 0.0}, "rtol: a tolerance must be a positive number"),
+        ({"atol": float("nan")}, "atol: a tolerance must be a positive number"),
         ({"max_evaluations": 6}, "at least 7"),
-        ({"step_control": "token"}, "step control 'token'"),
+        ({"step_control": "token"}, "step_control: 'token'"),
         ({"first_step": 0.0}, "first step must be a positive time"),
     ),
 )
@@ -335,6 +335,6 @@ def test_impossible_configurations(arguments, sentence):
 
 def test_tolerance_below_the_floor_of_the_state():
     y = torch.zeros(1, 1, 2)
-    with pytest.raises(ValueError, match="below the floor of a float32 state.*--ode-tolerance"):
+    with pytest.raises(ValueError, match="tolerance: 1e-07 is below the floor of a float32 state.*raise it"):
         solve_adaptive(rotation, y, 1.0, AdaptiveConfig("dopri5", 1e-7, 1e-7))
     solve_adaptive(rotation, y.double(), 1.0, AdaptiveConfig("dopri5", 1e-7, 1e-7))

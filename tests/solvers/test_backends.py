@@ -245,16 +245,16 @@ def test_torchdyn_adjoint_refuses_to_lose_the_gradient(block, state):
     """A solve cut short has no adjoint; its state without a graph would train nothing and say nothing."""
     needs("torchdyn")
     config = AdaptiveConfig("dopri5", 1e-9, 1e-9, max_evaluations=20)
-    with pytest.raises(ArithmeticError, match="stopped at depth .* of 3.*raise --ode-max-evaluations"):
+    with pytest.raises(ArithmeticError, match="stopped at depth .* of 3.*raise max_evaluations"):
         solve_torchdyn_adjoint(block.prepare(state), state, 3.0, config, tuple(block.parameters()))
 
 
 def test_pairs_that_a_library_lacks():
-    with pytest.raises(ValueError, match="torchdiffeq has no sound adaptive 'tsit5'.*--ode-backend own"):
+    with pytest.raises(ValueError, match="torchdiffeq has no sound adaptive 'tsit5'.*`backend` own"):
         check_backend("torchdiffeq", "tsit5")
     with pytest.raises(ValueError, match="torchdyn has no sound adaptive 'bosh3'"):
         check_backend("torchdyn", "bosh3")
-    with pytest.raises(ValueError, match="Unknown ODE back end 'jax'"):
+    with pytest.raises(ValueError, match="backend: 'jax' is unknown"):
         check_backend("jax", "dopri5")
 
 
@@ -272,7 +272,7 @@ def test_missing_library_is_one_sentence_with_the_install_line(backend, monkeypa
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.setattr("importlib.import_module", lambda name, package=None: missing(name))
-    with pytest.raises(ModuleNotFoundError, match=rf"--ode-backend {backend} needs .*`pip install --no-deps"):
+    with pytest.raises(ModuleNotFoundError, match=rf"the back end {backend} needs .*`pip install --no-deps"):
         check_backend(backend, "dopri5")
 
 

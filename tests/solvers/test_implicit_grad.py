@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import (
     AdjointRecord,
     GradientConfig,

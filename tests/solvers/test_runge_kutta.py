@@ -343,7 +343,7 @@ def test_nothing_is_read_back_from_the_device(mode):
         ({"total_time": 0.0}, "a total time of 0.0"),
         ({"total_time": math.nan}, "a total time of nan"),
         ({"total_time": math.inf}, "a total time of inf"),
-        ({"gradient": "adjoint"}, "unknown gradient mode 'adjoint'"),
+        ({"gradient": "adjoint"}, "gradient: 'adjoint' is unknown"),
     ],
 )
 def test_a_wrong_configuration_is_refused(options, sentence):

@@ -94,7 +94,7 @@ def test_adjoint_of_a_solve_that_stopped_is_refused():
     y = torch.ones(1, 1, 2, dtype=torch.float64, requires_grad=True)
     result = solve_adjoint(lambda t, z: -1e6 * (z - 2), y, 1.0, AdaptiveConfig("dopri5", 1e-6, 1e-6, 50), [])
     assert result.status is Status.BUDGET_SPENT
-    with pytest.raises(ArithmeticError, match="raise --ode-max-evaluations"):
+    with pytest.raises(ArithmeticError, match="raise max_evaluations"):
         result.state.sum().backward()
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, solve
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig, solve
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
