@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from fairseq_implicit.depth.equilibrium import EquilibriumDepth  # noqa: E402
 from fairseq_implicit.options import OptionError  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig  # noqa: E402
+from fairseq_implicit.solvers.gradients.implicit import Implicit  # noqa: E402
 from scripts import pictures, validation  # noqa: E402
 from scripts.side_by_side import conditions, counted  # noqa: E402
 
@@ -52,9 +53,7 @@ def measure(model, criterion, samples, solver: FixedPointConfig | None, label: s
     trained = depth.config
     if solver is not None:
         # An unrolled model is read at its equilibrium here.
-        gradient = (
-            trained.gradient if trained.gradient.uses_solver else dataclasses.replace(trained.gradient, kind="ift")
-        )
+        gradient = trained.gradient if trained.gradient.uses_solver else Implicit(adjoint=trained.gradient.adjoint)
         depth.config = dataclasses.replace(trained, gradient=gradient, evaluation=solver)
     try:
         totals = validation.totals(model, criterion, samples, NAMES, device)

@@ -25,10 +25,10 @@ from fairseq_implicit.solvers.adaptive import (
     solve_adaptive,
 )
 from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
+from fairseq_implicit.solvers.gradients.continuous_adjoint import solve_adjoint
 from fairseq_implicit.solvers.jacobian import frobenius_finite_difference
 from fairseq_implicit.solvers.reversible import LARGEST_STATE, solve_reversible
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
-from fairseq_implicit.solvers.sensitivity import solve_adjoint
 from fairseq_implicit.solvers.status import Status
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     AdaptiveConfig,
     embedded_step,
-    in_state_precision,
     solve_adaptive,
 )
+from fairseq_implicit.solvers.precision import in_state_precision, state_dtype
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def trace(depth: torch.nn.Module, x: Tensor, layout: Layout = UNPADDED) -> Traje
         states, fields, duration, evaluations = _units(depth, x, layout)
     else:
         raise ValueError(f"a {type(depth).__name__} has no trajectory in time: trace an ode_bert or a neural_ode_bert")
-    wide = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
+    wide = [state.to(state_dtype(state.dtype)) for state in states]
     errors = []
     for (f, start), state in zip(fields, wide):
         g, _ = in_state_precision(f, x.dtype)

@@ -2,12 +2,11 @@
 
 import contextlib
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
 from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
 from fairseq_implicit.depth.output import DepthOutput
@@ -16,13 +15,17 @@ from fairseq_implicit.depth.schedule import UpdateCount
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, field_dtype, solve
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord, Equilibrium, GradientConfig, equilibrium
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig, solve
+from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.jacobian import (
     frobenius_double_backward,
     frobenius_finite_difference,
     spectral_radius,
 )
+from fairseq_implicit.solvers.precision import field_dtype
+from fairseq_implicit.solvers.recomputation import recomputed
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +68,10 @@ class EquilibriumConfig:
     """
 
     cell: CellConfig
-    solver: FixedPointConfig = field(default_factory=FixedPointConfig)
+    solver: FixedPointConfig = FixedPointConfig()
     evaluation: FixedPointConfig | None = None
-    gradient: GradientConfig = field(default_factory=GradientConfig)
-    phases: PhaseConfig = field(default_factory=PhaseConfig)
+    gradient: EquilibriumGradient = Implicit()
+    phases: PhaseConfig = PhaseConfig()
     prelude_layers: int = 0
     coda_layers: int = 0
     initial_state: str = "zero"
@@ -93,7 +96,7 @@ class EquilibriumConfig:
             raise OptionError(
                 "jacobian_probes", f"{self.jacobian_probes} directions estimate nothing; give at least 1."
             )
-        if not self.cell.final_norm and gradient.kind != "bptt":
+        if not self.cell.final_norm and gradient.needs_equilibrium:
             raise OptionError(
                 "no_final_norm",
                 "a pre-norm cell without a norm at its end has spectral radius 1 whatever its weights, so it has no "
@@ -105,26 +108,24 @@ class EquilibriumConfig:
                 "nothing of the input would reach the state; inject it or start from it (initial state input).",
             )
         noisy = max(layer.dropout, layer.attention_dropout, layer.activation_dropout) > 0
-        if layer.dropout_policy == "independent" and noisy and gradient.kind != "bptt":
+        if layer.dropout_policy == "independent" and noisy and gradient.needs_equilibrium:
             which = "attention dropout" if layer.attention_dropout > 0 else "dropout"
             raise OptionError(
                 "stage_dropout",
                 f"{which} with a new mask at every evaluation leaves no fixed point to solve for; share the masks "
                 "(stage dropout shared) or set the rates to 0.",
             )
-        if self.recompute and gradient.kind in ("ift", "neumann", "reversible"):
+        if self.recompute and not gradient.recomputable:
             raise OptionError(
                 "checkpoint_activations",
                 f"{gradient.name} differentiates one evaluation many times in the backward pass, which recomputation "
                 "would repeat or, in its reentrant form, refuse; its memory does not grow with the budget anyway.",
             )
         for count in self.correction:
-            if not 1 <= count < (gradient.steps if gradient.kind == "bptt" else self.solver.max_iter):
+            if not 1 <= count < gradient.budget(self.solver):
                 raise OptionError("correction", f"evaluation {count} lies outside the budget.")
-        if self.correction and gradient.kind == "reversible":
-            raise OptionError(
-                "correction", "the reversible iteration keeps no iterates to correct; drop one of the two."
-            )
+        if self.correction and not gradient.keeps_iterates:
+            raise OptionError("correction", f"{gradient.name} keeps no iterates to correct; drop one of the two.")
         if list(self.correction) != sorted(set(self.correction)):
             raise OptionError("correction", "the evaluation numbers must rise.")
         if self.correction_weight <= 0 or not 0 < self.correction_decay <= 1:
@@ -227,20 +228,14 @@ class EquilibriumDepth(nn.Module):
         return x if self.config.initial_state == "input" else torch.zeros_like(x)
 
     def _solve(self, cell: CellMap, x: Tensor, layout: Layout, phase: Phase) -> Equilibrium:
-        f = cell.severed() if phase.gradient.kind == "reversible" else cell
+        f = cell.severed() if phase.gradient.reconstructs else cell
         leaves = f.depends_on
         if self.config.recompute and torch.is_grad_enabled():
-            # All noise was drawn when the cell was prepared, so there is no random state to restore.
-            def f(z: Tensor) -> Tensor:
-                if not torch.is_grad_enabled():
-                    return cell(z)
-                return checkpoint(cell, z, use_reentrant=False, preserve_rng_state=False)
-
-        return equilibrium(
+            f = recomputed(cell)
+        return phase.gradient.equilibrium(
             f,
             self._initial_state(x),
             phase.solver,
-            phase.gradient,
             layout,
             self.adjoint,
             depends_on=leaves,
@@ -284,7 +279,7 @@ class EquilibriumDepth(nn.Module):
         update, interval = self.updates.value, self.config.monitor_interval
         if interval and update % interval == 0 and self.measured_at != update:
             self._measure(cell, (found.state if found.point is None else found.point).detach(), layout)
-        if self.config.gradient.kind == "reversible":
+        if self.config.gradient.reconstructs:
             # Of the previous backward pass, as all that is known of backward passes.
             error = float(torch.as_tensor(self.adjoint.residual).max())
             if self.gradient_alarm.due(update, error):
@@ -361,7 +356,6 @@ class EquilibriumDepth(nn.Module):
             torch.as_tensor(counts, dtype=torch.float32).flatten()
             for counts in (result.evaluations, adjoint.evaluations)
         )
-        budget = phase.solver.max_iter if phase.gradient.kind != "bptt" else phase.gradient.steps
         # The first ones are those that a line of text shows.
         return {
             "evaluations": forward.mean(),
@@ -371,7 +365,7 @@ class EquilibriumDepth(nn.Module):
             "adjoint_fallbacks": torch.as_tensor(adjoint.fallbacks, dtype=torch.float32),
             "spectral_radius": self.spectral_radius,
             "injection_gain": 0.0 if gain is None else gain.detach(),
-            "evaluation_budget": float(budget),
+            "evaluation_budget": float(phase.gradient.budget(phase.solver)),
             "jacobian_norm": self.jacobian_norm,
             "adjoint_residual": torch.as_tensor(adjoint.residual, dtype=torch.float32).mean(),
             "evaluations_p95": forward.quantile(0.95),

@@ -11,7 +11,7 @@ from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, re
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
 

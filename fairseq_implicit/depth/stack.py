@@ -25,11 +25,11 @@ from fairseq_implicit.solvers.multistep import (
     solve_adams,
     solve_backward_euler_corrected,
 )
+from fairseq_implicit.solvers.precision import entered_in
+from fairseq_implicit.solvers.recomputation import recomputed
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
     Field,
-    entering_dtype,
-    recomputed,
     solve_explicit,
     solver_state,
 )
@@ -298,7 +298,7 @@ class BlockStack(nn.Module):
         layer = getattr(f, "layer", None) if config.is_plain_euler and solve.steps == 1 else None
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
-            layer = layer if solve.gradient == "autograd" else recomputed(layer, solve)
+            layer = layer if solve.gradient == "autograd" else recomputed(layer, solve.replay_random)
             return _Passed(layer(t0, state.to(dtype)).to(state.dtype), (combination.at_rest(),), 1)
         if config.corrector == "adams":
             adams = solve_adams(f, state, solve, increment, t0, dtype)
@@ -329,7 +329,7 @@ class BlockStack(nn.Module):
             ArithmeticError: non-finite values, or steps that shrink to nothing.
         """
         result = solve_adaptive(
-            entering_dtype(f, dtype),
+            entered_in(f, dtype),
             state,
             self.config.total_time,
             self.config.adaptive,

@@ -17,7 +17,8 @@ from fairseq_implicit.models.flags import Flags, flag
 from fairseq_implicit.models.presets import SIZES, register_presets
 from fairseq_implicit.options import OptionError, named
 from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig
-from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
+from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -183,19 +184,13 @@ class DeqBertConfig(ImplicitBertConfig):
                 allow_nonconvergent=self.deq_allow_nonconvergent,
             )
 
-    def _gradient(self) -> GradientConfig:
-        reversible = self.deq_gradient == "reversible"
-        damping = self.deq_gradient_damping
-        if damping is None:
-            damping = 0.5 if reversible else 1.0
-        elif self.deq_gradient in ("ift", "jfb"):
-            raise OptionError("gradient_damping", f"{self.deq_gradient} has nothing to damp; drop one of the two.")
+    def _gradient(self) -> EquilibriumGradient:
         method = "anderson" if self.deq_adjoint_solver == "auto" else self.deq_adjoint_solver
         with named("adjoint_{}".format):
             adjoint = FixedPointConfig(method, self.deq_adjoint_max_iter, self.deq_adjoint_tol)
-        return parse_gradient(self.deq_gradient, damping=damping, adjoint=adjoint)
+        return parse_gradient(self.deq_gradient, self.deq_gradient_damping, adjoint)
 
-    def _solver(self, gradient: GradientConfig) -> FixedPointConfig:
+    def _solver(self, gradient: EquilibriumGradient) -> FixedPointConfig:
         method = self.deq_solver
         if gradient.uses_solver:
             if method == "none":
@@ -226,11 +221,11 @@ class DeqBertConfig(ImplicitBertConfig):
             **options,
         )
 
-    def _evaluation(self, solver: FixedPointConfig, gradient: GradientConfig) -> Optional[FixedPointConfig]:
+    def _evaluation(self, solver: FixedPointConfig, gradient: EquilibriumGradient) -> Optional[FixedPointConfig]:
         """The training's solver with the dials of evaluation turned."""
         dials = {"method": self.deq_eval_solver, "max_iter": self.deq_eval_max_iter, "tol": self.deq_eval_tol}
         turned = {name: value for name, value in dials.items() if value is not None}
-        if turned and gradient.kind == "bptt":
+        if turned and not gradient.needs_equilibrium:
             name = "solver" if "method" in turned else next(iter(turned))
             raise OptionError(
                 f"eval_{name}", f"{gradient.name} iterates a fixed number of steps without a solver; drop the flag."

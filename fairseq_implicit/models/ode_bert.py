@@ -19,7 +19,7 @@ from fairseq_implicit.models.original_flags import from_original_flags
 from fairseq_implicit.models.presets import register_presets
 from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
-from fairseq_implicit.solvers.implicit_grad import parse_gradient
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 from fairseq_implicit.solvers.runge_kutta import GRADIENTS
 from fairseq_implicit.solvers.tableau import get_tableau
 from fairseq_implicit.solvers.theta import SCHEMES as IMPLICIT_SCHEMES
@@ -274,14 +274,13 @@ class OdeBertConfig(ImplicitBertConfig):
                 "step has no solution: take shared"
             )
         adjoint = FixedPointConfig("anderson", self.ode_theta_max_iter, self.ode_theta_tol)
-        damping = 0.5 if self.ode_theta_gradient == "reversible" else 1.0
         theta = ThetaConfig(
             scheme=self.ode_scheme,
             theta=self.ode_theta,
             steps=self.ode_steps,
             total_time=self.ode_time / self.ode_split,
             solver=FixedPointConfig(self.ode_theta_solver, self.ode_theta_max_iter, self.ode_theta_tol),
-            gradient=parse_gradient(self.ode_theta_gradient, damping=damping, adjoint=adjoint),
+            gradient=parse_gradient(self.ode_theta_gradient, adjoint=adjoint),
         )
         return ImplicitStackConfig(
             layers=self.encoder_layers * self.ode_split,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fairseq_implicit.models.config import ImplicitBertConfig
 from fairseq_implicit.models.deq_bert import DeqBertConfig
 from fairseq_implicit.models.ode_bert import DEFAULT_SCHEME, OdeBertConfig
-from fairseq_implicit.solvers.implicit_grad import parse_gradient
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 
 _SHARED = tuple(field.name for field in dataclasses.fields(ImplicitBertConfig))
 _LAYER = {"ode": "encoder.depth.fields.0.", "deq": "encoder.depth.cell.layers.0."}
@@ -105,13 +105,14 @@ def tied_from_deq(checkpoint: Dict[str, Any]) -> Dict[str, Any]:
             raise ValueError(f"{name} is {settings[name]}, and only {value} makes the cell a plain layer")
     if settings["deq_cell_norm"] == "pre-norm" and not settings["deq_no_final_norm"]:
         raise ValueError("the cell ends in a norm inside the map, which a pre-norm block does not have")
-    gradient = parse_gradient(settings["deq_gradient"], damping=settings["deq_gradient_damping"] or 0.5)
-    if gradient.kind == "bptt" and settings["deq_gradient_damping"] not in (None, 1.0):
+    gradient = parse_gradient(settings["deq_gradient"], settings["deq_gradient_damping"])
+    unrolled = not gradient.needs_equilibrium
+    if unrolled and gradient.damping != 1.0:
         raise ValueError(f"deq_gradient_damping is {settings['deq_gradient_damping']}: blocks take whole steps")
     model = {name: settings[name] for name in _SHARED if name in settings}
     model.update(
         _name="ode_bert",
-        encoder_layers=gradient.steps if gradient.kind == "bptt" else settings["encoder_layers"],
+        encoder_layers=gradient.steps if unrolled else settings["encoder_layers"],
         ode_field=settings["deq_cell_norm"],
         ode_scheme="euler",
         ode_tied=True,

@@ -27,9 +27,9 @@ from fairseq_implicit.solvers.adaptive import (
     Field,
     Piece,
     check_tolerance,
-    in_state_precision,
     solve_adaptive,
 )
+from fairseq_implicit.solvers.precision import in_state_precision, state_dtype
 from fairseq_implicit.solvers.status import Status
 
 BACKENDS = ("own", "torchdyn", "torchdiffeq")
@@ -101,7 +101,7 @@ def solve_with(
         return solve_adaptive(f, y, duration, config, layout, start, pieces=pieces, **options)
     if options:
         raise ValueError(f"{', '.join(sorted(options))}: only the back end own offers this, not {backend}.")
-    dtype = torch.promote_types(y.dtype, torch.float32)
+    dtype = state_dtype(y.dtype)
     check_tolerance(config, dtype)
     probe = _Probe(start, config.max_evaluations, y.to(dtype))
     integrate = _torchdyn if backend == "torchdyn" else _torchdiffeq
@@ -289,7 +289,7 @@ def solve_torchdyn_adjoint(
         ArithmeticError: the solve, forward or backward, did not reach its end, without which there is no adjoint.
     """
     check_backend("torchdyn", config.scheme)
-    check_tolerance(config, torch.promote_types(y.dtype, torch.float32))
+    check_tolerance(config, state_dtype(y.dtype))
     if y.dtype not in (torch.float32, torch.float64):
         raise OptionError(
             "gradient", f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use adjoint with `backend` own."

@@ -20,6 +20,7 @@ from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
+from fairseq_implicit.solvers.precision import Autocast, field_dtype, state_dtype
 from fairseq_implicit.solvers.status import SolveResult, Status
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -151,19 +152,6 @@ class FixedPointResult(SolveResult):
         )
 
 
-def field_dtype(z: Tensor) -> torch.dtype:
-    """The precision in which a field called on ``z`` now computes: autocast's, where it is on, else ``z``'s own."""
-    device = z.device.type
-    if z.dtype is torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return z.dtype
-
-
-def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is iterated in float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 class _Picard:
     """The plain damped iteration, with the same calls as the accelerated ones."""
 
@@ -281,19 +269,17 @@ def solve(
     """
     dtype = field_dtype(z0) if precision is None else precision
     tol = config.tolerance_for(dtype)
-    device = z0.device.type
-    autocast = torch.is_autocast_enabled(device)
-    autocast_dtype = torch.get_autocast_dtype(device) if autocast else None
+    autocast = Autocast(z0.device)
 
     def evaluate(function, state: Tensor) -> Tensor:
-        if not autocast:
+        if not autocast.enabled:
             return function(state.to(z0.dtype))
-        with torch.autocast(device, dtype=autocast_dtype):
+        with autocast.on():
             return function(state.to(z0.dtype))
 
-    with torch.autocast(device, enabled=False):
+    with autocast.off():
         iteration = _Iteration(config, tol, dtype, layout, scale, evaluate, linear, track)
-        rows, iterates, tracked = iteration.run(f, z0.to(algebra_dtype(z0.dtype)), capture)
+        rows, iterates, tracked = iteration.run(f, z0.to(state_dtype(z0.dtype)), capture)
     return FixedPointResult(
         state=rows.best.to(z0.dtype),
         evaluations=rows.evaluations,

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.coefficients import Combination
+from fairseq_implicit.solvers.recomputation import recomputed
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
     ExplicitResult,
     Field,
-    recomputed,
     solve_explicit,
     solver_field,
     solver_state,
@@ -47,7 +47,7 @@ def correct_by_backward_euler(
     def correct(state: Tensor, prediction: Tensor) -> Tensor:
         return torch.add(state, evaluate(t0 + span, prediction), alpha=span)
 
-    step = recomputed(correct, config) if config.gradient == "checkpoint-step" else correct
+    step = recomputed(correct, config.replay_random) if config.gradient == "checkpoint-step" else correct
     return step(state, prediction)
 
 
@@ -108,6 +108,6 @@ def solve_adams(
         corrected = torch.add(state, evaluate(t0 + h, predicted), alpha=0.5 * h)
         return torch.add(corrected, increment, alpha=0.5 * h), increment
 
-    step = recomputed(advance, config) if config.gradient == "checkpoint-step" else advance
+    step = recomputed(advance, config.replay_random) if config.gradient == "checkpoint-step" else advance
     state, increment = step(solver_state(x, config), previous)
     return AdamsResult(state, evaluations=2, increment=increment)

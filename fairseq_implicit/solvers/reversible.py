@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fairseq_implicit.options import OptionError
-from fairseq_implicit.solvers.adaptive import Field, in_state_precision
-from fairseq_implicit.solvers.sensitivity import Surroundings, accumulate
+from fairseq_implicit.solvers.adaptive import Field
+from fairseq_implicit.solvers.gradients.continuous_adjoint import accumulate
+from fairseq_implicit.solvers.precision import Autocast, in_state_precision
 from fairseq_implicit.solvers.status import SolveResult, Status
 
 # 64-bit integers in units of 2^-44: a resolution of 6e-14, and sums that wrap beyond 5.2e5. A step adds up to five
@@ -85,7 +86,7 @@ class _ReversibleHeun(torch.autograd.Function):
     def forward(
         ctx, g: Callable, y: Tensor, h: float, steps: int, start: float, extremes: _Extremes, *parameters: Tensor
     ) -> Tensor:
-        ctx.surroundings = Surroundings(y.device)
+        ctx.autocast = Autocast(y.device)
         dtype = y.dtype
 
         def half_increment(t: float, z: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class _ReversibleHeun(torch.autograd.Function):
         def evaluate(n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             """Half an increment at the companion of step ``n`` and the product of its transposed Jacobian."""
             z = _numbers(companion, dtype).requires_grad_()
-            with torch.enable_grad(), ctx.surroundings:
+            with torch.enable_grad(), ctx.autocast.on():
                 increment = ctx.g(ctx.start + n * h, z) * (h / 2)
 
             def pull_back(cotangent: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.coefficients import Combination, Weight, combine
+from fairseq_implicit.solvers.precision import entered_in, state_dtype
+from fairseq_implicit.solvers.recomputation import recomputed
 from fairseq_implicit.solvers.status import SolveResult
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 
@@ -117,38 +118,22 @@ def embedded_error(tableau: Tableau, stages: Sequence[Tensor], h: float) -> Tens
     return combine(torch.zeros_like(stages[0]), stages, differences, h)
 
 
-def entering_dtype(f: Field, dtype: torch.dtype) -> Field:
-    """The field for a state that may be wider than ``dtype``: the state is cast on entry."""
-    return lambda t, z: f(t, z.to(dtype))
-
-
 def with_residual(f: Field) -> Field:
     """The field ``z + F(z)`` of the original ODE-Transformer code."""
     return lambda t, z: z + f(t, z)
 
 
-def recomputed(function: Callable, config: ExplicitConfig) -> Callable:
-    """``function`` with its activations recomputed in the backward pass; itself when no gradient is recorded."""
-    if not torch.is_grad_enabled():
-        return function
-
-    def run(*arguments):
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=config.replay_random)
-
-    return run
-
-
 def solver_state(x: Tensor, config: ExplicitConfig) -> Tensor:
     """``x`` in the dtype in which the solve accumulates."""
-    return x.float() if config.state_float32 and x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.to(state_dtype(x.dtype)) if config.state_float32 else x
 
 
 def solver_field(f: Field, config: ExplicitConfig, dtype: torch.dtype) -> Field:
     """The field as the engine evaluates it: entered in ``dtype``, with the configured residual and recomputation."""
     if config.residual_in_field:
         f = with_residual(f)
-    f = entering_dtype(f, dtype)
-    return recomputed(f, config) if config.gradient == "checkpoint-stage" else f
+    f = entered_in(f, dtype)
+    return recomputed(f, config.replay_random) if config.gradient == "checkpoint-stage" else f
 
 
 def solve_explicit(
@@ -181,7 +166,7 @@ def solve_explicit(
             f"the coefficients were made for scheme {combination.tableau.name!r}, the solve uses {tableau.name!r}"
         )
     f = solver_field(f, config, field_dtype or x.dtype)
-    step = recomputed(explicit_step, config) if config.gradient == "checkpoint-step" else explicit_step
+    step = recomputed(explicit_step, config.replay_random) if config.gradient == "checkpoint-step" else explicit_step
     state = solver_state(x, config)
     h = config.step_size
     weights = []

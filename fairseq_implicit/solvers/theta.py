@@ -12,7 +12,7 @@ Source: Hairer and Wanner, *Solving Ordinary Differential Equations II*, §IV.3 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from torch import Tensor
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig, equilibrium
+from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.status import SolveResult, Status
 
 Field = Callable[[float | Tensor, Tensor], Tensor]
@@ -48,8 +50,8 @@ class ThetaConfig:
     theta: float = 1.0
     steps: int = 1
     total_time: float = 1.0
-    solver: FixedPointConfig = field(default_factory=FixedPointConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig)
+    solver: FixedPointConfig = FixedPointConfig()
+    gradient: EquilibriumGradient = Implicit()
 
     def __post_init__(self):
         check_choice("scheme", self.scheme, SCHEMES)
@@ -59,8 +61,8 @@ class ThetaConfig:
             raise OptionError("steps", f"{self.steps} steps per solve; give at least 1.")
         if not 0.0 < self.total_time < float("inf"):
             raise OptionError("total_time", f"the interval {self.total_time} is not positive and finite.")
-        if self.gradient.kind == "reversible":
-            raise OptionError("gradient", "the reversible iteration solves no implicit step; take ift or phantom-K.")
+        if self.gradient.reconstructs:
+            raise OptionError("gradient", f"{self.gradient.name} solves no implicit step; take ift or phantom-K.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig,
         def step_map(z: Tensor) -> Tensor:
             return torch.add(x, f(t + h / 2, (x + z) / 2), alpha=h)
 
-        return equilibrium(step_map, x, config.solver, config.gradient, layout, record), 0
+        return config.gradient.equilibrium(step_map, x, config.solver, layout, record), 0
 
     theta = config.theta
     base, start, explicit = x, x, 0
@@ -137,4 +139,4 @@ def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig,
     # Unrolled steps are differentiated from their start on; a solve forgets where it began.
     if config.gradient.uses_solver:
         start = start.detach()
-    return equilibrium(step_map, start, config.solver, config.gradient, layout, record), explicit
+    return config.gradient.equilibrium(step_map, start, config.solver, layout, record), explicit

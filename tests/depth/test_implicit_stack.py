@@ -9,12 +9,13 @@ from fairseq_implicit.fields.transformer import TransformerField, TransformerFie
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
-from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 from fairseq_implicit.solvers.theta import ThetaConfig
 
 SHARP = FixedPointConfig("anderson", 100, 1e-12)
 SHAPE = dict(encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4)
-EXACT = GradientConfig(adjoint=SHARP)
+EXACT = Implicit(adjoint=SHARP)
 
 
 def stack(kind="pre-norm", layers=2, gradient=EXACT, noise=None, tied=False, **theta):

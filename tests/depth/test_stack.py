@@ -486,7 +486,10 @@ def test_a_stack_compiles_into_one_graph(name):
         ({"layerdrop": 1.0}, "layerdrop: 1.0"),
         ({"consistency_penalty": -1.0, "coefficients": "learned"}, "consistency_penalty: the weight -1.0"),
         ({"consistency_penalty": 1.0}, "consistency_penalty: it needs learned"),
-        ({"second_order_penalty": 1.0, "coefficients": "learned"}, "second_order_penalty: 'euler' has one stage; take two stages or more"),
+        (
+            {"second_order_penalty": 1.0, "coefficients": "learned"},
+            "second_order_penalty: 'euler' has one stage; take two stages or more",
+        ),
         ({"corrector": "adams"}, "set `scheme` heun2 and `steps` 1, not euler and 1"),
         ({"corrector": "adams", "scheme": "rk2", "steps": 2}, "not rk2 and 2"),
         ({"corrector": "adams", "scheme": "rk2", "coefficients": "gated"}, "coefficients of its own"),

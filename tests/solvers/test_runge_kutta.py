@@ -248,7 +248,7 @@ def test_no_recomputation_is_set_up_without_gradients(network, state, gradient, 
     def refuse(*arguments, **options):
         raise AssertionError("checkpoint was called")
 
-    monkeypatch.setattr("fairseq_implicit.solvers.runge_kutta.checkpoint", refuse)
+    monkeypatch.setattr("fairseq_implicit.solvers.recomputation.checkpoint", refuse)
     config = ExplicitConfig("rk4", 2, gradient=gradient)
     with torch.no_grad():
         solve_explicit(network, state, config)

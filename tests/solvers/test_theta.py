@@ -8,13 +8,15 @@ import torch
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, solve
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.gradients.reversible_iteration import ReversibleIteration
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
 from tests.solvers.cells import ToyCell, toy_input
 
 SHARP = FixedPointConfig("anderson", 200, 1e-13)
-EXACT = GradientConfig(adjoint=SHARP)
+EXACT = Implicit(adjoint=SHARP)
 SWIRL = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 
 
@@ -154,7 +156,7 @@ def test_one_record_per_step_is_filled_by_the_backward_pass():
         ({"theta": -0.1}, "theta"),
         ({"steps": 0}, "steps"),
         ({"total_time": 0.0}, "total_time"),
-        ({"gradient": GradientConfig("reversible", damping=0.5)}, "gradient"),
+        ({"gradient": ReversibleIteration(damping=0.5)}, "gradient"),
     ],
 )
 def test_impossible_options_are_named(options, option):

@@ -6,9 +6,9 @@ import torch
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
+from fairseq_implicit.solvers.gradients.continuous_adjoint import solve_adjoint
 from fairseq_implicit.solvers.reversible import solve_reversible
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
-from fairseq_implicit.solvers.sensitivity import solve_adjoint
 from fairseq_implicit.solvers.status import Status
 
 

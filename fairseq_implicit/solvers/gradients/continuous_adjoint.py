@@ -28,26 +28,10 @@ from fairseq_implicit.solvers.adaptive import (
     Field,
     Piece,
     embedded_pair,
-    in_state_precision,
     solve_adaptive,
 )
+from fairseq_implicit.solvers.precision import Autocast, in_state_precision
 from fairseq_implicit.solvers.status import Status
-
-
-class Surroundings:
-    """Autocast as it was in the forward pass, for evaluations in a backward pass (which runs without it)."""
-
-    def __init__(self, device: torch.device):
-        self.device_type = device.type
-        self.enabled = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type)
-
-    def __enter__(self):
-        self._context = torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
-        return self._context.__enter__()
-
-    def __exit__(self, *exception):
-        return self._context.__exit__(*exception)
 
 
 def accumulate(totals: list[Tensor | None], parts: Sequence[Tensor | None], factor: float = 1.0) -> None:
@@ -90,7 +74,7 @@ def solve_adjoint(
 class _ContinuousAdjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pieces, y, duration, config, layout, start, on_backward, results, *parameters):
-        ctx.surroundings = Surroundings(y.device)
+        ctx.autocast = Autocast(y.device)
         result = solve_adaptive(
             pieces[0].field, y, duration, config, layout, start, pieces=pieces, keep_piece_states=True
         )
@@ -112,7 +96,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
         totals: list[Tensor | None] = [None] * len(wanted)
         to_state, evaluations = gradient, 0
         starts = (ctx.start,) + tuple(piece.end for piece in ctx.pieces[:-1])
-        with ctx.surroundings:
+        with ctx.autocast.on():
             for piece, start, state in reversed(list(zip(ctx.pieces, starts, states))):
                 to_state, parts, spent = _integrate_backward(
                     piece.field, state, to_state, piece.end - start, ctx.config, ctx.layout, start, wanted
