@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
+from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_failure
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
@@ -201,7 +201,7 @@ class EquilibriumDepth(nn.Module):
             if self.training and not self.checked and self.updates.value == 0:
                 self._check_convergence(cell, x, layout)
             found = self._solve(cell, x, layout, phase)
-            refuse_non_finite(found.solve.status, "the equilibrium")
+            refuse_failure(found.solve.status, "the equilibrium")
             penalties = self._penalties(cell, found, layout, phase)
             if self.training:
                 self._monitor(cell, found, layout)
@@ -313,7 +313,7 @@ class EquilibriumDepth(nn.Module):
         self.checked = True
         config = self.config
         result = solve(cell, self._initial_state(x), config.solver, layout)
-        refuse_non_finite(result.status, "the equilibrium")
+        refuse_failure(result.status, "the equilibrium")
         self._measure(cell, result.state, layout)
         evaluations, residual, share = torch.stack(
             [result.evaluations.double().mean(), result.residual.double().mean(), result.converged.double().mean()]

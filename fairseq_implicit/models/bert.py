@@ -160,7 +160,7 @@ class ImplicitBertModel(FairseqEncoderModel):
 
     @classmethod
     def build_depth(cls, cfg: ImplicitBertConfig) -> nn.Module:
-        """The hook of a family: the module between embeddings and head."""
+        """The hook of a family: the module between embeddings and head, made of what ``cfg.check()`` returns."""
         raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
 
     @classmethod
@@ -178,7 +178,6 @@ class ImplicitBertModel(FairseqEncoderModel):
             typed = cfg
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
-        typed.check()
         with typed.flags.naming():
             depth = cls.build_depth(typed)
         return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, depth))

@@ -97,8 +97,8 @@ class ImplicitBertConfig(FairseqDataclass):
         """What the options of the depth are called here."""
         return Flags("encoder")
 
-    def check(self) -> None:
-        """Refuse impossible values with one sentence that names the flag.
+    def check(self):
+        """Refuse impossible values with one sentence that names the flag. A family returns its depth's configuration.
 
         Raises:
             ValueError: naming the flag, the value and what is possible.

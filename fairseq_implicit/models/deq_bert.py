@@ -145,7 +145,7 @@ class DeqBertConfig(ImplicitBertConfig):
     def flags(self) -> Flags:
         return FLAGS
 
-    def check(self) -> None:
+    def check(self) -> EquilibriumConfig:
         super().check()
         for name, choices in (
             ("deq_cell_norm", NORM_PLACEMENTS),
@@ -154,35 +154,28 @@ class DeqBertConfig(ImplicitBertConfig):
             ("deq_adjoint_solver", ("auto", *METHODS)),
         ):
             check_choice(flag(name), getattr(self, name), choices)
-        self.equilibrium()
+        with self.flags.naming():
+            return self.equilibrium()
 
     def equilibrium(self) -> EquilibriumConfig:
         """The depth's configuration.
 
         Raises:
-            ValueError: a value or combination that cannot be, in one sentence that names the flag.
+            OptionError: a value or combination that cannot be, in one sentence.
         """
-        with self.flags.naming():
-            gradient = self._gradient()
-            solver = self._solver(gradient)
-            return EquilibriumConfig(
-                cell=self._cell(),
-                solver=solver,
-                evaluation=self._evaluation(solver, gradient),
-                gradient=gradient,
-                phases=PhaseConfig(**{name: getattr(self, f"deq_{name}") for name in PhaseConfig.__dataclass_fields__}),
-                prelude_layers=self.deq_prelude_layers,
-                coda_layers=self.deq_coda_layers,
-                initial_state=self.deq_initial_state,
-                recompute=self.checkpoint_activations,
-                correction=self._correction(),
-                correction_weight=self.deq_correction_weight,
-                correction_decay=self.deq_correction_decay,
-                jacobian_estimator=self.deq_jacobian_estimator,
-                jacobian_probes=self.deq_jacobian_probes,
-                monitor_interval=self.deq_monitor_interval,
-                allow_nonconvergent=self.deq_allow_nonconvergent,
-            )
+        gradient = self._gradient()
+        solver = self._solver(gradient)
+        options = self.flags.options(EquilibriumConfig, self)
+        options.update(
+            cell=self._cell(),
+            solver=solver,
+            evaluation=self._evaluation(solver, gradient),
+            gradient=gradient,
+            phases=PhaseConfig(**self.flags.options(PhaseConfig, self)),
+            recompute=self.checkpoint_activations,
+            correction=self._correction(),
+        )
+        return EquilibriumConfig(**options)
 
     def _gradient(self) -> EquilibriumGradient:
         method = "anderson" if self.deq_adjoint_solver == "auto" else self.deq_adjoint_solver
@@ -285,7 +278,7 @@ def cost_report(cfg: DeqBertConfig, depth: nn.Module) -> str:
 
     The solver is counted at its whole budget; what it really spends is logged.
     """
-    config = cfg.equilibrium()
+    config = depth.config
     own = sum(parameter.numel() for parameter in depth.parameters())
     cell = sum(parameter.numel() for layer in depth.cell.layers for parameter in layer.parameters())
     twin_ffn = cfg.encoder_ffn_embed_dim
@@ -312,7 +305,7 @@ class DeqBertModel(ImplicitBertModel):
 
     @classmethod
     def build_depth(cls, cfg: DeqBertConfig) -> nn.Module:
-        depth = EquilibriumDepth(cfg.equilibrium())
+        depth = EquilibriumDepth(cfg.check())
         logger.info(cost_report(cfg, depth))
         return depth
 

@@ -11,8 +11,10 @@ deep equilibrium ``z = x + f(z)`` whose input is injected by addition.
 Source: Hairer and Wanner, *Solving Ordinary Differential Equations II*, §IV.3 and §IV.8.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,33 +25,33 @@ from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
 from fairseq_implicit.solvers.gradients.implicit import Implicit
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
-from fairseq_implicit.solvers.status import SolveResult, Status
-
-Field = Callable[[float | Tensor, Tensor], Tensor]
+from fairseq_implicit.solvers.solver import Field, Solution, Solver, Span
+from fairseq_implicit.solvers.status import Status
 
 SCHEMES = ("theta", "implicit-midpoint")
 
 
 @dataclass(frozen=True)
-class ThetaConfig:
-    """An implicit solve: ``steps`` steps of size ``total_time / steps``.
+class Theta(Solver):
+    """An implicit scheme in equal steps.
 
     Attributes:
         scheme: ``theta`` or ``implicit-midpoint``.
-        theta: θ in [0, 1]; ignored by the midpoint rule.
+        theta: θ in [0, 1]; the midpoint rule has none.
         steps: number of sub-steps, at least 1.
-        total_time: length of the interval, positive.
         solver: root solver of each step.
         gradient: gradient of each step.
 
     Raises:
-        OptionError: an option is out of range, or the gradient is ``reversible``, which solves no equation.
+        OptionError: an option is out of range, or the gradient solves no equation.
     """
+
+    implicit: ClassVar[bool] = True
+    keeps: ClassVar[bool] = False
 
     scheme: str = "theta"
     theta: float = 1.0
     steps: int = 1
-    total_time: float = 1.0
     solver: FixedPointConfig = FixedPointConfig()
     gradient: EquilibriumGradient = Implicit()
 
@@ -59,64 +61,59 @@ class ThetaConfig:
             raise OptionError("theta", f"{self.theta} is outside [0, 1] (0 the explicit layer, 1 backward Euler).")
         if self.steps < 1:
             raise OptionError("steps", f"{self.steps} steps per solve; give at least 1.")
-        if not 0.0 < self.total_time < float("inf"):
-            raise OptionError("total_time", f"the interval {self.total_time} is not positive and finite.")
         if self.gradient.reconstructs:
             raise OptionError("gradient", f"{self.gradient.name} solves no implicit step; take ift or phantom-K.")
 
+    @property
+    def explicit(self) -> bool:
+        """Whether it solves nothing after all."""
+        return self.scheme == "theta" and self.theta == 0.0
 
-@dataclass(frozen=True)
-class ThetaResult(SolveResult):
-    """A :class:`SolveResult` with ``converged``: ``(batch,)`` bool, whether every step met the tolerance; ``None`` for
-    θ = 0."""
+    def plain_layers(self, span: Span) -> int:
+        return self.steps if self.explicit and span.length == self.steps else 0
 
-    converged: Tensor | None = None
+    def solve(
+        self,
+        f: Field,
+        x: Tensor,
+        span: Span,
+        layout: Layout = UNPADDED,
+        *,
+        dtype: torch.dtype | None = None,
+        records: list[AdjointRecord] | None = None,
+    ) -> Solution:
+        """See :meth:`Solver.solve`.
 
+        Args:
+            dtype: that of ``x``.
+            records: receives one :class:`AdjointRecord` per implicit step, filled by the backward pass.
 
-def solve_theta(
-    f: Field,
-    x: Tensor,
-    config: ThetaConfig,
-    t0: float = 0.0,
-    layout: Layout = UNPADDED,
-    records: list[AdjointRecord] | None = None,
-) -> ThetaResult:
-    """Integrate ``dz/dt = f(t, z)`` from ``z(t0) = x`` over ``config.total_time``.
+        Returns:
+            The state; evaluations per sample, of the root solver and the explicit half (an ``int`` for θ = 0); the
+            worst residual and the worst status of the steps.
+        """
+        h = span.length / self.steps
+        if self.explicit:
+            z = x
+            for step in range(self.steps):
+                z = torch.add(z, f(span.start + step * h, z), alpha=h)
+            return Solution(z, self.steps, field_calls=self.steps)
 
-    Args:
-        f: prepared field, ``f(t, z) -> dz``, zero at padding.
-        x: ``(batch, time, dim)``.
-        config: scheme, steps, root solver, gradient.
-        t0: start time.
-        layout: of the batch.
-        records: receives one :class:`AdjointRecord` per implicit step, filled by the backward pass.
-
-    Returns:
-        The state at ``t0 + total_time``; evaluations per sample, of the root solver and the explicit half (an ``int``
-        for θ = 0, which solves nothing); the worst residual and the worst status of the steps.
-    """
-    h = config.total_time / config.steps
-    if config.scheme == "theta" and config.theta == 0.0:
-        z = x
-        for step in range(config.steps):
-            z = torch.add(z, f(t0 + step * h, z), alpha=h)
-        return ThetaResult(z, evaluations=config.steps)
-
-    z, evaluations, residual, converged, status = x, 0, None, None, Status.COMPLETED
-    for step in range(config.steps):
-        record = AdjointRecord()
-        solved, explicit = _implicit_step(f, z, t0 + step * h, h, config, layout, record)
-        if records is not None:
-            records.append(record)
-        z = solved.state
-        evaluations = evaluations + solved.solve.evaluations + explicit
-        residual = solved.solve.residual if residual is None else torch.maximum(residual, solved.solve.residual)
-        converged = solved.solve.converged if converged is None else converged & solved.solve.converged
-        status = Status.worst((status, solved.solve.status))
-    return ThetaResult(z, evaluations, residual, status, converged)
+        z, evaluations, residual, converged, status = x, 0, None, None, Status.COMPLETED
+        for step in range(self.steps):
+            record = AdjointRecord()
+            solved, explicit = _implicit_step(f, z, span.start + step * h, h, self, layout, record)
+            if records is not None:
+                records.append(record)
+            z = solved.state
+            evaluations = evaluations + solved.solve.evaluations + explicit
+            residual = solved.solve.residual if residual is None else torch.maximum(residual, solved.solve.residual)
+            converged = solved.solve.converged if converged is None else converged & solved.solve.converged
+            status = Status.worst((status, solved.solve.status))
+        return Solution(z, evaluations, residual, status, converged=converged)
 
 
-def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig, layout: Layout, record: AdjointRecord):
+def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: Theta, layout: Layout, record: AdjointRecord):
     """One step: the equilibrium and the evaluations spent on its explicit half."""
     if config.scheme == "implicit-midpoint":
 

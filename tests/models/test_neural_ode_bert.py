@@ -191,14 +191,22 @@ def test_adaptive_blocks_agree_with_fine_fixed_steps(task, tokens, scheme):
 @pytest.mark.parametrize(
     "model, settings, sentence",
     (
-        (OdeBertModel, dict(ode_tolerance=1e-3), "--ode-scheme: 'rk2' has no embedded error estimate.*--ode-tolerance 0"),
+        (
+            OdeBertModel,
+            dict(ode_tolerance=1e-3),
+            "--ode-scheme: 'rk2' has no embedded error estimate.*--ode-tolerance 0",
+        ),
         (OdeBertModel, dict(ode_tolerance=-1.0), "--ode-tolerance: a tolerance of -1.0"),
         (
             OdeBertModel,
             dict(ode_tolerance=1e-3, ode_scheme="bosh3", ode_coefficients="learned"),
             "set --ode-coefficients fixed, --ode-corrector none, and neither --rk-norm",
         ),
-        (OdeBertModel, dict(ode_tolerance=1e-3, ode_scheme="bosh3", stage_dropout="independent"), "--stage-dropout: .*need 'shared'"),
+        (
+            OdeBertModel,
+            dict(ode_tolerance=1e-3, ode_scheme="bosh3", stage_dropout="independent"),
+            "--stage-dropout: .*need 'shared'",
+        ),
         (OdeBertModel, dict(ode_split=0), "--ode-split 0"),
         (OdeBertModel, dict(ode_split=2, ode_history="dlcl"), "cuts layers in time"),
         (OdeBertModel, dict(ode_split=2, rk_norm=True), "--ode-split 2 with --rk-norm normalises the state 2 times"),

@@ -13,8 +13,8 @@ from fairseq_implicit.solvers.coefficients import (
     check_coefficients,
     combine,
 )
-from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
 from fairseq_implicit.solvers.tableau import TABLEAUS, get_tableau
+from tests.solvers.solving import Explicit, solve_explicit
 
 DIM = 5
 POSITIVE = [name for name, tableau in TABLEAUS.items() if tableau.stages > 1 and min(tableau.b) >= 0]
@@ -63,7 +63,7 @@ def test_shares_sum_to_one_whatever_is_learned(scheme, mode):
         for parameter in block.parameters():
             parameter.normal_()
     x = torch.zeros(2, 3, DIM, dtype=torch.float64)
-    result = solve_explicit(lambda t, z: torch.ones_like(z), x, ExplicitConfig(scheme, 3, 1.5), block)
+    result = solve_explicit(lambda t, z: torch.ones_like(z), x, Explicit(scheme, 3, 1.5), block)
     torch.testing.assert_close(result.state, torch.full_like(x, 1.5), rtol=0, atol=1e-13)
 
 
@@ -74,8 +74,8 @@ def test_two_learned_ones_are_two_tied_euler_steps():
     def f(t, z):
         return torch.tanh(z @ matrix)
 
-    ours = solve_explicit(f, x, ExplicitConfig("rk2"), combination("heun2", "learned", start="ones")).state
-    torch.testing.assert_close(ours, solve_explicit(f, x, ExplicitConfig("euler", 2, 2.0)).state, rtol=0, atol=1e-14)
+    ours = solve_explicit(f, x, Explicit("rk2"), combination("heun2", "learned", start="ones")).state
+    torch.testing.assert_close(ours, solve_explicit(f, x, Explicit("euler", 2, 2.0)).state, rtol=0, atol=1e-14)
 
 
 def test_gate_of_two_stages_is_a_sigmoid_of_the_concatenated_increments():

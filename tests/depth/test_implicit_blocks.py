@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
+from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.field import Field
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
@@ -11,7 +11,7 @@ from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.implicit import Implicit
 from fairseq_implicit.solvers.gradients.names import parse_gradient
-from fairseq_implicit.solvers.theta import ThetaConfig
+from fairseq_implicit.solvers.theta import Theta
 
 SHARP = FixedPointConfig("anderson", 100, 1e-12)
 SHAPE = dict(encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4)
@@ -21,10 +21,9 @@ EXACT = Implicit(adjoint=SHARP)
 def stack(kind="pre-norm", layers=2, gradient=EXACT, noise=None, tied=False, **theta):
     torch.manual_seed(0)
     field = TransformerFieldConfig(dim=16, ffn_dim=32, heads=4, kind=kind, **(noise or {}))
-    config = ImplicitStackConfig(
-        layers, 16, ThetaConfig(solver=SHARP, gradient=gradient, **theta), tied, kind != "post-norm"
-    )
-    return ImplicitStack(config, lambda layer: TransformerField(field)).double()
+    solver = Theta(solver=SHARP, gradient=gradient, **theta)
+    config = StackConfig(layers, 16, solver, tied=tied, final_norm=kind != "post-norm")
+    return BlockStack(config, lambda layer: TransformerField(field)).double()
 
 
 def embedding(seed=5):
@@ -102,14 +101,14 @@ class Affine(Field):
 
 
 def affine_stack(budget, *fields):
-    config = ImplicitStackConfig(len(fields), 16, ThetaConfig(solver=FixedPointConfig("picard", budget, 1e-6)))
-    return ImplicitStack(config, lambda layer: fields[layer])
+    config = StackConfig(len(fields), 16, Theta(solver=FixedPointConfig("picard", budget, 1e-6)))
+    return BlockStack(config, lambda layer: fields[layer])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_non_finite_values_of_a_field_are_an_error_that_names_the_block(training):
     module = affine_stack(9, Affine(0.1), Affine(0.1, fragile=True)).train(training)
-    with pytest.raises(ArithmeticError, match="implicit block 1 failed .*finite numbers.* has diverged"):
+    with pytest.raises(ArithmeticError, match="the solve of block 1 failed .*finite numbers.* has diverged"):
         module(embedding())
 
 
@@ -150,7 +149,7 @@ def test_explicit_and_implicit_checkpoints_open_each_other():
 
     explicit, implicit = build("rk4"), build("theta", ode_theta=0.5, ode_steps=2)
     implicit.load_state_dict({k: v for k, v in explicit.state_dict().items() if not k.startswith("combinations")})
-    assert isinstance(implicit, ImplicitStack) and implicit.config.theta.steps == 2
+    assert isinstance(implicit.config.solver, Theta) and implicit.config.solver.steps == 2
 
 
 @pytest.mark.parametrize(
