@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import sentencepiece
 from fairseq_implicit.corpora.cleaning import wrap_line
 from fairseq_implicit.corpora.durable import write_text
 from fairseq_implicit.corpora.manifest import read_manifest
-from fairseq_implicit.corpora.vocabulary import Vocabulary
+from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
 
 # sentencepiece's <unk>, <s>, </s> fall away in fairseq's dictionary; <s>, <pad>, </s>, <unk> and <mask> are added.
 _ADDED_BY_FAIRSEQ = 5
@@ -189,10 +188,8 @@ def train_tokenizer(
         raise ValueError(
             f"{', '.join(map(str, inputs))} gives no dictionary of {dictionary_size} symbols: {_advice(str(error))}"
         ) from None
+    # Refuses a model that fairseq's dictionary could not hold before anything is written.
+    vocabulary = SentencePieceVocabulary(model.getvalue())
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    # Refuses a model that fairseq's dictionary could not hold before the file gets its name.
-    vocabulary = Vocabulary.from_model(partial)
     write_text(out.with_name("dict.txt"), vocabulary.dictionary_text())
-    os.replace(partial, out)
+    out.write_bytes(model.getvalue())
