@@ -394,6 +394,25 @@ def test_sample_is_seeded_and_of_the_size_asked_for(prepared, tmp_path, monkeypa
     assert set(some) <= set(whole) and 6 * 512 < sum(len(line.encode()) + 1 for line in some) < 10 * 512
 
 
+def test_a_tokenizer_is_on_the_disk_when_it_gets_its_name(prepared, tmp_path, named):
+    train_tokenizer([prepared], tmp_path / "spm.model", 192, KINDS["unigram"], threads=1)
+    assert named == ["dict.txt", "spm.model"]  # recipes go by the model
+
+
+def test_the_dictionary_of_another_model_is_not_overwritten(prepared, models, tmp_path):
+    first, dictionary = tmp_path / "first.model", tmp_path / "dict.txt"
+    shutil.copy(models["unigram"], first)
+    shutil.copy(models["unigram"].with_name("dict.txt"), dictionary)
+    before = dictionary.read_bytes()
+    with pytest.raises(FileExistsError, match="dict.txt belongs to first.model: give --out another folder"):
+        train_tokenizer([prepared], tmp_path / "second.model", 256, KINDS["unigram"], threads=1)
+    assert dictionary.read_bytes() == before and not (tmp_path / "second.model").exists()
+    (tmp_path / "no.model").write_bytes(b"something else")
+    train_tokenizer([prepared], first, 256, KINDS["unigram"], threads=1)  # its own may be replaced
+    assert dictionary.read_text(encoding="utf-8") == SentencePieceVocabulary.open(first).dictionary_text()
+    assert dictionary.read_bytes() != before
+
+
 def test_unfinished_corpus_is_no_input_of_the_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no finished corpus"):
         train_tokenizer([tmp_path], tmp_path / "m.model", 64, {})
