@@ -50,7 +50,7 @@ def load_dictionary(folders: list[str]) -> Dictionary:
         )
     dictionary = Dictionary.load(path)
     if vocabulary := vocabulary_beside(folders[0]):
-        check_vocabulary_matches(dictionary.symbols, vocabulary, path)
+        check_vocabulary_matches(dictionary.symbols, vocabulary, folders[0])
     for folder in folders[1:]:
         other = os.path.join(folder, "dict.txt")
         if os.path.isfile(other) and Dictionary.load(other).symbols != dictionary.symbols:
@@ -58,8 +58,8 @@ def load_dictionary(folders: list[str]) -> Dictionary:
     return dictionary
 
 
-def check_vocabulary_matches(symbols: Sequence[str], vocabulary: Vocabulary, path: str) -> None:
-    """Compares a tokenizer with the rows of the dictionary ``path`` that the data beside it was binarised with.
+def check_vocabulary_matches(symbols: Sequence[str], vocabulary: Vocabulary, folder: str) -> None:
+    """Compares a folder's tokenizer with the rows of the ``dict.txt`` that the data there was binarised with.
 
     Raises:
         ValueError: their pieces differ.
@@ -70,7 +70,7 @@ def check_vocabulary_matches(symbols: Sequence[str], vocabulary: Vocabulary, pat
     if rows != pieces:
         row = next((i for i, (a, b) in enumerate(zip(rows, pieces)) if a != b), min(len(rows), len(pieces)))
         raise ValueError(
-            f"{' and '.join(vocabulary.contents)} does not match the dict.txt beside it in {os.path.dirname(path)} "
+            f"{' and '.join(vocabulary.contents)} does not match the dict.txt beside it in {folder} "
             f"({len(pieces)} and {len(rows)} pieces, first difference at number {row}): put the {vocabulary.NAME} "
             "there that the data was binarised with."
         )

@@ -57,11 +57,9 @@ class VocabularyDictionary(Dictionary):
             for surface, index in zip(self.vocabulary.split(line), ids.tolist()):
                 if index == self.unk():
                     consumer(surface, index)
-        if reverse_order:
-            ids = ids[::-1]
-        if append_eos:
-            ids = np.append(ids, ids.dtype.type(self.eos()))
-        return torch.from_numpy(ids.astype(np.int32))
+        line_ids = np.full(len(ids) + append_eos, self.eos(), dtype=np.int32)
+        line_ids[: len(ids)] = ids[::-1] if reverse_order else ids
+        return torch.from_numpy(line_ids)
 
     def save(self, f) -> None:
         """Writes ``dict.txt`` and, when ``f`` is a path, copies of the tokenizer's files beside it.

@@ -45,7 +45,8 @@ class SentencePieceVocabulary(Vocabulary):
 
     def split(self, text: str, glued: bool = False) -> list[str]:
         processor = self._continuing if glued else self._processor
-        return " ".join(processor.encode(text, out_type=str)).split()
+        pieces = processor.encode(text, out_type=str)
+        return " ".join(pieces).split() if self._may_cut(text) else pieces
 
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
@@ -64,7 +65,7 @@ class SentencePieceVocabulary(Vocabulary):
     def encode(self, text: str, glued: bool = False) -> np.ndarray:
         if glued or self._may_cut(text):
             return self.ids(self.split(text, glued))
-        return self._table[np.array(self._processor.encode(text), dtype=np.int64)]
+        return self._table[self._processor.encode(text, return_type="numpy")]
 
     def _may_cut(self, text: str) -> bool:
         """Whether white space inside an unknown piece may cut it. Most models make all white space a plain one."""

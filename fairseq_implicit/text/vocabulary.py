@@ -191,8 +191,7 @@ class Vocabulary(ABC):
 
     def dictionary_text(self) -> str:
         """Content of fairseq's ``dict.txt``."""
-        rows = [symbol for symbol in self.symbols[len(SPECIAL_SYMBOLS) :] if symbol != MASK]
-        return "".join(f"{symbol} {count_of(symbol)}\n" for symbol in rows)
+        return "".join(f"{symbol} {count_of(symbol)}\n" for symbol in self.symbols[len(SPECIAL_SYMBOLS) :])
 
 
 def count_of(symbol: str) -> int:

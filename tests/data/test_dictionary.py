@@ -172,11 +172,10 @@ def test_refuses_missing_and_broken_models(tmp_path):
 
 def test_refuses_a_model_that_does_not_match_dict_txt(toy_text, toy_model, toy_data, tmp_path):
     other = _train(toy_text, tmp_path)
-    path = f"{toy_data}/dict.txt"
-    symbols = Dictionary.load(path).symbols
-    check_vocabulary_matches(symbols, SentencePieceVocabulary.open(toy_model), path)
+    symbols = Dictionary.load(f"{toy_data}/dict.txt").symbols
+    check_vocabulary_matches(symbols, SentencePieceVocabulary.open(toy_model), toy_data)
     with pytest.raises(ValueError, match="does not match the dict.txt"):
-        check_vocabulary_matches(symbols, SentencePieceVocabulary.open(other), path)
+        check_vocabulary_matches(symbols, SentencePieceVocabulary.open(other), toy_data)
 
 
 def test_does_not_overwrite_another_dictionary(toy_text, toy_model, tmp_path):

@@ -31,7 +31,10 @@ def test_white_space_inside_unknown_pieces_is_cut_as_in_the_text_route(vocabular
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary.contents["sentencepiece.bpe.model"])
     index = {symbol: number for number, symbol in enumerate(vocabulary.symbols)}
     rng = random.Random(1)
-    lines = ["".join(rng.choices("か東語 a☃♜\u3000\u00a0\u0085\t\u2581", k=rng.randrange(12))) for _ in range(500)]
+    lines = [
+        "".join(rng.choices("か東語 a☃♜\u3000\u00a0\u0085\t\u2581\u2028\x1c\u200b", k=rng.randrange(12)))
+        for _ in range(500)
+    ]
     ids, lengths = vocabulary.encode_lines([line.encode() for line in lines])
     for line, found in zip(lines, np.split(ids, np.cumsum(lengths)[:-1])):
         pieces = " ".join(processor.encode(line, out_type=str)).split()
