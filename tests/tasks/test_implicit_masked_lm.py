@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from fairseq_implicit.data.sentencepiece_dictionary import SentencePieceDictionary
+from fairseq_implicit.data.dictionary import VocabularyDictionary
 from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMConfig, ImplicitMaskedLMTask
 
 
@@ -121,7 +121,7 @@ def test_checkpoint_knows_its_dictionary(toy_data, folder):
 
 
 def test_dictionaries(toy_model, toy_data, tmp_path):
-    assert isinstance(ImplicitMaskedLMTask.load_dictionary(toy_model), SentencePieceDictionary)
+    assert isinstance(ImplicitMaskedLMTask.load_dictionary(toy_model), VocabularyDictionary)
     assert type(ImplicitMaskedLMTask.load_dictionary(f"{toy_data}/dict.txt")) is Dictionary
     with pytest.raises(FileNotFoundError, match="--srcdict"):
         ImplicitMaskedLMTask.load_dictionary(str(tmp_path / "dict.txt"))
