@@ -181,8 +181,8 @@ class CorpusJob:
             if record["problems_total"]:
                 damaged.append([source.name, source.split])
         self._check_losses(counts, problems, problems_total)
-        # Shards of an interrupted merge are only reused for the very same intermediate files.
-        folder = self.work / f"merge-{inputs_digest(files)}"
+        # Shards of an interrupted merge are only reused for the very same intermediate files, made in the same way.
+        folder = self.work / f"merge-{inputs_digest(files)}-{self.settings.fingerprint()[:8]}"
         folder.mkdir(exist_ok=True)
         mine = [file for number, file in enumerate(files) if number % parts == part and file not in fresh]
         total = sum(file.segments.stat().st_size for file in mine)
