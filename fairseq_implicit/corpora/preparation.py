@@ -143,18 +143,23 @@ class _Step:
 
     def run(self) -> None:
         limit = self._settings.documents_per_file
-        consumed = 0
+        consumed, without_text = 0, 0.0
 
         def consume(size: int) -> None:
             nonlocal consumed
             consumed += size
             advance(consumed=size)
 
+        def lose(share: float) -> None:
+            nonlocal without_text
+            without_text = min(without_text + share, 1.0)
+
         options = ReadOptions(
             boundary=self._settings.boundary,
             encoding=self._settings.encoding,
             text_fields=self._settings.text_fields or TEXT_FIELDS,
             on_compressed=consume,
+            on_lost=lose,
         )
         for item in read_source(self._source, options):
             if isinstance(item, ReadProblem):
@@ -168,7 +173,7 @@ class _Step:
                 self.counts.changed["file not read beyond --documents-per-file"] += 1
                 return
         if self.problems_total:
-            self.counts.input_lost = max(self.counts.input_size - consumed, 0)
+            self.counts.input_lost = max(self.counts.input_size - round((1 - without_text) * consumed), 0)
 
     def _take_problem(self, problem: ReadProblem) -> None:
         self.counts.documents_read += problem.lost_documents

@@ -110,7 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="fail with status 4 when more than this share of the documents or bytes could not be read (1: never)",
+        help="fail with status 4 when more than this share of the documents, of their bytes or of the input files' bytes "
+        "could not be read (1: never)",
     )
     work.add_argument(
         "--verify", action="store_true", help="compare a finished --output with its checksums; needs no input"
