@@ -144,11 +144,11 @@ class CorpusJob:
         # Another run's pipe may have been another text.
         todo = [s for s in mine if s.is_pipe or not is_prepared(s, self.settings, self.work)]
         logger.info("part %d/%d: %d files, %d of them already read", part, parts, len(mine), len(mine) - len(todo))
-        # Pipes are read in this process, since workers have no standard input. Of the files the largest come first: a
-        # long last one would leave the other workers idle.
+        # Pipes are read side by side: a command that feeds two of them (`tee`) goes on when both are read. Of the files the
+        # largest come first: a long last one would leave the other workers idle.
         pipes, files = [s for s in todo if s.is_pipe], [s for s in todo if not s.is_pipe]
         written: set[SourceFiles] = set()
-        for sources, workers in ((pipes, 1), (sorted(files, key=lambda s: -_size(s)), self.workers)):
+        for sources, workers in ((pipes, len(pipes)), (sorted(files, key=lambda s: -_size(s)), self.workers)):
             tasks = [(source, self.settings, self.work) for source in sources]
             written |= set(run_tasks(prepare_source, tasks, workers, sum(map(_size, sources)), "reading"))
         return written
