@@ -110,8 +110,8 @@ def main() -> None:
         model, cfg, task = validation.open_checkpoint(options.checkpoint, options.data)
         tokens = validation.batches(task, options.subset, options.batch_size, limit=1)[0]["net_input"]["src_tokens"]
         with torch.no_grad():
-            padding_mask = model.encoder.padding_mask(tokens)
-            trajectory = trace(model.encoder.depth, model.encoder.embed(tokens, padding_mask), padding_mask)
+            layout = model.encoder.layout(tokens)
+            trajectory = trace(model.encoder.depth, model.encoder.embed(tokens, layout), layout)
         refuse_non_finite(trajectory)
         sys.stdout.write(table(trajectory) + "\n")
         if not (options.out or options.tensorboard):
