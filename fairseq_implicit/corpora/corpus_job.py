@@ -144,8 +144,8 @@ class CorpusJob:
         # Another run's pipe may have been another text.
         todo = [s for s in mine if s.is_pipe or not is_prepared(s, self.settings, self.work)]
         logger.info("part %d/%d: %d files, %d of them already read", part, parts, len(mine), len(mine) - len(todo))
-        # Pipes are read side by side: a command that feeds two of them (`tee`) goes on when both are read. Of the files the
-        # largest come first: a long last one would leave the other workers idle.
+        # Pipes are read side by side: a command that feeds two of them (`tee`) goes on when both are read. Of the files
+        # the largest come first: a long last one would leave the other workers idle.
         pipes, files = [s for s in todo if s.is_pipe], [s for s in todo if not s.is_pipe]
         written: set[SourceFiles] = set()
         for sources, workers in ((pipes, len(pipes)), (sorted(files, key=lambda s: -_size(s)), self.workers)):
@@ -173,7 +173,7 @@ class CorpusJob:
             )
         files = [SourceFiles.of(source, self.work) for source in self.sources]
         counts, problems, problems_total, damaged = Counts(), [], 0, []
-        for source, file in zip(self.sources, files):
+        for source, file in zip(self.sources, files, strict=True):
             record = file.read_record()
             counts.add(Counts.from_dict(record["counts"]))
             problems += record["problems"][: max(0, _REPORTED_PROBLEMS - len(problems))]

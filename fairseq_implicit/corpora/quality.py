@@ -20,15 +20,15 @@ QUALITY_FILTERS = {
 
 
 class FilterFailed(Exception):
-    """A filter ended with an error of its own instead of a verdict; the message is the end of a sentence about a text."""
+    """A filter ended with an error instead of a verdict; the message is the end of a sentence about a text."""
 
 
 def quality_check(names: tuple[str, ...]) -> Callable[[str], str | None]:
     """Builds one check out of several filters.
 
     Returns:
-        a function that gives the name of the first filter that rejects a text, or None, and raises `FilterFailed` when a
-        filter fails on it. C4's filter also removes single lines in datatrove; here it only decides about whole
+        a function that gives the name of the first filter that rejects a text, or None, and raises `FilterFailed` when
+        a filter fails on it. C4's filter also removes single lines in datatrove; here it only decides about whole
         documents, so that no text is changed uncounted.
 
     Raises:
@@ -52,8 +52,8 @@ def quality_check(names: tuple[str, ...]) -> Callable[[str], str | None]:
         ) from error
     except Exception as error:  # of a model or a table that its tokenizer looks for
         raise CorpusError(
-            f"--quality-filter {', '.join(names)}: datatrove fails on a plain sentence already ({type(error).__name__}: "
-            f"{shown(str(error), 300)}); mend its installation or leave the filter out."
+            f"--quality-filter {', '.join(names)}: datatrove fails on a plain sentence already "
+            f"({type(error).__name__}: {shown(str(error), 300)}); mend its installation or leave the filter out."
         ) from error
 
     def check(text: str) -> str | None:

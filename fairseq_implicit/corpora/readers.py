@@ -211,8 +211,8 @@ def _read_recognised(
                 yield ReadNote(
                     "compressed text read line by line",
                     name,
-                    f"{name} has no blank line in its first {LOOK_AHEAD} bytes: every line is read as a document (as in "
-                    "OSCAR 2019; --document-boundary decides otherwise).",
+                    f"{name} has no blank line in its first {LOOK_AHEAD} bytes: every line is read as a document (as "
+                    "in OSCAR 2019; --document-boundary decides otherwise).",
                 )
     documents = _read_text(blocks, name, boundary, encoding, watched)
     metadata = oscar_metadata_beside(path) if path is not None and boundary == "blank-line" else None
@@ -428,9 +428,9 @@ def _read_text(
             if watched and not blank and blank_at >= 0:
                 watched = False
                 sentence = (
-                    f"{name} was read as one document per line, as its first {LOOK_AHEAD} bytes have no blank line, but "
-                    f"there is one at byte {blank_at}; when blank lines separate its documents, prepare it again with "
-                    "--document-boundary blank-line, else with --document-boundary line."
+                    f"{name} was read as one document per line, as its first {LOOK_AHEAD} bytes have no blank line, "
+                    f"but there is one at byte {blank_at}; when blank lines separate its documents, prepare it again "
+                    "with --document-boundary blank-line, else with --document-boundary line."
                 )
                 yield ReadProblem("document boundary contradicted", name, blank_at, sentence)
             if not blank:

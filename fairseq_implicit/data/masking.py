@@ -111,7 +111,7 @@ class Masking:
         return source, target
 
     def words(self, tokens: np.ndarray) -> tuple[int, int]:
-        """Number of text tokens, and of the words that they make up (with `word_starts`): from one ``▁`` to the next."""
+        """Number of text tokens, and of the words that they make up (with `word_starts`)."""
         maskable = self._maskable(tokens)
         return int(np.count_nonzero(maskable)), int(np.count_nonzero(self._word_begins(tokens, maskable)))
 

@@ -115,7 +115,7 @@ def test_no_line_of_a_clean_text_encodes_to_nothing():
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
     lines = [line for character in characters for line in clean(f"a\n{character}\nb")[0].split("\n")]
-    assert [line for line, ids in zip(lines, processor.encode(lines)) if not ids] == []
+    assert [line for line, ids in zip(lines, processor.encode(lines), strict=True) if not ids] == []
 
 
 def test_splitting_loses_only_line_feeds_and_spaces_at_cuts():

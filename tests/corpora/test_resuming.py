@@ -120,9 +120,9 @@ WEIGHTS = ["--component-weight", "Github=2.5", "--component-weight", "Pile-CC=0.
 def test_one_result_with_copies_near_duplicates_and_kills(corpus, flags, tmp_path):
     arguments = [corpus, *flags, *WEIGHTS, "--shard-size", "150KB", "--valid-input", corpus / "fr.txt.gz", "--output"]
     prepare(*arguments, tmp_path / "reference")
-    for workers in (2, 4):
-        prepare(*arguments, tmp_path / str(workers), "--workers", workers)
-        assert checksums(tmp_path / str(workers)) == checksums(tmp_path / "reference")
+    for number in (2, 4):
+        prepare(*arguments, tmp_path / str(number), "--workers", number)
+        assert checksums(tmp_path / str(number)) == checksums(tmp_path / "reference")
     for part in (1, 0):
         prepare(*arguments, tmp_path / "parts", "--part", f"{part}/2")
     for part in (0, 1):
