@@ -60,7 +60,7 @@ def write_sentences(bert, folder: str, split: str, inputs: list[str], out: str) 
     for *texts, _ in lines(folder, split, [*inputs, "label"]):
         whole = [bert.ids(text) for text in texts]
         kept = shorten_segments(whole, room)
-        for output, ids in zip(outputs, kept):
+        for output, ids in zip(outputs, kept, strict=True):
             output.add([*ids, dictionary.eos()])
         examples += 1
         length = sum(map(len, whole))

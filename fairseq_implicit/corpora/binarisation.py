@@ -8,6 +8,7 @@ one step, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -105,7 +106,7 @@ def line_ranges(path: Path, size: int) -> list[tuple[int, int]]:
             bounds.append(file.tell())
     if bounds[-1] < total or total == 0:
         bounds.append(total)
-    return list(zip(bounds, bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 def lines_of_range(path: Path, first: int, last: int, block: int = _BLOCK) -> Iterator[list[bytes]]:
@@ -267,7 +268,7 @@ class Binarisation:
                 names = [folder / f"{split}.{first}-{last}" for first, last in ranges]
                 parts[shard.number, split] = names
                 common = (self.model, digest, vocabulary.dtype)
-                tasks += [(path, first, last, name, *common) for (first, last), name in zip(ranges, names)]
+                tasks += [(path, first, last, name, *common) for (first, last), name in zip(ranges, names, strict=True)]
         total = sum(last - first for _, first, last, *_ in tasks)
         waiting = {shard.number: sum(len(parts[shard.number, split]) for split in shard.files) for shard in shards}
         by_part = {name: shard for shard in shards for split in shard.files for name in parts[shard.number, split]}

@@ -84,7 +84,8 @@ class PartWriter:
 
     def close(self) -> None:
         """Makes the part durable and publishes it."""
-        for file, temporary, path in zip(self._files, self._temporaries, (_ids(self._part), _lengths(self._part))):
+        paths = (_ids(self._part), _lengths(self._part))
+        for file, temporary, path in zip(self._files, self._temporaries, paths, strict=True):
             file.flush()
             os.fsync(file.fileno())
             file.close()

@@ -95,6 +95,11 @@ def open_split(folder: str, split: str, combine: bool) -> list[MappedTokens]:
         if number > 0 and not (combine and os.path.isfile(prefix + ".idx")):
             break
         if number == 0 and not os.path.isfile(prefix + ".idx"):
+            if os.path.isfile(prefix + ".bin") or _was_interrupted(folder):
+                raise FileNotFoundError(
+                    f"{folder} has no {split}.idx: fairseq-preprocess ended before it had written it (stopped, killed "
+                    "or out of disk space); run the same command again."
+                )
             flag = {"train": "--trainpref", "valid": "--validpref"}.get(split, "--testpref")
             instead = ", or train with --disable-validation" if split == "valid" else ""
             raise FileNotFoundError(f"{folder} has no {split}.idx: pass {flag} to fairseq-preprocess{instead}.")
@@ -102,3 +107,13 @@ def open_split(folder: str, split: str, combine: bool) -> list[MappedTokens]:
     if sum(file.token_count for file in files) == 0:
         raise ValueError(f"{os.path.join(folder, split)}.bin holds no tokens: the text it was made from is empty.")
     return files
+
+
+def _was_interrupted(folder: str) -> bool:
+    """Whether the last run that ``preprocess.log`` tells of did not come to its end."""
+    try:
+        with open(os.path.join(folder, "preprocess.log"), encoding="utf-8", errors="replace") as log:
+            text = log.read()
+    except OSError:
+        return False
+    return text.rfind("Namespace(") > text.rfind("Wrote preprocessed data to")

@@ -15,7 +15,7 @@ from fairseq_implicit.text.token_files import MappedTokens
 def _padded(sequences: Sequence[torch.Tensor], width: int, pad: int) -> torch.Tensor:
     """Sequences as rows ``(batch, width)`` int64, padded on the right."""
     rows = torch.full((len(sequences), width), pad, dtype=torch.int64)
-    for row, sequence in zip(rows, sequences):
+    for row, sequence in zip(rows, sequences, strict=True):
         row[: len(sequence)] = sequence
     return rows
 

@@ -151,7 +151,7 @@ def test_words_of_few_pieces_are_masked_as_they_always_were(dictionary):
         count = int(0.15 * len(words) + rng.random())
         fates = rng.random(count)
         order = rng.permutation(len(words))[:count]
-        chosen = {int(place): fate for number, fate in zip(order, fates) for place in words[number]}
+        chosen = {int(place): fate for number, fate in zip(order, fates, strict=True) for place in words[number]}
         assert np.flatnonzero(target != masking.pad).tolist() == sorted(chosen)
         masked = [place for place, fate in sorted(chosen.items()) if fate >= 0.2]
         assert (source[masked] == masking.mask).all()

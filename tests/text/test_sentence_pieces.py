@@ -36,7 +36,7 @@ def test_white_space_inside_unknown_pieces_is_cut_as_in_the_text_route(vocabular
         for _ in range(500)
     ]
     ids, lengths = vocabulary.encode_lines([line.encode() for line in lines])
-    for line, found in zip(lines, np.split(ids, np.cumsum(lengths)[:-1])):
+    for line, found in zip(lines, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
         pieces = " ".join(processor.encode(line, out_type=str)).split()
         known = [index.get(piece, UNKNOWN) for piece in pieces]
         assert found.tolist() == [n if n >= len(SPECIAL_SYMBOLS) else UNKNOWN for n in known] + [EOS]
