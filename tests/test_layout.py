@@ -12,8 +12,8 @@ import fairseq_implicit
 from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.equilibrium import EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
-from fairseq_implicit.fields.attention import MultiHeadAttention
 from fairseq_implicit.fields.equilibrium_cell import CellConfig
+from fairseq_implicit.fields.mixers.attention import AttentionConfig, MultiHeadAttention
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout, token_sum
@@ -128,7 +128,7 @@ def by_hand(attention, x, seen):
 @pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["fused", "dropped"])
 def test_attention_sees_what_the_layout_shows(causal, real, dropout):
     torch.manual_seed(1)
-    attention, x = MultiHeadAttention(DIM, 2, dropout).double(), numbers()
+    attention, x = MultiHeadAttention(DIM, AttentionConfig(2, dropout)).double(), numbers()
     seen = torch.ones(3, 5, 5, dtype=torch.bool) if real is None else real[:, None, :].expand(3, 5, 5)
     if causal:
         seen = seen & torch.tensor([[key <= query for key in range(5)] for query in range(5)])
@@ -138,7 +138,7 @@ def test_attention_sees_what_the_layout_shows(causal, real, dropout):
     torch.testing.assert_close(found[somebody], by_hand(attention, x, seen)[somebody], rtol=0, atol=1e-12)
 
 
-LAYER = dict(dim=DIM, ffn_dim=8, heads=2)
+LAYER = dict(dim=DIM, ffn_dim=8, mixer=AttentionConfig(2))
 
 
 @pytest.mark.parametrize(
