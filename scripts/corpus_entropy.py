@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
 from fairseq.data import Dictionary  # noqa: E402
 
-from fairseq_implicit.data.mapped_tokens import MappedTokens  # noqa: E402
+from fairseq_implicit.text.token_files import MappedTokens  # noqa: E402
 
 DISCOUNT = 0.75
 

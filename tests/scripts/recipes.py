@@ -86,9 +86,9 @@ class Checkout:
         self.work.mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "examples/pretraining", self.root / "examples/pretraining")
-        for name in ("data", "corpora"):
+        for name in ("data", "text", "corpora"):
             (self.root / "fairseq_implicit" / name).mkdir(parents=True)
-        for file in ("requirements.txt", "fairseq_implicit/data/sentencepiece_dictionary.py",
+        for file in ("requirements.txt", "fairseq_implicit/data/dictionary.py", "fairseq_implicit/text/vocabulary.py",
                      "fairseq_implicit/corpora/tokenizer_training.py"):  # fmt: skip
             shutil.copy(ROOT / file, self.root / file)
         (self.root / "torch.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 0)\n")

@@ -136,7 +136,7 @@ def first_runs(found: dict[str, ModelResult]) -> dict[str, Run]:
 
 def text_of(data: str) -> Text:
     """Entropies and size of a data folder."""
-    from fairseq_implicit.data.mapped_tokens import MappedTokens
+    from fairseq_implicit.text.token_files import MappedTokens
     from scripts.corpus_entropy import folder_entropies
 
     entropies = folder_entropies(data)
