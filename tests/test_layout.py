@@ -1,14 +1,10 @@
-"""The layout of a batch: its means and norms against plain loops, padding, visibility, positions; and its reach."""
+"""The layout of a batch: its means and norms against plain loops, padding, visibility, positions."""
 
-import ast
-import inspect
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-import fairseq_implicit
 from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.equilibrium import EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
@@ -167,27 +163,3 @@ def test_in_every_depth_a_causal_layout_hides_what_comes_later(make):
             states[layout] = (one - other)[:, :3].abs().max().item()
     assert states.pop(UNPADDED) > 1e-4
     assert max(states.values()) < 1e-5
-
-
-ROOMS = ("solvers", "fields", "depth")
-FILES = sorted(path for room in ROOMS for path in (Path(fairseq_implicit.__file__).parent / room).glob("*.py"))
-BARE_MASKS = {"padding_mask", "valid", "visible"}
-
-
-def names_in_signatures(tree):
-    """Arguments of all functions, and annotated names of all classes (the arguments of dataclasses)."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arguments):
-            yield from (each.arg for each in (*node.posonlyargs, *node.args, *node.kwonlyargs))
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_signature_below_the_network_takes_a_bare_mask(path):
-    assert not BARE_MASKS & set(names_in_signatures(ast.parse(path.read_text(encoding="utf-8"))))
-
-
-def test_the_rule_itself():
-    source = inspect.cleandoc("def f(x, *, valid=None): ...\nclass A:\n    visible: int\ng = lambda padding_mask: 0")
-    assert set(names_in_signatures(ast.parse(source))) == {"x", *BARE_MASKS}
