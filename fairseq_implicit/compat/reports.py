@@ -42,7 +42,9 @@ def keep_out_of_text_bars(names: typing.Iterable[str]) -> None:
 
 def _format_stats(original, bar, stats, *args, **kwargs):
     kept = collections.OrderedDict(
-        (name, value) for name, value in stats.items() if re.sub("^(train|valid)_", "", name) not in _details | _PREDICTIONS
+        (name, value)
+        for name, value in stats.items()
+        if re.sub("^(train|valid)_", "", name) not in _details | _PREDICTIONS
     )
     return original(bar, kept, *args, **kwargs)
 
