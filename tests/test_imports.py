@@ -18,6 +18,8 @@ ALLOWED = {
     "tasks": {"solvers", "fields", "depth", "models", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
     "corpora": {"folder_lock"},
+    "evaluation": {"solvers", "fields", "depth", "models", "data", "compat"},
+    "commands": {"solvers", "fields", "depth", "models", "data", "compat", "corpora", "evaluation"},
     "compat": {"folder_lock"},
     "folder_lock": set(),
 }

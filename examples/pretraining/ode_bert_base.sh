@@ -33,7 +33,7 @@ TOTAL_UPDATES=125000
 
 # 1. sentencepiece model on at most ten million paragraphs
 [ -f "$OUT/sentencepiece.bpe.model" ] ||
-    run python scripts/train_tokenizer.py "$OUT/corpus/train.txt" --out "$OUT/sentencepiece.bpe.model" \
+    run python -m fairseq_implicit train-tokenizer "$OUT/corpus/train.txt" --out "$OUT/sentencepiece.bpe.model" \
         --dictionary-size "$DICTIONARY"
 
 # 2. raw text -> memory-mapped tokens, dict.txt and a copy of the model, in one step

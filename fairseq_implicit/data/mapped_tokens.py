@@ -4,10 +4,10 @@ import os
 import struct
 
 import numpy as np
-from fairseq.data.indexed_dataset import _code_to_dtype, data_file_path, index_file_path
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")  # magic, version, dtype code, number of lines
+_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2", 9: "<u4", 10: "<u8"}  # fairseq's codes of integers
 
 
 class MappedTokens:
@@ -28,7 +28,7 @@ class MappedTokens:
 
     def __init__(self, prefix: str):
         self.prefix = prefix
-        index_path, data_path = index_file_path(prefix), data_file_path(prefix)
+        index_path, data_path = f"{prefix}.idx", f"{prefix}.bin"
         for path in (index_path, data_path):
             if not os.path.isfile(path):
                 raise FileNotFoundError(f"{path} does not exist: binarise the split with fairseq-preprocess.")
@@ -44,7 +44,7 @@ class MappedTokens:
             raise ValueError(
                 f"{index_path} is truncated ({os.path.getsize(index_path)} of {expected} bytes): binarise again."
             )
-        self._dtype = np.dtype(_code_to_dtype[dtype_code])
+        self._dtype = np.dtype(_DTYPES[dtype_code])
         self.line_lengths = (
             np.memmap(index_path, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(lines,))
             if lines

@@ -61,9 +61,9 @@ def prepare(plan: Plan, text: str | None, out: str) -> str:
     source = [] if text is None else [os.path.abspath(text)]
     _step("corpus", [sys.executable, script, *source, "--out", corpus], plan.jobs)
     train, valid = (os.path.join(corpus, f"{split}.txt") for split in ("train", "valid"))
-    tool = os.path.join(ROOT, "scripts", "train_tokenizer.py")
+    tool = ["-m", "fairseq_implicit", "train-tokenizer"]
     size = ["--dictionary-size", str(plan.dictionary)]
-    _step("tokenizer", [sys.executable, tool, train, "--out", tokenizer, *size], plan.jobs)
+    _step("tokenizer", [sys.executable, *tool, train, "--out", tokenizer, *size], plan.jobs)
     splits = ["--only-source", "--srcdict", tokenizer, "--trainpref", train, "--validpref", valid]
     made = os.path.join(work, "data-bin")
     command = [sys.executable, "-m", "fairseq_cli.preprocess", *PLUGIN, *splits, "--destdir", made]

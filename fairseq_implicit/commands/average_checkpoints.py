@@ -1,14 +1,13 @@
 """The mean of the weights of several checkpoints, which is often better than the last of them.
 
-    python scripts/average_checkpoints.py runs/checkpoints --last 5 --output runs/checkpoints/average.pt
-    python scripts/average_checkpoints.py seed1.pt seed2.pt --output mean.pt
+    fairseq-implicit average-checkpoints runs/checkpoints --last 5 --output runs/checkpoints/average.pt
+    fairseq-implicit average-checkpoints seed1.pt seed2.pt --output mean.pt
 
 A folder stands for the checkpoints of its last updates; fairseq-train keeps as many as --keep-interval-updates says.
 The result is for fairseq-validate, --finetune-from-model and the hub: it holds no state of an optimiser.
 """
 
 import argparse
-import logging
 import os
 import pickle
 import re
@@ -16,13 +15,9 @@ import sys
 from typing import Any
 
 import torch
+from fairseq import checkpoint_utils
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":
-    logging.disable(logging.INFO)  # fairseq announces optional packages on import
-from fairseq import checkpoint_utils  # noqa: E402
-
-from scripts import validation  # noqa: E402
+from fairseq_implicit.evaluation.checkpoints import write
 
 #: The names that fairseq-train gives.
 SAVED = re.compile(r"checkpoint(\d+|_\d+_\d+|_last|_best|\.best_.*)\.pt")
@@ -128,28 +123,29 @@ def average(paths: list[str]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="checkpoints, or one folder of them with --last")
     parser.add_argument("--last", type=int, metavar="N", help="average the last N checkpoints of the folder")
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write; must not exist")
-    options = parser.parse_args()
-    folders = [path for path in options.inputs if os.path.isdir(path)]
+
+
+def wrong_arguments(options: argparse.Namespace, folders: list[str]) -> str | None:
+    """What is wrong with the arguments, in a sentence."""
     if options.last is not None and not os.path.exists(options.inputs[0]):
-        parser.error(f"there is no folder {options.inputs[0]}")
+        return f"there is no folder {options.inputs[0]}"
     if folders and (options.last is None or len(options.inputs) > 1):
-        parser.error(f"{folders[0]} is a folder: give it alone, with --last N")
+        return f"{folders[0]} is a folder: give it alone, with --last N"
     if options.last is not None and (not folders or options.last < 1):
-        parser.error("--last takes one folder and a positive number")
+        return "--last takes one folder and a positive number"
     if os.path.exists(options.output):
-        parser.error(f"{options.output} exists: remove it or choose another name")
-    try:
-        paths = last_of(folders[0], options.last) if folders else options.inputs
-        validation.write(average(paths), options.output)
-    except (OSError, ValueError) as error:
-        sys.exit(f"average_checkpoints: {error}")
+        return f"{options.output} exists: remove it or choose another name"
+    return None
+
+
+def run(options: argparse.Namespace) -> None:
+    folders = [path for path in options.inputs if os.path.isdir(path)]
+    if wrong := wrong_arguments(options, folders):
+        raise argparse.ArgumentError(None, wrong)
+    paths = last_of(folders[0], options.last) if folders else options.inputs
+    write(average(paths), options.output)
     sys.stdout.write(f"wrote {options.output}: the mean of {', '.join(paths)}\n")
-
-
-if __name__ == "__main__":
-    main()

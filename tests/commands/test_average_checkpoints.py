@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import average_checkpoints
+from fairseq_implicit.commands.average_checkpoints import average
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +19,14 @@ def trained(toy_flags, fairseq_train, tmp_path_factory):
     return folder
 
 
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["average_checkpoints", *map(str, arguments)])
-    capsys.readouterr()
-    average_checkpoints.main()
-    return capsys.readouterr().out
-
-
 def read(path):
     return torch.load(path, weights_only=True)
 
 
-def test_last_three_of_a_folder_are_averaged(trained, monkeypatch, capsys, tmp_path, toy_data, fairseq_validate):
+def test_last_three_of_a_folder_are_averaged(trained, command, tmp_path, toy_data, fairseq_validate):
     mean = tmp_path / "mean.pt"
-    printed = command(monkeypatch, capsys, trained, "--last", 3, "--output", mean)
+    status, printed, _ = command("average-checkpoints", trained, "--last", 3, "--output", mean)
+    assert status == 0
     assert sorted(re.findall(r"checkpoint_\w+", printed)) == ["checkpoint_1_3", "checkpoint_1_4", "checkpoint_last"]
     found, parts = read(mean), [read(trained / f"checkpoint_1_{number}.pt") for number in (3, 4, 5)]
     assert found["model"].keys() == parts[0]["model"].keys() and found["last_optimizer_state"] is None
@@ -67,7 +61,7 @@ def test_halves_sum_in_float64(trained, tmp_path):
             tensor.fill_(number) if not tensor.is_floating_point() else tensor.fill_(1.0 if number == 0 else 2.0**-24)
         paths.append(str(tmp_path / f"{number}.pt"))
         torch.save(changed, paths[-1])
-    mean = average_checkpoints.average(paths[::-1])["model"]  # the order of the names decides nothing
+    mean = average(paths[::-1])["model"]  # the order of the names decides nothing
     expected = np.float32((1 + 2.0**-22) / 5)
     assert expected != np.float32(np.float32(1) / 5)
     for tensor in mean.values():
@@ -84,14 +78,13 @@ def test_halves_sum_in_float64(trained, tmp_path):
         (lambda c: c.pop("cfg"), "is no checkpoint of fairseq-train"),
     ],
 )
-def test_different_models_are_refused(trained, monkeypatch, capsys, tmp_path, change, sentence):
+def test_different_models_are_refused(trained, command, tmp_path, change, sentence):
     checkpoint = read(trained / "checkpoint_last.pt")
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match=sentence):
-        command(
-            monkeypatch, capsys, trained / "checkpoint_last.pt", tmp_path / "other.pt", "--output", tmp_path / "mean.pt"
-        )
+    paths = trained / "checkpoint_last.pt", tmp_path / "other.pt"
+    status, _, said = command("average-checkpoints", *paths, "--output", tmp_path / "mean.pt")
+    assert status == 1 and sentence in said and len(said.splitlines()) == 1
     assert not (tmp_path / "mean.pt").exists()
 
 
@@ -99,33 +92,31 @@ def test_another_dropout_is_the_same_model(trained, tmp_path):
     checkpoint = read(trained / "checkpoint_last.pt")
     checkpoint["cfg"]["model"]["dropout"] = 0.5
     torch.save(checkpoint, tmp_path / "other.pt")
-    average_checkpoints.average([str(trained / "checkpoint_last.pt"), str(tmp_path / "other.pt")])
+    average([str(trained / "checkpoint_last.pt"), str(tmp_path / "other.pt")])
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["FOLDER", "--last", 9], "holds checkpoints of 5 updates; train with --keep-interval-updates 9"),
-        (["FOLDER/none.pt"], "there is no checkpoint .*none.pt"),
+        (["FOLDER/none.pt"], "there is no checkpoint FOLDER/none.pt"),
         (["text.pt"], "text.pt is truncated or is no checkpoint"),
     ],
 )
-def test_what_cannot_be_averaged_is_one_sentence(trained, monkeypatch, capsys, tmp_path, arguments, sentence):
+def test_what_cannot_be_averaged_is_one_sentence(trained, command, monkeypatch, tmp_path, arguments, sentence):
     (tmp_path / "text.pt").write_text("no checkpoint")
     monkeypatch.chdir(tmp_path)
     arguments = [str(argument).replace("FOLDER", str(trained)) for argument in arguments]
-    with pytest.raises(SystemExit, match=sentence):
-        command(monkeypatch, capsys, *arguments, "--output", tmp_path / "mean.pt")
+    status, _, said = command("average-checkpoints", *arguments, "--output", tmp_path / "mean.pt")
+    assert status == 1 and sentence.replace("FOLDER", str(trained)) in said
     for wrong in ([trained], ["text.pt", "--last", 2], [trained, "--last", 0], ["text.pt", "--output", "text.pt"]):
-        with pytest.raises(SystemExit, match="2"):
-            command(monkeypatch, capsys, "--output", "mean.pt", *wrong)
+        assert command("average-checkpoints", "--output", "mean.pt", *wrong)[0] == 2
 
 
-def test_an_output_that_cannot_be_written_and_a_folder_that_is_not_there(trained, monkeypatch, capsys, tmp_path):
+def test_an_output_that_cannot_be_written_and_a_folder_that_is_not_there(trained, command, tmp_path):
     target = tmp_path / "no folder" / "mean.pt"
-    with pytest.raises(SystemExit, match="average_checkpoints: .*mean.pt cannot be written: "):
-        command(monkeypatch, capsys, trained, "--last", 2, "--output", target)
+    status, _, said = command("average-checkpoints", trained, "--last", 2, "--output", target)
+    assert status == 1 and re.search("average-checkpoints: .*mean.pt cannot be written: ", said)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(SystemExit):
-        command(monkeypatch, capsys, tmp_path / "nowhere", "--last", 2, "--output", tmp_path / "mean.pt")
-    assert "there is no folder" in capsys.readouterr().err
+    status, _, said = command("average-checkpoints", tmp_path / "none", "--last", 2, "--output", tmp_path / "mean.pt")
+    assert status == 2 and "there is no folder" in said

@@ -1,6 +1,6 @@
 """Loss curves of a fairseq run as a PNG, from the folder given to `--tensorboard-logdir`.
 
-    python scripts/plot_losses.py TENSORBOARD_FOLDER --out losses.png [--data DATA] [--title TEXT]
+    fairseq-implicit plot-losses TENSORBOARD_FOLDER --out losses.png [--data DATA] [--title TEXT]
 
 fairseq logs losses in bits; the picture shows nats per masked token.
 """
@@ -10,9 +10,8 @@ import math
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from scripts import pictures  # noqa: E402
+from fairseq_implicit.commands import pictures
+from fairseq_implicit.evaluation.entropies import folder_entropies
 
 Curve = tuple[list, list]  # updates, nats
 
@@ -62,25 +61,15 @@ def plot(curves: dict[str, Curve], unigram: float | None = None, title: str = ""
     return figure
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="TENSORBOARD_FOLDER")
     parser.add_argument("--out", required=True, metavar="PNG")
     parser.add_argument("--data", metavar="DATA", help="data folder whose unigram entropy is drawn as a line")
     parser.add_argument("--title", default="", metavar="TEXT")
-    arguments = parser.parse_args()
-    try:
-        pictures.check(arguments.out)
-        unigram = None
-        if arguments.data:
-            from scripts.corpus_entropy import folder_entropies  # fairseq takes seconds to import
-
-            unigram = folder_entropies(arguments.data).unigram
-        pictures.save(plot(read_curves(arguments.folder), unigram, arguments.title), arguments.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot_losses: {error}")
-    print(f"  {arguments.out}")
 
 
-if __name__ == "__main__":
-    main()
+def run(arguments: argparse.Namespace) -> None:
+    pictures.check(arguments.out)
+    unigram = folder_entropies(arguments.data).unigram if arguments.data else None
+    pictures.save(plot(read_curves(arguments.folder), unigram, arguments.title), arguments.out)
+    sys.stdout.write(f"  {arguments.out}\n")

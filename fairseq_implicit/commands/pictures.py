@@ -1,6 +1,6 @@
 """How this project draws: axes that a person can read, lines that can be told apart, text in any script.
 
-A module of the commands beside it and of the study; needs matplotlib only once something is drawn.
+Of the commands beside it and of the study; needs matplotlib only once something is drawn.
 """
 
 import functools
@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import sys
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ except ModuleNotFoundError as error:
         raise
     matplotlib = Figure = None
 
-logger = logging.getLogger("pictures")
+logger = logging.getLogger(__name__)
 
 # Any two are 34 or more apart in CIELAB, and alternate between dark and light; black is left for what was trained.
 COLOURS = ("#0057b7", "#d9480f", "#008a5a", "#e377c2", "#4cc9f0", "#e6a800", "#6b3a1f", "#8d3fb0")
@@ -255,7 +254,3 @@ def _say_missing(characters: str) -> None:
         characters,
         _escaped(characters[-1]),
     )
-
-
-if __name__ == "__main__":
-    sys.exit("pictures is a module of the commands beside it: plot_losses, plot_trajectory, depth_sweep")

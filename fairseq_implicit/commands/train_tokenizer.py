@@ -1,7 +1,7 @@
 """Trains a sentencepiece model on text, ready for `fairseq-preprocess --srcdict`, and writes dict.txt beside it.
 
-    python scripts/train_tokenizer.py corpus/train.txt --out tokenizer/sentencepiece.bpe.model --dictionary-size 2048
-    python scripts/train_tokenizer.py prepared --preset bert-32k --out tokenizer/sentencepiece.bpe.model
+    fairseq-implicit train-tokenizer corpus/train.txt --out tokenizer/sentencepiece.bpe.model --dictionary-size 2048
+    fairseq-implicit train-tokenizer prepared --preset bert-32k --out tokenizer/sentencepiece.bpe.model
 
 The size is that of the model's embedding: pieces, fairseq's own four symbols and <mask>. Multiples of 64 suit the
 matrix units of accelerators; other sizes are filled up to the next in dict.txt, with symbols that no text has. Scripts
@@ -12,29 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
-    import corpora_alone
-
-    corpora_alone.load()
-
-from fairseq_implicit.corpora import tokenizer_training  # noqa: E402
-from fairseq_implicit.corpora.prepare_command import byte_size  # noqa: E402
-from fairseq_implicit.corpora.problems import CorpusError  # noqa: E402
-from fairseq_implicit.corpora.tokenizer_training import PRESETS  # noqa: E402
+from fairseq_implicit.commands.values import byte_size
+from fairseq_implicit.corpora.tokenizer_training import PRESETS, train_tokenizer
 
 DEFAULT_SIZE = 2048
 
 
-def train_tokenizer(text: str, out: str, dictionary_size: int, kind: str = "unigram") -> None:
-    """Writes the model to `out`. The same text gives the same bytes, wherever the files lie.
-
-    Raises FileNotFoundError when `text` is missing and ValueError when it is too small for so many pieces.
-    """
-    tokenizer_training.train_tokenizer([Path(text)], Path(out), dictionary_size, {"model_type": kind})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "text", nargs="+", type=Path, metavar="TEXT", help="text, one paragraph per line, or a prepared corpus folder"
     )
@@ -59,27 +43,26 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
     parser.add_argument("--threads", type=int, default=4, help="part of the result; keep it for equal bytes")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     options = dict(PRESETS[arguments.preset].options) if arguments.preset else {"model_type": "unigram"}
     if arguments.kind:
         options["model_type"] = arguments.kind
     if arguments.character_coverage is not None:
         if not 0.98 <= arguments.character_coverage <= 1.0:
-            parser.error(f"--character-coverage {arguments.character_coverage} must lie between 0.98 and 1")
+            raise argparse.ArgumentError(
+                None, f"--character-coverage {arguments.character_coverage} must lie between 0.98 and 1"
+            )
         options["character_coverage"] = arguments.character_coverage
     size = arguments.dictionary_size or (
         PRESETS[arguments.preset].dictionary_size if arguments.preset else DEFAULT_SIZE
     )
-    try:
-        tokenizer_training.train_tokenizer(
-            arguments.text, arguments.out, size, options, arguments.sample_size, arguments.seed, arguments.threads
-        )
-    except (OSError, ValueError, CorpusError) as error:
-        sys.exit(f"train_tokenizer: {error}")
+    train_tokenizer(
+        arguments.text, arguments.out, size, options, arguments.sample_size, arguments.seed, arguments.threads
+    )
     rows = -(-size // 64) * 64
     filled = f", filled up to {rows:,} (a multiple of 64)" if rows != size else ""
-    print(f"  {arguments.out}: {size:,} symbols in the dictionary{filled}, {arguments.out.parent / 'dict.txt'}")
-
-
-if __name__ == "__main__":
-    main()
+    sys.stdout.write(
+        f"  {arguments.out}: {size:,} symbols in the dictionary{filled}, {arguments.out.parent / 'dict.txt'}\n"
+    )

@@ -1,30 +1,17 @@
-"""What a model must beat: the entropy of single tokens in a data folder of fairseq-preprocess, in nats per token.
+"""Entropy of single tokens in a data folder, in nats per token, without fairseq and torch."""
 
-    python scripts/corpus_entropy.py DATA [--loss-bits VALIDATION_LOSS_AS_FAIRSEQ_LOGS_IT]
-
-* unigram: cross entropy of the validation tokens under the frequencies of the training tokens. A masked-language model
-  that ignores the context reaches exactly this loss, and training sits on it for a while before it learns to read.
-* bigram: the same when the token before is known (interpolated Kneser-Ney, one discount).
-
-`</s>` is left out, as it is never masked. fairseq logs losses in bits (base 2); one bit is ln 2 = 0.693 nats.
-"""
-
-import argparse
-import logging
-import math
 import os
-import sys
 from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-logging.disable(logging.INFO)  # fairseq announces optional packages on import
-from fairseq.data import Dictionary  # noqa: E402
-
-from fairseq_implicit.data.mapped_tokens import MappedTokens  # noqa: E402
+from fairseq_implicit.data.mapped_tokens import MappedTokens
 
 DISCOUNT = 0.75
+
+# Of fairseq's dictionaries: <s>, <pad>, </s> and <unk> come before the rows of dict.txt.
+SPECIAL_SYMBOLS = 4
+EOS = 2
 
 
 class Entropies(NamedTuple):
@@ -76,30 +63,8 @@ def folder_entropies(folder: str) -> Entropies:
     dictionary_file = os.path.join(folder, "dict.txt")
     if not os.path.isfile(dictionary_file):
         raise FileNotFoundError(f"{dictionary_file} does not exist: name a folder of fairseq-preprocess")
-    dictionary = Dictionary.load(dictionary_file)
+    with open(dictionary_file, encoding="utf-8") as rows:
+        vocabulary = SPECIAL_SYMBOLS + sum(1 for _ in rows)
     splits = [MappedTokens(os.path.join(folder, split)) for split in ("train", "valid")]
     train, valid = (tokens.slice(0, tokens.token_count) for tokens in splits)
-    return entropies(train, valid, len(dictionary), dictionary.eos())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", metavar="DATA", help="folder of fairseq-preprocess")
-    parser.add_argument("--loss-bits", type=float, metavar="LOSS", help="validation loss in bits, to compare with")
-    arguments = parser.parse_args()
-    try:
-        reference = folder_entropies(arguments.data)
-    except (OSError, ValueError) as error:
-        sys.exit(f"corpus_entropy: {error}")
-    if arguments.loss_bits is not None:
-        loss = arguments.loss_bits * math.log(2)
-        print(f"  validation loss   {loss:6.3f} nats per masked token (fairseq logs {arguments.loss_bits:.3f} bits)")
-    print(f"  unigram entropy   {reference.unigram:6.3f} nats per token: what a model without context reaches")
-    print(f"  bigram entropy    {reference.bigram:6.3f} nats per token: with the token before known")
-    if arguments.loss_bits is not None:
-        difference = reference.unigram - loss
-        print(f"  the model is {abs(difference):.3f} nats {'below' if difference > 0 else 'ABOVE'} the unigram entropy")
-
-
-if __name__ == "__main__":
-    main()
+    return entropies(train, valid, vocabulary, EOS)

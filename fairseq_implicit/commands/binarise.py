@@ -1,25 +1,23 @@
-"""Command line: text shards in, fairseq data-bin folders and the data argument of fairseq-train out."""
+"""Binarises the shards of prepare-corpus (or any text files) for fairseq-train.
 
-from __future__ import annotations
+    fairseq-implicit binarise prepared --tokenizer tokenizer/spm.model --output data-bin --workers 8 --fast
+    fairseq-train "$(cat data-bin/data-bin.txt)" ...
+
+Writes folders shard0 to shardN, the held-out splits in shard0. The same command again goes on after an interruption.
+"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
+from fairseq_implicit.commands.values import part_from_environment, part_of
 from fairseq_implicit.corpora.binarisation import Binarisation, shards_of_files, shards_of_folder
-from fairseq_implicit.corpora.prepare_command import part_from_environment, part_of
-from fairseq_implicit.corpora.problems import CorpusError, run_command
+from fairseq_implicit.corpora.problems import CorpusError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="binarise_corpus.py",
-        description="Binarises the shards of prepare_corpus.py (or any text files) for fairseq-train: folders shard0 "
-        "to shardN, the held-out splits in shard0. The same command again goes on after an interruption.",
-    )
-    parser.add_argument("corpus", nargs="?", type=Path, help="folder that prepare_corpus.py has finished")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("corpus", nargs="?", type=Path, help="folder that prepare-corpus has finished")
     parser.add_argument(
         "--train", nargs="+", type=Path, default=[], help="text files instead of a folder, one per shard"
     )
@@ -32,7 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--part", type=part_of, help="binarise only part i/n of the shards (default: from SLURM or torchrun variables)"
     )
-    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,8 +60,3 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{split}: {lines:,} lines, {tokens:,} tokens (one end mark per line included)\n")
     sys.stdout.write(f"{job.data_argument()}\n")
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``scripts/binarise_corpus.py``."""
-    return run_command(run, build_parser(), argv)

@@ -1,7 +1,7 @@
 """Loads a trained checkpoint through the hub interface and fills masks.
 
-    python scripts/fill_masks.py FOLDER "Return the <mask> of the file."
-    python scripts/fill_masks.py FOLDER --text corpus/test.txt --count 5
+    fairseq-implicit fill-masks FOLDER "Return the <mask> of the file."
+    fairseq-implicit fill-masks FOLDER --text corpus/test.txt --count 5
 
 Without sentences of your own, one word is hidden in each of a few sentences of --text, and the word that stood there is
 printed beside the candidates.
@@ -9,17 +9,12 @@ printed beside the candidates.
 
 import argparse
 import hashlib
-import logging
-import os
 import re
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-logging.disable(logging.INFO)  # fairseq announces optional packages on import
-import fairseq_implicit  # noqa: E402, F401  (registers the models)
-from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
+from fairseq_implicit.models.bert import ImplicitBertModel
 
 
 class Question(NamedTuple):
@@ -59,8 +54,7 @@ def report(question: Question, filled) -> list[str]:
     return lines + [f"      {candidates}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="folder of the checkpoint")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="with one <mask> each")
     parser.add_argument(
@@ -69,22 +63,20 @@ def main() -> None:
     parser.add_argument("--text", metavar="FILE", help="where sentences come from when none is given")
     parser.add_argument("--count", type=int, default=6, help="sentences taken from --text (default: 6)")
     parser.add_argument("--candidates", type=int, default=5, help="printed for each mask (default: 5)")
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     if not arguments.sentences and not arguments.text:
-        parser.error("give sentences with a <mask>, or --text FILE to take them from")
-    try:
-        bert = ImplicitBertModel.from_pretrained(arguments.folder, arguments.checkpoint_file)
-        asked = [Question(sentence, None) for sentence in arguments.sentences]
-        if not asked:
-            found = questions(arguments.text, lambda word: is_one_piece(bert, word))
-            asked = [question for question, _ in zip(found, range(arguments.count))]
-        for question in asked:
-            print("\n".join(report(question, bert.fill_mask(question.sentence, topk=arguments.candidates))))
-    except (ArithmeticError, OSError, ValueError) as error:
-        sys.exit(f"fill_masks: {error}")
+        raise argparse.ArgumentError(None, "give sentences with a <mask>, or --text FILE to take them from")
+    bert = ImplicitBertModel.from_pretrained(arguments.folder, arguments.checkpoint_file)
+    asked = [Question(sentence, None) for sentence in arguments.sentences]
     if not asked:
-        print(f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead")
-
-
-if __name__ == "__main__":
-    main()
+        found = questions(arguments.text, lambda word: is_one_piece(bert, word))
+        asked = [question for question, _ in zip(found, range(arguments.count))]
+    for question in asked:
+        filled = bert.fill_mask(question.sentence, topk=arguments.candidates)
+        sys.stdout.write("\n".join(report(question, filled)) + "\n")
+    if not asked:
+        sys.stdout.write(
+            f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead\n"
+        )

@@ -1,6 +1,6 @@
 """What a trained model does along its depth: state size, turning, local error per block, evaluations per sample.
 
-    python scripts/plot_trajectory.py checkpoint_best.pt DATA --out trajectory.png --tensorboard FOLDER
+    fairseq-implicit plot-trajectory checkpoint_best.pt DATA --out trajectory.png --tensorboard FOLDER
 
 Takes ode_bert and neural_ode_bert checkpoints and a batch of middling blocks of the validation set. The curves are
 means over the batch, the bands run from the smallest to the largest sample. The local error is what one third-order
@@ -11,30 +11,21 @@ as an image.
 
 import argparse
 import importlib.util
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-if __name__ == "__main__":
-    logging.disable(logging.INFO)  # fairseq announces optional packages on import
-
-from fairseq_implicit.depth.diagnostics import Trajectory, trace  # noqa: E402
-from scripts import pictures, validation  # noqa: E402
+from fairseq_implicit.commands import checkpoint_arguments, pictures
+from fairseq_implicit.depth.diagnostics import Trajectory
+from fairseq_implicit.evaluation.masked_lm import Blocks
+from fairseq_implicit.evaluation.trajectory import trajectory
 
 
-def refuse_non_finite(trajectory: Trajectory) -> None:
-    """Raises ArithmeticError where a state on the way is no number: there is nothing to draw."""
-    for place, time in enumerate(trajectory.times):
-        error = trajectory.local_error[place - 1] if place else torch.zeros(())
-        if not (trajectory.rms[place].isfinite().all() and error.isfinite().all()):
-            raise ArithmeticError(
-                f"the state is not finite at depth {time:g} of {trajectory.times[-1]:g}: the model has diverged; take "
-                "an earlier checkpoint"
-            )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_arguments.add_arguments(parser, batch_size=16)
+    parser.add_argument("--out", metavar="PNG")
+    parser.add_argument("--tensorboard", metavar="FOLDER", help="also write the curves and the picture there")
 
 
 def _curve(axes, times: Sequence[float], values: torch.Tensor, title: str, logarithmic: bool = False) -> None:
@@ -96,36 +87,19 @@ def table(trajectory: Trajectory) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    validation.add_arguments(parser, batch_size=16)
-    parser.add_argument("--out", metavar="PNG")
-    parser.add_argument("--tensorboard", metavar="FOLDER", help="also write the curves and the picture there")
-    options = parser.parse_args()
-    try:
-        if options.out:
-            pictures.check(options.out)
-        if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ValueError("--tensorboard needs a package: pip install 'fairseq_implicit[tensorboard]'")
-        model, cfg, task = validation.open_checkpoint(options.checkpoint, options.data)
-        tokens = validation.batches(task, options.subset, options.batch_size, limit=1)[0]["net_input"]["src_tokens"]
-        with torch.no_grad():
-            padding_mask = model.encoder.padding_mask(tokens)
-            trajectory = trace(model.encoder.depth, model.encoder.embed(tokens, padding_mask), padding_mask)
-        refuse_non_finite(trajectory)
-        sys.stdout.write(table(trajectory) + "\n")
-        if not (options.out or options.tensorboard):
-            return
-        figure = plot(trajectory, cfg.model._name)
-        if options.out:
-            pictures.save(figure, options.out)
-            sys.stdout.write(f"  {options.out}\n")
-        if options.tensorboard:
-            write_tensorboard(trajectory, figure, options.tensorboard)
-            sys.stdout.write(f"  {options.tensorboard}\n")
-    except (OSError, ValueError, ArithmeticError) as error:
-        sys.exit(f"plot_trajectory: {error}")
-
-
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace) -> None:
+    if options.out:
+        pictures.check(options.out)
+    if options.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package: pip install 'fairseq_implicit[tensorboard]'")
+    name, found = trajectory(options.checkpoint, Blocks(options.data, options.subset, options.batch_size))
+    sys.stdout.write(table(found) + "\n")
+    if not (options.out or options.tensorboard):
+        return
+    figure = plot(found, name)
+    if options.out:
+        pictures.save(figure, options.out)
+        sys.stdout.write(f"  {options.out}\n")
+    if options.tensorboard:
+        write_tensorboard(found, figure, options.tensorboard)
+        sys.stdout.write(f"  {options.tensorboard}\n")

@@ -1,20 +1,23 @@
-"""Command line: corpus files in, numbered shards of clean text out."""
+"""Cleans a corpus and writes it as numbered text shards with train, valid and test splits.
 
-from __future__ import annotations
+    fairseq-implicit prepare-corpus pile/train --valid-input pile/val.jsonl.zst --output prepared --workers 8
+
+The same command again goes on after an interruption; the result is the same for any number of workers and parts.
+"""
 
 import argparse
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
+from fairseq_implicit.commands.values import byte_size, component_weight, part_from_environment, part_of
 from fairseq_implicit.corpora import hub
 from fairseq_implicit.corpora.corpus_job import LOCK, TABLE, CorpusJob, verify_corpus
 from fairseq_implicit.corpora.filters import warn_of_unknown_components
 from fairseq_implicit.corpora.ownership import own_folder
-from fairseq_implicit.corpora.problems import CorpusError, run_command
+from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.quality import QUALITY_FILTERS, quality_check
 from fairseq_implicit.corpora.records import TEXT_FIELDS
 from fairseq_implicit.corpora.settings import DEFAULT_DROPPED_ANNOTATIONS, PILE_EPOCHS, PrepareSettings
@@ -22,72 +25,12 @@ from fairseq_implicit.corpora.sources import BOUNDARIES, STANDARD_INPUT, Source,
 
 logger = logging.getLogger(__name__)
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def byte_size(text: str) -> int:
-    """Reads a size such as ``4GB``, ``512MiB`` or ``65536``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
-    if not match or match[2] == "I":
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write for example 65536, 500MB or 4GB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def part_of(text: str) -> tuple[int, int]:
-    """Reads ``i/n`` with 0 ≤ i < n."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not int(match[1]) < int(match[2]):
-        raise argparse.ArgumentTypeError(f"'{text}' is no part; write i/n with 0 <= i < n, for example 0/3")
-    return int(match[1]), int(match[2])
-
-
-def part_from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
-    """This process's part under SLURM (array tasks and/or several tasks per job) or torchrun, else ``(0, 1)``.
-
-    Raises:
-        CorpusError: a variable of the scheduler is no number.
-    """
-
-    def number(name: str, default: int) -> int:
-        value = environment.get(name, "")
-        if not value:
-            return default
-        if not value.isdigit():
-            raise CorpusError(f"The environment variable {name}={value} is no number; give --part i/n instead.")
-        return int(value)
-
-    if "SLURM_JOB_ID" in environment:
-        tasks = number("SLURM_NTASKS", 1)
-        rank = number("SLURM_PROCID", 0) if tasks > 1 else 0
-        array, count = 0, 1
-        if "SLURM_ARRAY_TASK_ID" in environment:
-            step = max(number("SLURM_ARRAY_TASK_STEP", 1), 1)
-            array = (number("SLURM_ARRAY_TASK_ID", 0) - number("SLURM_ARRAY_TASK_MIN", 0)) // step
-            count = number("SLURM_ARRAY_TASK_COUNT", 1)
-        return array * tasks + rank, count * tasks
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return number("RANK", 0), number("WORLD_SIZE", 1)
-    return 0, 1
-
-
-def component_weight(text: str) -> tuple[str, float]:
-    """Reads ``NAME=WEIGHT``."""
-    name, _, weight = text.rpartition("=")
-    try:
-        return name, float(weight)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no weight; write NAME=NUMBER") from None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; every option that decides the output is a field of `PrepareSettings`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags; every one that decides the output is a field of `PrepareSettings`."""
     defaults = PrepareSettings()
-    parser = argparse.ArgumentParser(
-        prog="prepare_corpus.py",
-        description="Cleans a corpus and writes it as numbered text shards with train/valid/test splits. The same "
-        "command again goes on after an interruption; the result is the same for any number of workers and parts.",
-    )
     parser.add_argument(
         "inputs",
         nargs="*",
@@ -205,7 +148,6 @@ def build_parser() -> argparse.ArgumentParser:
     oscar.add_argument("--min-language-probability", type=float, default=0.0)
     oscar.add_argument("--min-harmful-perplexity", type=float, default=0.0, help="23.01: drop below it")
     oscar.add_argument("--drop-category", action="append", default=[], help="23.01: block-list category to drop")
-    return parser
 
 
 def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
@@ -347,8 +289,3 @@ def _prepare(job: CorpusJob, arguments: argparse.Namespace, part: int, parts: in
         return 0
     sys.stdout.write((arguments.output / TABLE).read_text(encoding="utf-8"))
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of ``scripts/prepare_corpus.py`` and ``python -m fairseq_implicit.corpora``."""
-    return run_command(run, build_parser(), argv)

@@ -11,7 +11,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.ttLib.tables._g_l_y_f import Glyph
 from matplotlib import font_manager
 
-from scripts import pictures
+from fairseq_implicit.commands import pictures
 
 
 def labels(axis):
@@ -151,7 +151,7 @@ def test_a_title_gets_a_font_that_was_installed_since(machine, font, caplog):
 
 
 def test_what_no_font_has_is_written_in_numbers_and_said_once(machine, caplog):
-    with caplog.at_level(logging.WARNING, "pictures"):
+    with caplog.at_level(logging.WARNING, pictures.__name__):
         assert titled("日本 rk2").get_text() == r"\u65e5\u672c rk2"
         assert titled("日本 rk4").get_text() == r"\u65e5\u672c rk4"
     (record,) = caplog.records
