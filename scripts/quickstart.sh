@@ -140,15 +140,15 @@ plugin=(--user-dir "$root/fairseq_implicit" --task implicit_masked_lm)
 if [ -n "$text" ]; then
     name=own-text
     # names, sizes and dates stand for the contents of what may be gigabytes
-    corpus_key=$({ cat scripts/text_corpus.py scripts/corpus_splits.py; ls -lLR "$text"; } | key)
-    make_corpus=(run python scripts/text_corpus.py "$text")
+    corpus_key=$({ cat fairseq_implicit/corpora/small_corpus.py; ls -lLR "$text"; } | key)
+    source=("$text")
 else
     name=embedded
-    corpus_key=$(key scripts/embedded_corpus.py scripts/corpus_splits.py "$stamp" <(python -V))
-    make_corpus=(run python scripts/embedded_corpus.py)
+    corpus_key=$(key fairseq_implicit/corpora/{docstrings,small_corpus}.py "$stamp" <(python -V))
+    source=(--docstrings)
 fi
 corpus=$out/$name/corpus tokenizer=$out/$name/sentencepiece.bpe.model data=$out/$name/data-bin
-stage "$name-corpus" "$corpus" "$corpus_key" "${make_corpus[@]}" --out "$corpus"
+stage "$name-corpus" "$corpus" "$corpus_key" run python -m fairseq_implicit text-corpus "${source[@]}" --out "$corpus"
 
 # --- tokenizer
 tokenizer_key=$(key fairseq_implicit/commands/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary $coverage"))

@@ -29,7 +29,7 @@ WARMUP_UPDATES=10000
 TOTAL_UPDATES=125000
 
 # 0. text -> one paragraph per line, blank line between documents, train/valid/test
-[ -d "$OUT/corpus" ] || run python scripts/text_corpus.py "$TEXT" --out "$OUT/corpus"
+[ -d "$OUT/corpus" ] || run python -m fairseq_implicit text-corpus "$TEXT" --out "$OUT/corpus"
 
 # 1. sentencepiece model on at most ten million paragraphs
 [ -f "$OUT/sentencepiece.bpe.model" ] ||

@@ -17,6 +17,7 @@ from fairseq_implicit.corpora.problems import CorpusError
 
 COMMANDS = {
     "prepare-corpus": "clean The Pile, OSCAR or plain text into numbered shards",
+    "text-corpus": "clean a text of your own, or documentation strings, into train, valid and test",
     "train-tokenizer": "train a sentencepiece model and write its dictionary",
     "binarise": "text shards to data folders of fairseq",
     "entropy": "the entropies of a data folder, which a model must beat",

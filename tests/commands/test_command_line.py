@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "fairseq_implicit" / "commands"
 #: What every other command needs fairseq for: checkpoints.
-WITHOUT_FAIRSEQ = ["prepare-corpus", "train-tokenizer", "binarise", "entropy", "user-dir"]
+WITHOUT_FAIRSEQ = ["prepare-corpus", "text-corpus", "train-tokenizer", "binarise", "entropy", "user-dir"]
 
 
 def python(code, *arguments):

@@ -55,7 +55,7 @@ def make(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
-if name in ("text_corpus.py", "embedded_corpus.py"):
+if name == "text-corpus":
     for split in ("train", "valid", "test"):
         make(value("--out") / (split + ".txt"), "text\\n")
 elif name == "train-tokenizer":
@@ -91,7 +91,8 @@ class Checkout:
         for name in ("commands", "corpora", "data", "models"):
             (self.root / "fairseq_implicit" / name).mkdir(parents=True)
         for file in ("requirements.txt", "fairseq_implicit/data/sentencepiece_dictionary.py",
-                     "fairseq_implicit/commands/train_tokenizer.py",
+                     "fairseq_implicit/commands/train_tokenizer.py", "fairseq_implicit/corpora/docstrings.py",
+                     "fairseq_implicit/corpora/small_corpus.py",
                      "fairseq_implicit/corpora/tokenizer_training.py"):  # fmt: skip
             shutil.copy(ROOT / file, self.root / file)
         (self.root / "torch.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 0)\n")

@@ -119,7 +119,7 @@ def test_a_signal_ends_the_training_and_all_its_processes(checkout, text, name):
 
 
 @pytest.mark.parametrize(
-    "script, program", [("ode_bert_base.sh", "text_corpus.py"), ("pile.sh", "binarise"),
+    "script, program", [("ode_bert_base.sh", "text-corpus"), ("pile.sh", "binarise"),
                         ("oscar.sh", "prepare-corpus"), ("deq.sh", "fairseq-train")]
 )  # fmt: skip
 def test_a_signal_ends_every_recipe_at_any_stage(checkout, inputs, script, program):

@@ -1,32 +1,27 @@
-"""Real English that every machine of this project holds: the documentation strings of Python's standard library and
-of the installed torch package.
-
-    python scripts/embedded_corpus.py --out FOLDER
+"""Real English that every machine of this project holds: the documentation strings of installed packages.
 
 Sources are parsed, never imported. One source file is one document; examples, tables and signatures are left out, so
-that what stays is prose. The result depends on the installed Python and torch only.
+that what stays is prose, and a paragraph that has occurred before is, too.
 """
 
-import argparse
 import ast
 import importlib.util
 import inspect
-import multiprocessing
 import os
 import re
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from corpus_splits import Document, clean_paragraph, deduplicated, report, write_splits  # noqa: E402
+from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.records import Document
+from fairseq_implicit.corpora.workers import advance, run_tasks
 
 # Third-party packages inside the library folder, and folders whose strings are test data rather than documentation.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "lib2to3", "include"}
+
+_TOGETHER = 32  # files that a process parses before it is given others
 
 ROLE = re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]*)(?:<[^`]*>)?`")
 CODE_SPAN = re.compile(r"``?([^`]+)``?_?")
@@ -121,48 +116,49 @@ def prose(docstring: str) -> list[str]:
         text = " ".join(lines)
         text = ROLE.sub(r"\1", text)
         text = BOLD.sub(r"\1", CODE_SPAN.sub(r"\1", text))
-        text = clean_paragraph(re.sub(r"::$", ":", text))
+        text = " ".join(re.sub(r"::$", ":", text).split())
         if is_prose(text):
             kept.append(text)
     return kept
 
 
-def document_of(file: SourceFile) -> Document:
-    """The document of one source file; empty when the file is no Python of this version."""
-    with open(file.path, "rb") as stream:
+def paragraphs_of(path: str) -> list[str]:
+    """The prose of one source file; none when the file is no Python of this version."""
+    with open(path, "rb") as stream:
         source = stream.read()
+    advance(consumed=len(source), text=len(source))
     try:
-        return Document(file.name, [p for text in docstrings(source) for p in prose(text)])
+        return [paragraph for text in docstrings(source) for paragraph in prose(text)]
     except (SyntaxError, ValueError):
-        return Document(file.name, [])
+        return []
 
 
-def embedded_files() -> list[SourceFile]:
-    """The sources of the standard library and of torch. Raises FileNotFoundError when torch is not installed."""
+def _together(first: int, paths: list[str]) -> tuple[int, list[list[str]]]:
+    return first, [paragraphs_of(path) for path in paths]
+
+
+def standard_files() -> list[SourceFile]:
+    """The sources of the standard library and of torch.
+
+    Raises:
+        CorpusError: torch is not installed.
+    """
     torch_package = importlib.util.find_spec("torch")
     if torch_package is None or not torch_package.submodule_search_locations:
-        raise FileNotFoundError("the torch package is not installed: run scripts/environment.sh first")
-    library = sysconfig.get_paths()["stdlib"]
+        raise CorpusError("the torch package, whose documentation is a part of the corpus, is not installed")
     torch_folder = list(torch_package.submodule_search_locations)[0]
-    return source_files(library, "python") + source_files(torch_folder, "torch")
+    return source_files(sysconfig.get_paths()["stdlib"], "python") + source_files(torch_folder, "torch")
 
 
-def embedded_documents(files: list[SourceFile], processes: int) -> Iterator[Document]:
-    """The documents in the order of `files`, whatever the number of processes."""
-    with multiprocessing.Pool(processes) as pool:
-        documents = pool.imap(document_of, files, chunksize=32)
-        seconds = 0.2 if sys.stderr.isatty() else 15
-        yield from tqdm(documents, "  reading sources", total=len(files), unit="files", mininterval=seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="gets train.txt, valid.txt and test.txt")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="parsers side by side")
-    arguments = parser.parse_args()
-    documents = embedded_documents(embedded_files(), arguments.processes)
-    print(report(arguments.out, write_splits(arguments.out, deduplicated(documents))))
-
-
-if __name__ == "__main__":
-    main()
+def docstring_documents(files: list[SourceFile], workers: int) -> Iterator[Document]:
+    """The documents in the order of ``files``, whatever the number of processes, without repeated paragraphs."""
+    paths = [file.path for file in files]
+    tasks = [(first, paths[first : first + _TOGETHER]) for first in range(0, len(paths), _TOGETHER)]
+    done = dict(run_tasks(_together, tasks, workers, sum(map(os.path.getsize, paths)), "reading sources"))
+    found = [paragraphs for first, _ in tasks for paragraphs in done[first]]
+    seen: set[str] = set()
+    for file, paragraphs in zip(files, found, strict=True):
+        fresh = [paragraph for paragraph in dict.fromkeys(paragraphs) if paragraph not in seen]
+        seen.update(fresh)
+        if fresh:
+            yield Document("\n".join(fresh), file.name, 0)
