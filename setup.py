@@ -24,6 +24,7 @@ setup(
         "cffi",
         "hydra-core==1.3.2",
         "omegaconf==2.3.0",
+        "orjson>=3.10",
         "packaging",
         "regex",
         "sacrebleu>=2.0",

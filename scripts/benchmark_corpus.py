@@ -3,9 +3,9 @@
     python -m scripts.benchmark_corpus wiki.train.tokens --pile pile/train/00.jsonl.zst
 
 Routes: the two steps that fairseq's examples describe (sentencepiece writes pieces as text, fairseq-preprocess reads
-them), fairseq-preprocess on raw text with this package's dictionary, and `fairseq-implicit binarise --fast`; each with one and
-with two processes. Every route runs as its own process on the whole text and on its first lines; the difference is the
-speed without the start-up, and both are shown. The files of all routes are compared byte by byte.
+them), fairseq-preprocess on raw text with this package's dictionary, and `fairseq-implicit binarise --fast`; each with
+one and with two processes. Every route runs as its own process on the whole text and on its first lines; the difference
+is the speed without the start-up, and both are shown. The files of all routes are compared byte by byte.
 """
 
 import argparse

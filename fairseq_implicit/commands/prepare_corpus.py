@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--merge", action="store_true", help="merge the parts that were read into the final shards")
     work.add_argument("--strict", action="store_true", help="stop at the first damaged file or record")
     work.add_argument(
+        "--compress-work",
+        action="store_true",
+        help="compress the intermediate files, which else take as much room as the text; a third slower",
+    )
+    work.add_argument(
         "--max-loss",
         type=float,
         default=1.0,
@@ -193,6 +198,7 @@ def settings_from(arguments: argparse.Namespace) -> PrepareSettings:
         held_out_sample=arguments.held_out_sample,
         documents_per_file=arguments.documents_per_file,
         strict=arguments.strict,
+        compress_work=arguments.compress_work,
     )
 
 

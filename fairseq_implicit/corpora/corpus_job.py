@@ -68,7 +68,7 @@ class CorpusJob:
     def description(self) -> dict:
         """What must be equal for two runs to belong to one preparation."""
         return {
-            "settings": self.settings.as_dict() | {"strict": False},
+            "settings": self.settings.deciding(),
             "fingerprint": self.settings.fingerprint(),
             "sources": [[source.name, source.split] for source in self.sources],
         }

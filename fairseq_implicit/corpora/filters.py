@@ -15,9 +15,8 @@ def component_of(document: Document) -> str:
     return COMPONENT_SPELLINGS.get(document.component or "", document.component or "")
 
 
-def reason_to_drop(document: Document, settings: PrepareSettings) -> str | None:
-    """Why the record's own metadata exclude the document, or None when it is wanted."""
-    component = component_of(document)
+def reason_to_drop(document: Document, component: str, settings: PrepareSettings) -> str | None:
+    """Why the record's own metadata exclude the document of a component, or None when it is wanted."""
     if settings.include_components and component not in settings.include_components:
         return "component not included"
     if component in settings.exclude_components:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = ("test", "valid", "train")
 _NEAR_DUPLICATES = "near-duplicates.npy"
+# Text that is written in one call: most documents are so small that a call for each would take longer than its bytes.
+_WRITTEN_TOGETHER = 2**20
 _PIECE = {"counts": COUNTS, "files": {"*": {"sha256": str, "bytes": int}}}
 
 
@@ -148,15 +150,15 @@ def write_piece(
     texts = {split: HashedFile(_piece_path(split, piece, folder)) for split in SPLIT_NAMES}
     try:
         for bucket in range(piece.first, piece.last):
+            waiting: dict[str, list[bytes]] = {split: [] for split in SPLIT_NAMES}
+            size = 0
             for split, text in _documents_of(bucket, segments, settings, near, held_out, counts):
-                name = SPLIT_NAMES[split]
-                file = texts[name]
-                # One blank line between documents: it is fairseq's document separator, not part of any document.
-                file.write(b"\n" + text + b"\n" if file.size else text + b"\n")
-                counts.written[name] += 1
-                counts.written_bytes[name] += len(text)
-                counts.written_lines[name] += text.count(b"\n") + 1
-                advance(consumed=len(text), text=len(text))
+                waiting[SPLIT_NAMES[split]].append(text)
+                size += len(text)
+                if size > _WRITTEN_TOGETHER:
+                    _write_documents(waiting, texts, counts)
+                    size = 0
+            _write_documents(waiting, texts, counts)
         published = _publish(texts)
     except BaseException:
         for file in texts.values():
@@ -164,6 +166,26 @@ def write_piece(
         raise
     write_json(_piece_record(piece, folder), {"counts": counts.as_dict(), "files": published})
     return piece, counts
+
+
+def _write_documents(waiting: dict[str, list[bytes]], files: dict[str, HashedFile], counts: Counts) -> None:
+    """Appends the documents that wait for a split to its file; none waits afterwards."""
+    for split, documents in waiting.items():
+        if not documents:
+            continue
+        # One blank line between documents: it is fairseq's document separator, not part of any document.
+        text, number = b"\n\n".join(documents), len(documents)
+        documents.clear()
+        file = files[split]
+        if file.size:
+            file.write(b"\n")
+        file.write(text)
+        file.write(b"\n")
+        size = len(text) - 2 * (number - 1)
+        counts.written[split] += number
+        counts.written_bytes[split] += size
+        counts.written_lines[split] += text.count(b"\n") - number + 2
+        advance(consumed=size, text=size)
 
 
 def _publish(texts: dict[str, HashedFile]) -> dict[str, dict]:

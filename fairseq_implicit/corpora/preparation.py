@@ -100,7 +100,7 @@ def prepare_source(source: Source, settings: PrepareSettings, work: Path) -> Sou
     files = SourceFiles.of(source, work)
     identity = identity_of(source)
     temporary = temporary_beside(files.segments)
-    writer = SegmentWriter(temporary, settings.buckets)
+    writer = SegmentWriter(temporary, settings.buckets, settings.compress_work)
     signatures = HashedFile(files.signatures) if settings.drop_near_duplicates else None
     step = _Step(source, settings, writer, signatures)
     step.counts.input_size = max(identity["size"], 0)
@@ -186,14 +186,15 @@ class _Step:
 
     def _take_document(self, document: Document) -> None:
         counts, settings = self.counts, self._settings
-        reason = reason_to_drop(document, settings)
+        component = component_of(document)
+        reason = reason_to_drop(document, component, settings)
         if reason is None:
             text, data, size, changes = clean_utf8(document.text)
         else:
             size = len(document.text.encode("utf-8", "surrogatepass"))
         counts.documents_read += 1
         counts.bytes_read += size
-        counts.components[component_of(document) or "(none)"] += 1
+        counts.components[component or "(none)"] += 1
         advance(text=size)
         if reason is not None:
             counts.drop(reason, size)
@@ -214,16 +215,17 @@ class _Step:
             counts.drop("not sampled", size)
             return
         split = self._split_of(key)
-        copies = self._copies_of(document, key) if split == TRAIN else 1
+        copies = self._copies_of(component, key) if split == TRAIN else 1
         if copies == 0:
             counts.drop("component weight", size)
             return
         for change in (*changes, *document.repairs):  # Counter.update is slow, and most documents have none
             counts.changed[change] += 1
+        counts.bytes_removed += size
         pieces = self._pieces_of(text, data)
         counts.pieces_added += len(pieces) - 1
-        counts.bytes_removed += size - sum(map(len, pieces))
         for piece in pieces:
+            counts.bytes_removed -= len(piece)
             piece_key = key if piece is data else document_key(piece, settings.seed)
             self._write(piece_key, split, piece)
             for number in range(1, copies):
@@ -246,8 +248,8 @@ class _Step:
             return TEST
         return VALID if share < self._settings.test_fraction + self._settings.valid_fraction else TRAIN
 
-    def _copies_of(self, document: Document, key: bytes) -> int:
-        weight = self._settings.component_weights.get(component_of(document), 1.0)
+    def _copies_of(self, component: str, key: bytes) -> int:
+        weight = self._settings.component_weights.get(component, 1.0)
         whole = int(weight)
         if whole == weight:
             return whole

@@ -17,6 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+import orjson
+
 from fairseq_implicit.corpora.content import (
     PARQUET,
     encoding_fault,
@@ -313,10 +315,9 @@ def _read_json_lines(blocks: Iterator[bytes], name: str, encoding: str, text_fie
         if not line.strip():
             continue
         try:
-            # Most lines are plain ASCII, which spares them a call.
-            text, repairs = (line.decode("ascii"), ()) if line.isascii() else _decoded(line, encoding)
+            record, repairs = _record_of(line, encoding)
             line = None  # a long line should be in memory once
-            document = document_from_record(json.loads(text), name, offset, text_fields)
+            document = document_from_record(record, name, offset, text_fields)
         except EncodingError as error:
             yield _wrong_encoding(name, offset, length, error, encoding)
             continue
@@ -332,10 +333,22 @@ def _read_json_lines(blocks: Iterator[bytes], name: str, encoding: str, text_fie
                 sentence = f"{name}: the file ends inside the record of line {number} (byte {offset})."
                 yield ReadProblem("truncated record", name, offset, sentence, 1, length)
             continue
-        text = None
+        record = None
         if repairs:
             document.repairs += repairs
         yield document
+
+
+def _record_of(line: bytes, encoding: str) -> tuple[object, tuple[str, ...]]:
+    """The JSON value of a line, and what had to be repaired."""
+    if not encoding:
+        try:
+            return orjson.loads(line), ()
+        except ValueError:  # it is stricter than json: half a surrogate pair, NaN, deep nesting, invalid UTF-8
+            pass
+    text, repairs = _decoded(line, encoding)
+    del line
+    return json.loads(text), repairs
 
 
 def _refuse_other_json(head: bytes, name: str) -> None:

@@ -1,8 +1,9 @@
-"""The intermediate files between reading and merging: documents of one source, ordered by hash, compressed.
+"""The intermediate files between reading and merging: documents of one source, ordered by hash.
 
-A segment file is a sequence of zstd frames. Each frame holds the documents of one bucket (one range of the document
-hash) out of one block of input, in hash order. The index at the end says where each bucket's frames are, so that the
-merge of a bucket reads only its own bytes of every source. Equal documents of one block are stored once. Layout::
+A segment file is a sequence of frames, zstd's or plain ones. Each holds the documents of one bucket (one range of the
+document hash) out of one block of input, in hash order. The index at the end says where each bucket's frames are, so
+that the merge of a bucket reads only its own bytes of every source. Equal documents of one block are stored once.
+Layout::
 
     frame, frame, ...          records: key (16), split (u8), repeats (u64), length (u32), text
     held-out keys: 16 bytes for each document of a held-out split
@@ -24,7 +25,7 @@ import zstandard
 
 from fairseq_implicit.corpora.problems import CorpusError
 
-_MAGIC = b"FICORP02"
+_COMPRESSED, _PLAIN = b"FICORP02", b"FICORP03"
 _RECORD = struct.Struct("<16sBQI")
 _FOOTER = struct.Struct("<QQ8s")
 INDEX = np.dtype([("bucket", "<u2"), ("offset", "<u8"), ("length", "<u4"), ("bytes", "<u8")])
@@ -64,15 +65,22 @@ def bucket_of(key: bytes, buckets: int) -> int:
     return int.from_bytes(key[:4], "big") * buckets >> 32
 
 
+def first_key_after(bucket: int, buckets: int) -> bytes:
+    """A bound above all keys of a bucket and not above those of the next one."""
+    first = -((bucket + 1) * -(2**32) // buckets)
+    return first.to_bytes(4, "big") if first < 2**32 else b"\xff" * 17
+
+
 class SegmentWriter:
     """Writes one segment file; give it a temporary path and rename the result.
 
     Args:
         path: file to write.
         buckets: number of hash ranges.
+        compress: a third to a half of the size, for more time than all the rest of the preparation's writing takes.
     """
 
-    def __init__(self, path: Path, buckets: int):
+    def __init__(self, path: Path, buckets: int, compress: bool = False):
         self._path = path
         self._file = open(path, "wb")
         self._buckets = buckets
@@ -83,7 +91,7 @@ class SegmentWriter:
         self._index: list[tuple[int, int, int, int]] = []
         self._held_out = bytearray()
         self._hash = hashlib.sha256()
-        self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True)
+        self._compressor = zstandard.ZstdCompressor(level=1, write_checksum=True) if compress else None
 
     def add(self, key: bytes, split: int, text: bytes) -> None:
         """Adds one document."""
@@ -104,14 +112,15 @@ class SegmentWriter:
         self._offset += len(data)
 
     def _flush(self) -> None:
-        bucket, size, length, parts = -1, 0, 0, []
-        for key, split in sorted(self._documents):
-            repeats, text = self._documents[key, split]
+        bucket, size, length, parts, pack = -1, 0, 0, [], _RECORD.pack
+        following = b""
+        for (key, split), (repeats, text) in sorted(self._documents.items()):
             # A frame's length must fit the index's 32 bits; 1 GiB of text per frame stays far below.
-            if bucket_of(key, self._buckets) != bucket or length >= 2**30:
+            if key >= following or length >= 2**30:
                 self._write_frame(bucket, size, parts)
                 bucket, size, length, parts = bucket_of(key, self._buckets), 0, 0, []
-            parts += (_RECORD.pack(key, split, repeats, len(text)), text)
+                following = first_key_after(bucket, self._buckets)
+            parts += (pack(key, split, repeats, len(text)), text)
             length += len(text)
             # Counted with its repetitions, for the sizes of shards must not depend on what was found equal here.
             size += repeats * len(text)
@@ -121,7 +130,9 @@ class SegmentWriter:
 
     def _write_frame(self, bucket: int, size: int, parts: list[bytes]) -> None:
         if parts:
-            frame = self._compressor.compress(b"".join(parts))
+            frame = b"".join(parts)
+            if self._compressor is not None:
+                frame = self._compressor.compress(frame)
             self._index.append((bucket, self._offset, len(frame), size))
             self._write(frame)
 
@@ -138,7 +149,7 @@ class SegmentWriter:
         self._write(self._held_out)
         index_offset = self._offset
         self._write(np.array(self._index, dtype=INDEX).tobytes())
-        self._write(_FOOTER.pack(held_out_offset, index_offset, _MAGIC))
+        self._write(_FOOTER.pack(held_out_offset, index_offset, _PLAIN if self._compressor is None else _COMPRESSED))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -164,35 +175,42 @@ class SegmentFile:
             footer = file.read()
             held_out, offset, magic = _FOOTER.unpack(footer) if len(footer) == _FOOTER.size else (0, 0, b"")
             end = size - _FOOTER.size
-            if magic != _MAGIC or not held_out <= offset <= end or (end - offset) % INDEX.itemsize:
+            if magic not in (_COMPRESSED, _PLAIN) or not held_out <= offset <= end or (end - offset) % INDEX.itemsize:
                 raise CorpusError(
                     f"The intermediate file {path} is incomplete; remove it with the .json file beside it and run the "
                     "same command again."
                 )
+            self._is_compressed = magic == _COMPRESSED
             file.seek(held_out)
             self.held_out = np.frombuffer(file.read(offset - held_out), dtype=">u8").reshape(-1, 2).astype(np.uint64)
             index = np.frombuffer(file.read(end - offset), dtype=INDEX)
         self.index = index[np.argsort(index["bucket"], kind="stable")]
+        self._buckets = np.ascontiguousarray(self.index["bucket"])
 
     def documents(self, bucket: int) -> Iterator[Stored]:
         """The documents of one bucket, frame by frame; each frame is in hash order."""
-        first, last = np.searchsorted(self.index["bucket"], [bucket, bucket + 1])
+        first, last = self._buckets.searchsorted([bucket, bucket + 1])
         if first == last:
             return
-        decompressor = zstandard.ZstdDecompressor()
-        with open(self.path, "rb") as file:
-            for entry in self.index[first:last]:
-                file.seek(int(entry["offset"]))
+        decompressor = zstandard.ZstdDecompressor() if self._is_compressed else None
+        unpack, header = _RECORD.unpack_from, _RECORD.size
+        file = os.open(self.path, os.O_RDONLY)  # not held open: there may be thousands
+        try:
+            for _, offset, length, _ in self.index[first:last].tolist():
+                data = os.pread(file, length, offset)
                 try:
-                    data = decompressor.decompress(file.read(int(entry["length"])))
+                    if decompressor is not None:
+                        data = decompressor.decompress(data)
                 except zstandard.ZstdError as error:
                     raise CorpusError(
-                        f"The intermediate file {self.path} is damaged at byte {entry['offset']} ({error}); remove it "
-                        "with the .json file beside it and run the same command again."
+                        f"The intermediate file {self.path} is damaged at byte {offset} ({error}); remove it with the "
+                        ".json file beside it and run the same command again."
                     ) from error
-                position = 0
-                while position < len(data):
-                    key, split, repeats, length = _RECORD.unpack_from(data, position)
-                    position += _RECORD.size
-                    yield key, split, repeats, data[position : position + length]
-                    position += length
+                end, size = 0, len(data)
+                while end < size:
+                    key, split, repeats, length = unpack(data, end)
+                    start = end + header
+                    end = start + length
+                    yield key, split, repeats, data[start:end]
+        finally:
+            os.close(file)

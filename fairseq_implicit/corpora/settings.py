@@ -45,6 +45,10 @@ COMPONENT_SPELLINGS = {"UPSTO Backgrounds": "USPTO Backgrounds"}
 DEFAULT_DROPPED_ANNOTATIONS = ("tiny", "noisy", "adult")
 
 
+# What changes no byte of the output: a run may go on with another choice.
+_WITHOUT_EFFECT = {"strict": False, "compress_work": False}
+
+
 @dataclass(frozen=True)
 class PrepareSettings:
     """Everything that decides which bytes come out. Sizes are in bytes of UTF-8 text.
@@ -75,6 +79,7 @@ class PrepareSettings:
         held_out_sample: the same for files that go to the valid or test split as a whole.
         documents_per_file: read at most this many documents of each file; 0 reads all.
         strict: stop at the first problem of an input file.
+        compress_work: keep the intermediate files compressed: half of their room on the disk for more time.
     """
 
     boundary: str = "auto"
@@ -104,6 +109,7 @@ class PrepareSettings:
     held_out_sample: float = 1.0
     documents_per_file: int = 0
     strict: bool = False
+    compress_work: bool = False
 
     def __post_init__(self):
         if self.boundary not in BOUNDARIES:
@@ -148,12 +154,16 @@ class PrepareSettings:
         """True when the documents of a component are written more than once."""
         return any(weight > 1 for weight in self.component_weights.values())
 
+    def deciding(self) -> dict:
+        """`as_dict` with the defaults of what changes no byte of the output."""
+        return self.as_dict() | _WITHOUT_EFFECT
+
     def as_dict(self) -> dict:
         """The settings as JSON-ready values."""
         return json.loads(json.dumps(asdict(self)))
 
     def fingerprint(self) -> str:
-        """Hash of everything that decides the output; ``strict`` and input names are not part of it."""
-        values = {name: value for name, value in self.as_dict().items() if name != "strict"}
+        """Hash of everything that decides the output, input names excepted."""
+        values = {name: value for name, value in self.as_dict().items() if name not in _WITHOUT_EFFECT}
         values["intermediate files"] = 2  # their format: those of another one are made again
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

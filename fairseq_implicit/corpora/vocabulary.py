@@ -50,7 +50,7 @@ class Vocabulary:
         """
         if not path.is_file():
             raise CorpusError(
-                f"--tokenizer {path}: there is no such sentencepiece model; make it with fairseq-implicit train-tokenizer."
+                f"--tokenizer {path}: there is no such sentencepiece model; make it with train-tokenizer."
             )
         model = path.read_bytes()
         processor = sentencepiece.SentencePieceProcessor()

@@ -30,9 +30,10 @@ _REPORTED_TOGETHER = 2**18
 
 def advance(consumed: int = 0, text: int = 0) -> None:
     """Reports progress from inside a task: bytes of input files consumed, bytes of text that came out of them."""
-    _held[0] += consumed
-    _held[1] += text
-    if max(_held) >= _REPORTED_TOGETHER:
+    held = _held
+    held[0] += consumed
+    held[1] += text
+    if held[0] >= _REPORTED_TOGETHER or held[1] >= _REPORTED_TOGETHER:
         _report()
 
 

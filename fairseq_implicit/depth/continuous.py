@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
-from fairseq_implicit.depth.stack import state_rms
 from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     STEP_CONTROLS,
     AdaptiveConfig,
     AdaptiveResult,
     Piece,
-    mean_square,
     solve_adaptive,
-    valid_weight,
 )
 from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
 from fairseq_implicit.solvers.jacobian import frobenius_finite_difference
@@ -246,12 +244,12 @@ class ContinuousDepth(nn.Module):
         one_step = self.field.piecewise or self.config.backend != "own"
         return "batch" if self.training and one_step else "sample"
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Solve from the embedding at t = 0 to t = T.
 
         Args:
             x: embedding ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            layout: of the batch.
             return_hidden_states: collect the embedding and the state after each accepted step (before the final norm);
                 of libraries and memory-free gradients only the first and last.
 
@@ -259,18 +257,17 @@ class ContinuousDepth(nn.Module):
             ArithmeticError: non-finite values, a state beyond the range of the reversible scheme, or steps that shrank
                 to nothing.
         """
-        valid = None if padding_mask is None else ~padding_mask
-        f = self.field.prepare(x, padding_mask)
+        f = self.field.prepare(x, layout)
         # Penalties need the trajectory only where they are trained.
         penalised = self.config.penalised and torch.is_grad_enabled()
         keep = return_hidden_states or penalised
         if self.config.adaptive:
-            trajectory = self._solve_adaptive(f, x, valid, keep, penalised)
+            trajectory = self._solve_adaptive(f, x, layout, keep, penalised)
         else:
-            trajectory = self._solve_fixed(f, x, valid, keep, penalised)
-        penalties = self._penalties(f, trajectory, valid, x.dtype) if penalised else {}
+            trajectory = self._solve_fixed(f, x, layout, keep, penalised)
+        penalties = self._penalties(f, trajectory, layout, x.dtype) if penalised else {}
         state = trajectory.state.to(x.dtype)
-        statistics = self._statistics(trajectory, None if valid is None else valid.unsqueeze(-1).float())
+        statistics = self._statistics(trajectory, layout)
         if self.final_norm is not None:
             state = self.final_norm(state)
         hidden_states = [one.to(x.dtype) for one in trajectory.states] if return_hidden_states else None
@@ -282,24 +279,22 @@ class ContinuousDepth(nn.Module):
     def _note_backward(self, evaluations: int) -> None:
         self._backward_evaluations = float(evaluations)
 
-    def _solve_adaptive(
-        self, f: Increment, x: Tensor, valid: Tensor | None, keep: bool, penalised: bool
-    ) -> _Trajectory:
+    def _solve_adaptive(self, f: Increment, x: Tensor, layout: Layout, keep: bool, penalised: bool) -> _Trajectory:
         config = self.config
         solve = config.solve(self.step_control)
         training = torch.is_grad_enabled()
         if config.backend != "own":
             alone = solve.step_control == "sample"
-            result = self._solve_alone(x, valid) if alone else self._solve_with_library(f, x, valid)
+            result = self._solve_alone(x, layout) if alone else self._solve_with_library(f, x, layout)
         elif config.gradient == "adjoint" and training:
             result = solve_adjoint(
-                f, x, config.duration, solve, self._trained(), valid, on_backward=self._note_backward,
+                f, x, config.duration, solve, self._trained(), layout, on_backward=self._note_backward,
                 pieces=self.field.pieces(f, config.duration),
             )  # fmt: skip
         else:
             recompute = config.gradient == "checkpoint-step"
             result = solve_adaptive(
-                f, x, config.duration, solve, valid, keep_states=keep, penalties=penalised, recompute=recompute,
+                f, x, config.duration, solve, layout, keep_states=keep, penalties=penalised, recompute=recompute,
                 pieces=self.field.pieces(f, config.duration),
             )  # fmt: skip
             if recompute and training:
@@ -318,7 +313,7 @@ class ContinuousDepth(nn.Module):
             local_error=result.local_error,
         )
 
-    def _solve_with_library(self, f: Increment, x: Tensor, valid: Tensor | None) -> AdaptiveResult:
+    def _solve_with_library(self, f: Increment, x: Tensor, layout: Layout) -> AdaptiveResult:
         config = self.config
         solve = config.solve("batch")
         if config.gradient == "torchdyn-adjoint" and torch.is_grad_enabled():
@@ -326,18 +321,18 @@ class ContinuousDepth(nn.Module):
                 f, x, config.duration, solve, self._trained(), on_backward=self._note_backward
             )
         pieces = self.field.pieces(f, config.duration)
-        return solve_with(config.backend, f, x, config.duration, solve, valid, pieces=pieces)
+        return solve_with(config.backend, f, x, config.duration, solve, layout, pieces=pieces)
 
-    def _solve_alone(self, x: Tensor, valid: Tensor | None) -> AdaptiveResult:
+    def _solve_alone(self, x: Tensor, layout: Layout) -> AdaptiveResult:
         """Each sample in a solve of its own over its real tokens: the libraries have one step for all and, torchdyn,
         padding in its norm."""
         state, results = x.clone(), []
         for row in range(len(x)):
-            real = torch.ones_like(x[row, :, 0], dtype=torch.bool) if valid is None else valid[row]
+            real, own = layout.alone(row, x)
             mine = x[row : row + 1, real]
-            f = self.field.prepare(mine)
+            f = self.field.prepare(mine, own)
             # A row of nothing but padding is no sample.
-            results.append(self._solve_with_library(f, mine, None) if mine.numel() else AdaptiveResult(mine, 0))
+            results.append(self._solve_with_library(f, mine, own) if mine.numel() else AdaptiveResult(mine, 0))
             state[row, real] = results[-1].state[0]
         return AdaptiveResult(
             state=state,
@@ -369,7 +364,7 @@ class ContinuousDepth(nn.Module):
                 self.config.max_evaluations,
             )
 
-    def _solve_fixed(self, f: Increment, x: Tensor, valid: Tensor | None, keep: bool, penalised: bool) -> _Trajectory:
+    def _solve_fixed(self, f: Increment, x: Tensor, layout: Layout, keep: bool, penalised: bool) -> _Trajectory:
         config = self.config
         draws = self.random_steps is not None and self.training
         steps = self.random_steps.draw() if draws else config.steps
@@ -397,7 +392,7 @@ class ContinuousDepth(nn.Module):
             if penalised:
                 # The mean velocity of the step: a lower bound of the energy that needs no further evaluation.
                 velocity = (result.state - state) / h
-                energy = energy + h * mean_square(velocity, valid_weight(valid, velocity))
+                energy = energy + h * layout.sample_mean(velocity.square())
             state = result.state
             if keep:
                 states.append(state)
@@ -408,7 +403,7 @@ class ContinuousDepth(nn.Module):
         )
 
     def _penalties(
-        self, f: Increment, trajectory: _Trajectory, valid: Tensor | None, precision: torch.dtype
+        self, f: Increment, trajectory: _Trajectory, layout: Layout, precision: torch.dtype
     ) -> dict[str, Tensor]:
         config, penalties = self.config, {}
         if config.kinetic_energy > 0:
@@ -423,11 +418,11 @@ class ContinuousDepth(nn.Module):
             def at_place(y: Tensor) -> Tensor:
                 return f(t, y.to(precision)).to(y.dtype)
 
-            norm = frobenius_finite_difference(at_place, z, at_place(z), precision, valid=valid)
+            norm = frobenius_finite_difference(at_place, z, at_place(z), precision, layout=layout)
             penalties["jacobian"] = config.jacobian * config.duration * norm
         return penalties
 
-    def _statistics(self, trajectory: _Trajectory, valid: Tensor | None) -> dict[str, float | Tensor]:
+    def _statistics(self, trajectory: _Trajectory, layout: Layout) -> dict[str, float | Tensor]:
         evaluations = trajectory.evaluations
         return {
             "evaluations": _mean(evaluations),
@@ -436,7 +431,7 @@ class ContinuousDepth(nn.Module):
             "rejected": _mean(trajectory.rejected),
             "evaluations_backward": trajectory.backward,
             "stopped": trajectory.stopped,
-            "state_rms": state_rms(trajectory.state, valid),
+            "state_rms": layout.rms(trajectory.state),
         }
 
 

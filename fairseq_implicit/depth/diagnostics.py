@@ -8,13 +8,12 @@ from torch import Tensor
 from fairseq_implicit.depth.continuous import ContinuousDepth
 from fairseq_implicit.depth.stack import BlockStack
 from fairseq_implicit.fields.field import Increment
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     AdaptiveConfig,
     embedded_step,
     in_state_precision,
-    mean_square,
     solve_adaptive,
-    valid_weight,
 )
 
 
@@ -24,8 +23,8 @@ class Trajectory:
 
     Attributes:
         times: of the places, in units of one layer.
-        rms: ``(N + 1, batch)`` root mean square of the state over valid tokens.
-        cosine: ``(N, batch)`` mean over valid tokens of the cosine between successive states.
+        rms: ``(N + 1, batch)`` root mean square of the state over real tokens.
+        cosine: ``(N, batch)`` mean over real tokens of the cosine between successive states.
         local_error: ``(N, batch)`` error that one step of ``bosh3`` over the interval estimates for itself, relative to
             the state: what a low-order scheme loses there.
         evaluations: ``(batch,)`` evaluations that the depth spends on each sample as it is configured.
@@ -39,42 +38,38 @@ class Trajectory:
 
 
 @torch.no_grad()
-def trace(depth: torch.nn.Module, x: Tensor, padding_mask: Tensor | None = None) -> Trajectory:
+def trace(depth: torch.nn.Module, x: Tensor, layout: Layout = UNPADDED) -> Trajectory:
     """Follow a batch through a depth in evaluation mode.
 
     Args:
         depth: a :class:`BlockStack` or :class:`ContinuousDepth`.
         x: embedding ``(batch, time, dim)``.
-        padding_mask: ``(batch, time)`` bool, True at padding.
+        layout: of the batch.
 
     Raises:
         ValueError: a depth of another kind, or one in training mode, whose noise would be part of the picture.
     """
     if depth.training:
         raise ValueError("a trajectory is traced in evaluation mode: call eval() first")
-    valid = None if padding_mask is None else ~padding_mask
-    weight = valid_weight(valid, x)
     if isinstance(depth, BlockStack):
-        states, fields, duration, evaluations = _blocks(depth, x, padding_mask)
+        states, fields, duration, evaluations = _blocks(depth, x, layout)
     elif isinstance(depth, ContinuousDepth):
-        states, fields, duration, evaluations = _units(depth, x, padding_mask)
+        states, fields, duration, evaluations = _units(depth, x, layout)
     else:
         raise ValueError(f"a {type(depth).__name__} has no trajectory in time: trace an ode_bert or a neural_ode_bert")
     wide = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
-    weight = weight.to(wide[0].dtype)
     errors = []
     for (f, start), state in zip(fields, wide):
         g, _ = in_state_precision(f, x.dtype)
         _, _, error = embedded_step(g, "bosh3", start, duration, state, g(start, state))
-        errors.append((mean_square(error, weight) / mean_square(state, weight)).sqrt())
-    token_weight = weight[..., 0] * x.shape[-1]
+        errors.append((layout.sample_mean(error.square()) / layout.sample_mean(state.square())).sqrt())
     cosines = [
-        (torch.nn.functional.cosine_similarity(one, other, dim=-1) * token_weight).sum(1)
+        layout.sample_mean(torch.nn.functional.cosine_similarity(one, other, dim=-1).unsqueeze(-1))
         for one, other in zip(wide, wide[1:])
     ]
     return Trajectory(
         times=[index * duration for index in range(len(states))],
-        rms=torch.stack([mean_square(state, weight).sqrt() for state in wide]),
+        rms=torch.stack([layout.sample_mean(state.square()).sqrt() for state in wide]),
         cosine=torch.stack(cosines),
         local_error=torch.stack(errors),
         evaluations=evaluations,
@@ -84,41 +79,39 @@ def trace(depth: torch.nn.Module, x: Tensor, padding_mask: Tensor | None = None)
 Places = tuple[list[Tensor], list[tuple[Increment, float]], float, Tensor]
 
 
-def _blocks(depth: BlockStack, x: Tensor, padding_mask: Tensor | None) -> Places:
+def _blocks(depth: BlockStack, x: Tensor, layout: Layout) -> Places:
     """The states between blocks, each block's field with its start, the time of a block, evaluations per sample."""
-    output = depth(x, padding_mask, return_hidden_states=True)
+    output = depth(x, layout, return_hidden_states=True)
     states = output.hidden_states
     fields = [
-        (depth.fields[block % len(depth.fields)].prepare(states[block], padding_mask), float(block))
+        (depth.fields[block % len(depth.fields)].prepare(states[block], layout), float(block))
         for block in range(depth.config.layers)
     ]
     evaluations = torch.zeros(x.shape[0], device=x.device)
     if depth.config.tolerance > 0:
-        valid = None if padding_mask is None else ~padding_mask
         for (f, start), state in zip(fields, states):
-            result = solve_adaptive(f, state, depth.config.total_time, depth.config.adaptive, valid, start)
+            result = solve_adaptive(f, state, depth.config.total_time, depth.config.adaptive, layout, start)
             evaluations = evaluations + result.evaluations
     else:
         evaluations = evaluations + output.statistics["evaluations"]
     return states, fields, depth.config.total_time, evaluations
 
 
-def _units(depth: ContinuousDepth, x: Tensor, padding_mask: Tensor | None) -> Places:
+def _units(depth: ContinuousDepth, x: Tensor, layout: Layout) -> Places:
     """The same at whole units of time, whatever steps the depth itself takes."""
     config = depth.config
-    valid = None if padding_mask is None else ~padding_mask
     intervals = max(1, round(config.duration))
     unit = config.duration / intervals
-    f = depth.field.prepare(x, padding_mask)
+    f = depth.field.prepare(x, layout)
     fine = AdaptiveConfig("dopri5", 1e-4, 1e-4, 100 * config.max_evaluations, depth.step_control)
     states = [x]
     for index in range(intervals):
-        states.append(solve_adaptive(f, states[-1], unit, fine, valid, start=index * unit).state)
+        states.append(solve_adaptive(f, states[-1], unit, fine, layout, start=index * unit).state)
     evaluations = torch.zeros(x.shape[0], device=x.device)
     if config.adaptive:
         pieces = depth.field.pieces(f, config.duration)
-        result = solve_adaptive(f, x, config.duration, config.solve(depth.step_control), valid, pieces=pieces)
+        result = solve_adaptive(f, x, config.duration, config.solve(depth.step_control), layout, pieces=pieces)
         evaluations = evaluations + result.evaluations
     else:
-        evaluations = evaluations + depth(x, padding_mask).statistics["evaluations"]
+        evaluations = evaluations + depth(x, layout).statistics["evaluations"]
     return states, [(f, index * unit) for index in range(intervals)], unit, evaluations

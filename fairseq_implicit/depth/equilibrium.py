@@ -14,6 +14,7 @@ from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, field_dtype, solve
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, Equilibrium, GradientConfig, equilibrium
 from fairseq_implicit.solvers.jacobian import (
@@ -179,12 +180,12 @@ class EquilibriumDepth(nn.Module):
         config.gradient.check_budget(config.solver.max_iter + config.phases.budget_jitter)
         return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Solve for the equilibrium of ``x``.
 
         Args:
             x: embedding ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            layout: of the batch.
             return_hidden_states: collect the input and the states after prelude, equilibrium and coda layers.
 
         Raises:
@@ -193,57 +194,49 @@ class EquilibriumDepth(nn.Module):
             ValueError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         try:
-            return self._forward(x, padding_mask, return_hidden_states)
+            return self._forward(x, layout, return_hidden_states)
         except OptionError as error:
             # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
             raise ValueError(f"--deq-{error.option.replace('_', '-')}: {error.sentence}") from error
 
-    def _forward(self, x: Tensor, padding_mask: Tensor | None, return_hidden_states: bool) -> DepthOutput:
+    def _forward(self, x: Tensor, layout: Layout, return_hidden_states: bool) -> DepthOutput:
         hidden = [x] if return_hidden_states else None
-        x = self._through(self.prelude, x, padding_mask, hidden)
+        x = self._through(self.prelude, x, layout, hidden)
         # Weights that are computed from others (weight norm) are computed once per pass.
         cached = parametrize.cached() if self.config.cell.weight_norm else contextlib.nullcontext()
         with cached:
-            cell = self.cell.prepare(x, padding_mask)
+            cell = self.cell.prepare(x, layout)
             phase = self.phase()
-            valid = None if padding_mask is None else ~padding_mask
             if self.training and not self.checked and self.updates.value == 0:
-                self._check_convergence(cell, x, valid)
-            found = self._solve(cell, x, valid, phase)
+                self._check_convergence(cell, x, layout)
+            found = self._solve(cell, x, layout, phase)
             refuse_non_finite(found.solve.status, "the equilibrium")
-            penalties = self._penalties(cell, found, valid, phase)
+            penalties = self._penalties(cell, found, layout, phase)
             if self.training:
-                self._monitor(cell, found, valid)
-        state = self._finish(found.state, padding_mask, hidden, collect=True)
+                self._monitor(cell, found, layout)
+        state = self._finish(found.state, layout, hidden, collect=True)
         auxiliary = [
-            (weight, self._finish(found.iterates[count], padding_mask, None))
-            for count, weight in self._correction_weights()
+            (weight, self._finish(found.iterates[count], layout, None)) for count, weight in self._correction_weights()
         ]
         return DepthOutput(state, hidden, self._statistics(found, phase), penalties, auxiliary)
 
-    def _through(self, layers, state: Tensor, padding_mask, hidden: list[Tensor] | None) -> Tensor:
+    def _through(self, layers, state: Tensor, layout: Layout, hidden: list[Tensor] | None) -> Tensor:
         for layer in layers:
-            state = layer.prepare_map(state, padding_mask)(state)
-            if padding_mask is not None:
-                state = state.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+            state = layout.keep(layer.prepare_map(state, layout)(state))
             if hidden is not None:
                 hidden.append(state)
         return state
 
-    def _finish(self, state: Tensor, padding_mask, hidden: list[Tensor] | None, collect: bool = False) -> Tensor:
+    def _finish(self, state: Tensor, layout: Layout, hidden: list[Tensor] | None, collect: bool = False) -> Tensor:
         if collect and hidden is not None:
             hidden.append(state)
-        state = self._through(self.coda, state, padding_mask, hidden)
-        if self.output_norm is not None:
-            state = self.output_norm(state)
-            if padding_mask is not None:
-                state = state.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-        return state
+        state = self._through(self.coda, state, layout, hidden)
+        return state if self.output_norm is None else layout.keep(self.output_norm(state))
 
     def _initial_state(self, x: Tensor) -> Tensor:
         return x if self.config.initial_state == "input" else torch.zeros_like(x)
 
-    def _solve(self, cell: CellMap, x: Tensor, valid: Tensor | None, phase: Phase) -> Equilibrium:
+    def _solve(self, cell: CellMap, x: Tensor, layout: Layout, phase: Phase) -> Equilibrium:
         f = cell.severed() if phase.gradient.kind == "reversible" else cell
         leaves = f.depends_on
         if self.config.recompute and torch.is_grad_enabled():
@@ -258,7 +251,7 @@ class EquilibriumDepth(nn.Module):
             self._initial_state(x),
             phase.solver,
             phase.gradient,
-            valid,
+            layout,
             self.adjoint,
             depends_on=leaves,
             sources=cell.depends_on,
@@ -274,7 +267,7 @@ class EquilibriumDepth(nn.Module):
             for place, count in enumerate(counts)
         ]
 
-    def _penalties(self, cell: CellMap, found: Equilibrium, valid, phase: Phase) -> dict[str, Tensor]:
+    def _penalties(self, cell: CellMap, found: Equilibrium, layout: Layout, phase: Phase) -> dict[str, Tensor]:
         config = self.config
         if not config.phases.jacobian_weight:
             return {}
@@ -282,25 +275,25 @@ class EquilibriumDepth(nn.Module):
             return {"jacobian_penalty": found.state.new_zeros((), dtype=torch.float32)}
         point = (found.state if found.point is None else found.point).detach()
         if config.jacobian_estimator == "double-backward":
-            estimate = frobenius_double_backward(cell, point, config.jacobian_probes, valid)
+            estimate = frobenius_double_backward(cell, point, config.jacobian_probes, layout)
         else:
             precision = field_dtype(point)
-            estimate = frobenius_finite_difference(cell, point, cell(point), precision, config.jacobian_probes, valid)
+            estimate = frobenius_finite_difference(cell, point, cell(point), precision, config.jacobian_probes, layout)
         return {"jacobian_penalty": phase.jacobian_weight * estimate}
 
     @torch.no_grad()
-    def _measure(self, cell: CellMap, point: Tensor, valid: Tensor | None) -> None:
+    def _measure(self, cell: CellMap, point: Tensor, layout: Layout) -> None:
         """Spectral radius and Jacobian norm at ``point``; the training's random numbers are not touched."""
         generator = torch.Generator().manual_seed(self.config.phases.seed + self.updates.value)
-        radius = spectral_radius(cell, point, RADIUS_STEPS, valid, generator)
-        square = frobenius_finite_difference(cell, point, cell(point), field_dtype(point), 1, valid, generator)
+        radius = spectral_radius(cell, point, RADIUS_STEPS, layout, generator)
+        square = frobenius_finite_difference(cell, point, cell(point), field_dtype(point), 1, layout, generator)
         self.spectral_radius, self.jacobian_norm = torch.stack([radius.mean(), square.sqrt()]).tolist()
         self.measured_at = self.updates.value
 
-    def _monitor(self, cell: CellMap, found: Equilibrium, valid: Tensor | None) -> None:
+    def _monitor(self, cell: CellMap, found: Equilibrium, layout: Layout) -> None:
         update, interval = self.updates.value, self.config.monitor_interval
         if interval and update % interval == 0 and self.measured_at != update:
-            self._measure(cell, (found.state if found.point is None else found.point).detach(), valid)
+            self._measure(cell, (found.state if found.point is None else found.point).detach(), layout)
         if self.config.gradient.kind == "reversible":
             # Of the previous backward pass, as all that is known of backward passes.
             error = float(torch.as_tensor(self.adjoint.residual).max())
@@ -327,7 +320,7 @@ class EquilibriumDepth(nn.Module):
                 )
 
     @torch.no_grad()
-    def _check_convergence(self, cell: CellMap, x: Tensor, valid: Tensor | None) -> None:
+    def _check_convergence(self, cell: CellMap, x: Tensor, layout: Layout) -> None:
         """Solve once at full budget at update 0, say how it went, and refuse a cell that has no equilibrium.
 
         Raises:
@@ -335,9 +328,9 @@ class EquilibriumDepth(nn.Module):
         """
         self.checked = True
         config = self.config
-        result = solve(cell, self._initial_state(x), config.solver, valid)
+        result = solve(cell, self._initial_state(x), config.solver, layout)
         refuse_non_finite(result.status, "the equilibrium")
-        self._measure(cell, result.state, valid)
+        self._measure(cell, result.state, layout)
         evaluations, residual, share = torch.stack(
             [result.evaluations.double().mean(), result.residual.double().mean(), result.converged.double().mean()]
         ).tolist()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
 from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.fixed_point import OptionError
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord
 from fairseq_implicit.solvers.status import Status
@@ -68,12 +69,12 @@ class ImplicitStack(nn.Module):
         """Called by fairseq before every update."""
         self.update = num_updates
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Solve all blocks in turn.
 
         Args:
             x: embedding ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            layout: of the batch.
             return_hidden_states: collect the embedding and the state after each block (before the final norm).
 
         Raises:
@@ -81,7 +82,6 @@ class ImplicitStack(nn.Module):
             ValueError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         theta = self.config.theta
-        valid = None if padding_mask is None else ~padding_mask
         backward = self._backward_statistics()
         self.adjoints = [] if torch.is_grad_enabled() else self.adjoints
         records = self.adjoints if torch.is_grad_enabled() else None
@@ -89,7 +89,7 @@ class ImplicitStack(nn.Module):
         residuals, converged, unfinished = [], [], False
         state, hidden = x, [x] if return_hidden_states else None
         for block in range(self.config.layers):
-            f = self.fields[block % len(self.fields)].prepare(state, padding_mask)
+            f = self.fields[block % len(self.fields)].prepare(state, layout)
             layer = getattr(f, "layer", None)
             if layer is not None and theta.scheme == "theta" and theta.theta == 0 and theta.total_time == theta.steps:
                 # The published layer to the last bit, where it ends in a norm.
@@ -98,7 +98,7 @@ class ImplicitStack(nn.Module):
                 evaluations = evaluations + theta.steps
             else:
                 try:
-                    result = solve_theta(f, state, theta, float(block), valid, records)
+                    result = solve_theta(f, state, theta, float(block), layout, records)
                 except OptionError as error:
                     raise ValueError(f"--ode-theta-{error.option.replace('_', '-')}: {error.sentence}") from error
                 refuse_non_finite(result.status, f"implicit block {block}")

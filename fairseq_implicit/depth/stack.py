@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
 from fairseq_implicit.solvers.multistep import (
@@ -194,7 +195,7 @@ class StackConfig:
 class BlockStack(nn.Module):
     """``layers`` blocks, each a field and the coefficients of its solve.
 
-    Statistics, each also as ``block<l>/<name>``: ``state_rms`` over valid tokens (of the last block),
+    Statistics, each also as ``block<l>/<name>``: ``state_rms`` over real tokens (of the last block),
     ``coefficient_sum`` Σw, ``coefficient_moment`` Σwc, and where the mode has them ``gate_mean``, ``gate_entropy``,
     ``alpha`` (means over blocks); ``evaluations`` counts the fields' evaluations in the forward pass, per sample where
     steps are adaptive; ``stopped`` is the share of adaptive solves that spent their budget.
@@ -232,17 +233,17 @@ class BlockStack(nn.Module):
         if self.random_steps is not None and config.corrector == "adams":
             raise ValueError("corrector 'adams' takes one step per block: it has no random number of steps")
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.
 
         Args:
             x: embedding ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is none.
+            layout: of the batch.
             return_hidden_states: collect the embedding and the state after each block (before the final norm).
         """
         state = solver_state(x, self.solve_config)
         hidden_states = [x] if return_hidden_states else None
-        report = _Report(self.config, padding_mask)
+        report = _Report(self.config, layout)
         entries: list[Tensor] = []
         increment = None
         if self.history is not None:
@@ -258,9 +259,9 @@ class BlockStack(nn.Module):
                 # The Adams pair has no coefficients to report, and restarts after a gap.
                 passed = _Passed(state, () if self.config.corrector == "adams" else (combination.at_rest(),), 0)
             else:
-                f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), padding_mask)
+                f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), layout)
                 if self.config.tolerance > 0:
-                    passed = self._integrate_adaptively(f, state, block, combination, padding_mask, x.dtype)
+                    passed = self._integrate_adaptively(f, state, block, combination, layout, x.dtype)
                 else:
                     passed = self._integrate(f, state, block, combination, entries, increment, x.dtype, solve)
             state, increment = passed.state, passed.increment
@@ -313,7 +314,7 @@ class BlockStack(nn.Module):
         state: Tensor,
         block: int,
         combination: Combination,
-        padding_mask: Tensor | None,
+        layout: Layout,
         dtype: torch.dtype,
     ) -> "_Passed":
         """Pass one block with adaptive steps, each sample with its own.
@@ -326,7 +327,7 @@ class BlockStack(nn.Module):
             state,
             self.config.total_time,
             self.config.adaptive,
-            valid=None if padding_mask is None else ~padding_mask,
+            layout,
             start=float(block),
             recompute=self.config.gradient == "checkpoint-step",
         )
@@ -361,9 +362,9 @@ class _Passed(NamedTuple):
 class _Report:
     """Statistics and penalties of one forward pass, as 0-dim tensors that nobody has read back."""
 
-    def __init__(self, config: StackConfig, padding_mask: Tensor | None):
+    def __init__(self, config: StackConfig, layout: Layout):
         self.config = config
-        self.valid = None if padding_mask is None else (~padding_mask).unsqueeze(-1).to(torch.float32)
+        self.layout = layout
         self.evaluations = 0
         self.blocks: list[dict[str, Scalar]] = []
         self.consistency: list[Scalar] = []
@@ -371,16 +372,16 @@ class _Report:
 
     def add(self, block: int, combination: Combination, passed: _Passed, state: Tensor) -> None:
         self.evaluations += passed.evaluations
-        found = _means([combination.statistics(weights, self.valid) for weights in passed.weights])
-        found["state_rms"] = state_rms(state, self.valid)
+        found = _means([combination.statistics(weights, self.layout) for weights in passed.weights])
+        found["state_rms"] = self.layout.rms(state)
         if self.config.tolerance > 0:
             found["stopped"] = passed.stopped
         self.blocks.append(found)
         for weights in passed.weights:
             if self.config.consistency_penalty > 0:
-                self.consistency.append(combination.consistency_penalty(weights, self.valid))
+                self.consistency.append(combination.consistency_penalty(weights, self.layout))
             if self.config.second_order_penalty > 0:
-                self.second_order.append(combination.second_order_penalty(weights, self.valid))
+                self.second_order.append(combination.second_order_penalty(weights, self.layout))
 
     def statistics(self) -> dict[str, Scalar]:
         flat: dict[str, Scalar] = {"evaluations": self.evaluations}
@@ -397,17 +398,6 @@ class _Report:
         if self.second_order:
             found["second_order"] = self.config.second_order_penalty * _mean(self.second_order)
         return found
-
-
-def state_rms(state: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Detached root mean square of a state ``(batch, time, dim)`` over the tokens where ``valid`` is 1.
-
-    Squares are taken in float32 (float64 for float64): those of a half-precision state overflow from 256 on.
-    """
-    wide = torch.float64 if state.dtype == torch.float64 else torch.float32
-    squares = torch.linalg.vector_norm(state.detach(), dim=-1, keepdim=True, dtype=wide).square()
-    mean = squares.mean() if valid is None else (squares * valid).sum() / valid.sum()
-    return (mean / state.shape[-1]).sqrt()
 
 
 def _mean(values: Sequence[Scalar]) -> Scalar:

@@ -18,8 +18,8 @@ def trajectory(path: str, blocks: Blocks) -> tuple[str, Trajectory]:
     tokens = batches(opened.task, blocks._replace(limit=1))[0]["net_input"]["src_tokens"]
     encoder = opened.model.encoder
     with torch.no_grad():
-        padding_mask = encoder.padding_mask(tokens)
-        found = trace(encoder.depth, encoder.embed(tokens, padding_mask), padding_mask)
+        layout = encoder.layout(tokens)
+        found = trace(encoder.depth, encoder.embed(tokens, layout), layout)
     for place, time in enumerate(found.times):
         error = found.local_error[place - 1] if place else torch.zeros(())
         if not (found.rms[place].isfinite().all() and error.isfinite().all()):

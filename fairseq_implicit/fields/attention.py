@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.fields.shared_dropout import ReplayedGenerator, SharedDropout
+from fairseq_implicit.layout import UNPADDED, Layout
 
 #: ``attend(z, injection=None) -> (batch, time, dim)``
 Attend = Callable[..., Tensor]
@@ -35,18 +36,17 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> Attend:
-        """Fix one solve's key mask and noise.
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Attend:
+        """Fix one solve's visibility and noise.
 
         Args:
             x: ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding, or ``None``.
+            layout: of the batch.
 
         Returns:
             ``attend(z, injection=None)``; ``injection``, ``(batch, time, 3 dim)``, is added to the projected q, k, v.
         """
-        visible = None if padding_mask is None else padding_mask.logical_not()[:, None, None, :]
-        mix = self._mixing(x, visible)
+        mix = self._mixing(x, layout)
 
         def attend(z: Tensor, injection: Tensor | None = None) -> Tensor:
             batch, time, dim = z.shape
@@ -58,28 +58,30 @@ class MultiHeadAttention(nn.Module):
 
         return attend
 
-    def _mixing(self, x: Tensor, visible: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _mixing(self, x: Tensor, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """``(q, k, v) -> values``, all ``(batch, heads, time, dim / heads)``, with one solve's noise."""
         rate = self.dropout.rate if self.training else 0.0
+        mask, causal = layout.visibility(x)
         if rate == 0.0 or self.dropout.policy == "independent":
-            return lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, visible, rate)
+            return lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
         if x.device.type == "cpu":
             # No fused kernel drops on a CPU, so the probabilities exist anyway: drop them with a mask drawn once.
             batch, time, _ = x.shape
             drop = self.dropout.prepare(x.new_empty(0).expand(batch, self.heads, time, 0), width=time)
-            return lambda q, k, v: drop(_probabilities(q, k, visible)) @ v
+            pairs = layout.mask(x)
+            return lambda q, k, v: drop(_probabilities(q, k, pairs)) @ v
         replay = ReplayedGenerator(x.device)
 
         def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with replay:
-                return functional.scaled_dot_product_attention(q, k, v, visible, rate)
+                return functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
 
         return mix
 
 
-def _probabilities(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
-    if visible is not None:
+    if mask is not None:
         # Not minus infinity: a sequence of nothing but padding would turn into NaN, and into NaN gradients.
-        scores = scores.masked_fill(visible.logical_not(), torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(mask.logical_not(), torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fairseq_implicit.fields.injection import Injection, InjectionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import UNPADDED, Layout
 
 NORM_PLACEMENTS = ("post-norm", "pre-norm")
 STARTS = ("depth-scaled", "identity", "plain")
@@ -75,9 +76,9 @@ class CellConfig:
 class CellLayer(TransformerField):
     """A transformer layer as a map ``z -> z'``, with an optional addition to q, k and v."""
 
-    def prepare_map(self, x: Tensor, padding_mask: Tensor | None) -> Callable[..., Tensor]:
-        """Fix one solve's noise and masks; return ``layer(z, qkv=None)``, both states ``(batch, time, dim)``."""
-        attend, feed = self.attention.prepare(x, padding_mask), self.feed_forward.prepare(x)
+    def prepare_map(self, x: Tensor, layout: Layout) -> Callable[..., Tensor]:
+        """Fix one solve's noise; return ``layer(z, qkv=None)``, both states ``(batch, time, dim)``."""
+        attend, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
         drop_attention, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
 
         def post_norm(z: Tensor, added: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
@@ -105,12 +106,12 @@ class CellMap:
     Args:
         cell: the cell it was prepared by.
         x: its input, ``(batch, time, dim)``.
-        padding_mask: ``(batch, time)`` bool, True at padding.
+        layout: of the batch.
     """
 
-    def __init__(self, cell: EquilibriumCell, x: Tensor, padding_mask: Tensor | None):
-        self.cell, self.x, self.padding_mask = cell, x, padding_mask
-        self._layers: list[Callable[..., Tensor]] = [layer.prepare_map(x, padding_mask) for layer in cell.layers]
+    def __init__(self, cell: EquilibriumCell, x: Tensor, layout: Layout):
+        self.cell, self.x, self.layout = cell, x, layout
+        self._layers: list[Callable[..., Tensor]] = [layer.prepare_map(x, layout) for layer in cell.layers]
         self._added, self._qkv = cell.injection(x)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ class CellMap:
             z = layer(z)
         if self.cell.final_norm is not None:
             z = self.cell.final_norm(z)
-        return z if self.padding_mask is None else z.masked_fill(self.padding_mask.unsqueeze(-1), 0.0)
+        return self.layout.keep(z)
 
     @property
     def depends_on(self) -> tuple[Tensor, ...]:
@@ -149,7 +150,7 @@ class CellMap:
         """The same map for some samples; ``None`` where noise was drawn for the whole batch."""
         if any(layer.is_noisy for layer in self.cell.layers):
             return None
-        return CellMap(self.cell, self.x[index], None if self.padding_mask is None else self.padding_mask[index])
+        return CellMap(self.cell, self.x[index], self.layout.rows(index))
 
 
 class EquilibriumCell(nn.Module):
@@ -207,15 +208,15 @@ class EquilibriumCell(nn.Module):
         if self.injection.qkv is not None:
             self.injection.qkv.weight.normal_(std=config.initial_std)
 
-    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> CellMap:
-        """Fix one solve's noise, masks and injection.
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> CellMap:
+        """Fix one solve's noise and injection.
 
         Args:
             x: the input, ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding, or ``None``.
+            layout: of the batch.
         """
         if self.config.weight_norm and torch.is_grad_enabled():
             # Under parametrize.cached() the weight must be computed with its graph before a solve without one asks.
             for linear in self._matrices():
                 linear.weight
-        return CellMap(self, x, padding_mask)
+        return CellMap(self, x, layout)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import Piece
 
 #: ``f(t, z) -> dz``: deterministic, free of side effects, zero at padded positions.
@@ -24,12 +25,12 @@ class Field(nn.Module):
 
     piecewise = False
 
-    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> Increment:
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:
         """Fix one solve's constants.
 
         Args:
             x: the state at the start of the solve, ``(batch, time, dim)``.
-            padding_mask: ``(batch, time)`` bool, True at padding; ``None`` when there is no padding.
+            layout: of the batch.
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a field must return its increment there")
 

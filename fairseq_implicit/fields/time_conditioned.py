@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import Piece
 
 Time = float | Tensor
@@ -85,13 +86,12 @@ class DepthEmbeddedField(TransformerField):
         self.norms = 1 if config.kind == "parallel" else 2
         self.depth_embedding = DepthEmbedding(duration, self.norms * 2 * config.dim)
 
-    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> Increment:
-        attend = self.attention.prepare(x, padding_mask)
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:
+        attend = self.attention.prepare(x, layout)
         drop_attention = self.dropout.prepare(x)
         feed = self.feed_forward.prepare(x)
         drop_feed = self.dropout.prepare(x)
         drop_path = self.drop_path.prepare(x)
-        padding = None if padding_mask is None else padding_mask.unsqueeze(-1)
         parallel = self.config.kind == "parallel"
 
         def f(t: Time, z: Tensor) -> Tensor:
@@ -102,8 +102,7 @@ class DepthEmbeddedField(TransformerField):
                 dz = first + drop_feed(feed(normed))
             else:
                 dz = first + drop_feed(feed(moved[1](self.feed_forward_norm(z + first))))
-            dz = drop_path(dz)
-            return dz if padding is None else dz.masked_fill(padding, 0.0)
+            return layout.keep(drop_path(dz))
 
         return f
 
@@ -183,8 +182,8 @@ class InterpolatedField(Field):
         following = dict(self.knots[knot + 1].named_parameters())
         return {name: torch.lerp(weight, following[name], share) for name, weight in here.items()}
 
-    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> "PreparedInterpolation":
-        return PreparedInterpolation(self, x, padding_mask)
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> "PreparedInterpolation":
+        return PreparedInterpolation(self, x, layout)
 
     def pieces(self, f: "PreparedInterpolation", end: float) -> tuple[Piece, ...]:
         """From knot to knot; after the last one the weights stay."""
@@ -197,12 +196,12 @@ class InterpolatedField(Field):
 class PreparedInterpolation:
     """One solve's increment ``f(t, z)`` of an :class:`InterpolatedField`."""
 
-    def __init__(self, field: InterpolatedField, x: Tensor, padding_mask: Tensor | None):
-        self._field, self._x, self._padding_mask = field, x, padding_mask
+    def __init__(self, field: InterpolatedField, x: Tensor, layout: Layout):
+        self._field, self._x, self._layout = field, x, layout
         # The noise is that of the first knot, whose weights are replaced for the length of one evaluation.
         self._template = field.knots[0]
         self._evaluation = _Evaluation(self._template)
-        self._prepared = self._template.prepare(x, padding_mask)
+        self._prepared = self._template.prepare(x, layout)
 
     def __call__(self, t: Time, z: Tensor) -> Tensor:
         return self._each_time(self._field.position, t, z)
@@ -228,8 +227,8 @@ class PreparedInterpolation:
         found = []
         for place, rows in rows_at.items():
             rows = torch.tensor(rows, device=z.device)
-            padding = None if self._padding_mask is None else self._padding_mask[rows]
-            found.append(self._at(place, self._template.prepare(self._x[rows], padding), z[rows]))
+            prepared = self._template.prepare(self._x[rows], self._layout.rows(rows))
+            found.append(self._at(place, prepared, z[rows]))
         order = torch.tensor([row for rows in rows_at.values() for row in rows], device=z.device)
         return torch.cat(found)[order.argsort()]
 

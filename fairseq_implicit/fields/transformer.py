@@ -8,13 +8,13 @@ The field is the increment ``F(y) = Layer(y) - y``, computed directly as the sum
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.fields.attention import MultiHeadAttention
 from fairseq_implicit.fields.feed_forward import FeedForward
 from fairseq_implicit.fields.field import Field
 from fairseq_implicit.fields.shared_dropout import DropPath, SharedDropout
+from fairseq_implicit.layout import UNPADDED, Layout
 
 KINDS = ("pre-norm", "post-norm", "parallel", "macaron")
 
@@ -64,16 +64,15 @@ class PreparedTransformer:
         increment: Callable[[Tensor], Tensor],
         layer: Callable[[Tensor], Tensor] | None,
         drop_path: Callable[[Tensor], Tensor],
-        padding: Tensor | None,
+        layout: Layout,
     ):
         self._increment = increment
         self._layer = layer
         self._drop_path = drop_path
-        self._padding = padding
+        self._layout = layout
 
     def __call__(self, t: Time, z: Tensor) -> Tensor:
-        dz = self._drop_path(self._increment(z))
-        return dz if self._padding is None else dz.masked_fill(self._padding, 0.0)
+        return self._layout.keep(self._drop_path(self._increment(z)))
 
     @property
     def layer(self) -> Callable[[Time, Tensor], Tensor] | None:
@@ -81,8 +80,7 @@ class PreparedTransformer:
         return None if self._layer is None else self._map
 
     def _map(self, t: Time, z: Tensor) -> Tensor:
-        out = self._layer(z)
-        return out if self._padding is None else torch.where(self._padding, z, out)
+        return self._layout.keep(self._layer(z), otherwise=z)
 
 
 class TransformerField(Field):
@@ -122,8 +120,8 @@ class TransformerField(Field):
         if self.first_feed_forward is not None:
             yield self.first_feed_forward.fc2
 
-    def prepare(self, x: Tensor, padding_mask: Tensor | None = None) -> PreparedTransformer:
-        attend = self.attention.prepare(x, padding_mask)
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> PreparedTransformer:
+        attend = self.attention.prepare(x, layout)
         drop_attention = self.dropout.prepare(x)
 
         def attention(y: Tensor) -> Tensor:
@@ -171,5 +169,4 @@ class TransformerField(Field):
                 total = first + second
                 return total + feed_forward(self.feed_forward_norm(y + total)) * 0.5
 
-        padding = None if padding_mask is None else padding_mask.unsqueeze(-1)
-        return PreparedTransformer(increment, layer_map, self.drop_path.prepare(x), padding)
+        return PreparedTransformer(increment, layer_map, self.drop_path.prepare(x), layout)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from fairseq_implicit.depth.output import DepthOutput
 from fairseq_implicit.fields.field import Field
 from fairseq_implicit.fields.shared_dropout import SharedDropout
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.models.config import ImplicitBertConfig
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class ImplicitBertEncoder(FairseqEncoder):
     Args:
         cfg: the checked configuration, ``max_positions`` filled in.
         dictionary: fairseq dictionary, ``<mask>`` included.
-        depth: module ``(x, padding_mask, return_hidden_states) -> DepthOutput``.
+        depth: module ``(x, layout, return_hidden_states) -> DepthOutput``.
     """
 
     def __init__(self, cfg: ImplicitBertConfig, dictionary, depth: nn.Module):
@@ -50,23 +51,19 @@ class ImplicitBertEncoder(FairseqEncoder):
             weight=None if cfg.untie_weights_roberta else self.embed_tokens.weight,
         )
 
-    def padding_mask(self, src_tokens: Tensor, has_padding: Optional[bool] = None) -> Optional[Tensor]:
-        """``(batch, time)`` bool, True at padding; ``None`` where there is none and no GPU had to be asked."""
+    def layout(self, src_tokens: Tensor, has_padding: Optional[bool] = None) -> Layout:
+        """That of the batch ``src_tokens`` ``(batch, time)``; no GPU is asked whether it holds padding."""
         if has_padding is False:
-            return None
-        mask = src_tokens.eq(self.padding_idx)
-        if has_padding is None and mask.device.type == "cpu" and not mask.any():
-            return None
-        return mask
+            return UNPADDED
+        real = src_tokens.ne(self.padding_idx)
+        return UNPADDED if has_padding is None and real.device.type == "cpu" and real.all() else Layout(real)
 
     @property
     def sentence_encoder(self) -> "ImplicitBertEncoder":
         """RoBERTa's name for the part below the head, where others look for ``embed_tokens`` and ``layers``."""
         return self
 
-    def embed(
-        self, src_tokens: Tensor, padding_mask: Optional[Tensor], token_embeddings: Optional[Tensor] = None
-    ) -> Tensor:
+    def embed(self, src_tokens: Tensor, layout: Layout, token_embeddings: Optional[Tensor] = None) -> Tensor:
         """Token and position embeddings, normalised and dropped, zero at padding: ``(batch, time, dim)``."""
         if src_tokens.shape[1] > self.positions:
             raise ValueError(
@@ -74,11 +71,12 @@ class ImplicitBertEncoder(FairseqEncoder):
                 "shorten it, or train with a larger --max-positions"
             )
         tokens = self.embed_tokens(src_tokens) if token_embeddings is None else token_embeddings
-        x = tokens + self.embed_positions(src_tokens)
+        # As fairseq has it, the rows up to the padding's own are nobody's.
+        places = layout.positions_of(src_tokens) + self.padding_idx + 1
+        x = tokens + functional.embedding(places, self.embed_positions.weight, self.padding_idx)
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
-        x = self.dropout.prepare(x)(x)
-        return x if padding_mask is None else x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        return layout.keep(self.dropout.prepare(x)(x))
 
     def forward(
         self,
@@ -105,9 +103,9 @@ class ImplicitBertEncoder(FairseqEncoder):
             logits or features, and ``inner_states`` (list of ``(time, batch, dim)`` or None), ``statistics``,
             ``penalties``, ``auxiliary`` (pairs of a weight and what a corrected state gives in place of the first).
         """
-        padding_mask = self.padding_mask(src_tokens, has_padding)
-        x = self.embed(src_tokens, padding_mask, token_embeddings)
-        depth: DepthOutput = self.depth(x, padding_mask, return_all_hiddens)
+        layout = self.layout(src_tokens, has_padding)
+        x = self.embed(src_tokens, layout, token_embeddings)
+        depth: DepthOutput = self.depth(x, layout, return_all_hiddens)
         inner_states: Optional[List[Tensor]] = None
         if return_all_hiddens:
             inner_states = [state.transpose(0, 1) for state in depth.hidden_states]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.status import SolveResult, Status
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 
@@ -164,24 +165,6 @@ def check_tolerance(config: AdaptiveConfig, dtype: torch.dtype) -> None:
         )
 
 
-def valid_weight(valid: Tensor | None, state: Tensor) -> Tensor:
-    """Weights ``(batch, time, 1)`` that turn a sum over a sample into the mean over its valid numbers.
-
-    Args:
-        valid: ``(batch, time)`` bool, True at real tokens; None: all are.
-    """
-    batch, time, dim = state.shape
-    if valid is None:
-        return state.new_full((1, 1, 1), 1.0 / (time * dim))
-    weight = valid.to(state.dtype)
-    return (weight / (weight.sum(1, keepdim=True).clamp(min=1) * dim)).unsqueeze(-1)
-
-
-def mean_square(x: Tensor, weight: Tensor) -> Tensor:
-    """``(batch,)`` mean of the squares over each sample's valid numbers."""
-    return (x.square() * weight).sum((1, 2))
-
-
 def _advance(z: Tensor, k: Tensor, factor: Time) -> Tensor:
     """``z + factor * k``; a tensor factor has one entry per sample."""
     if isinstance(factor, Tensor):
@@ -290,7 +273,7 @@ def solve_adaptive(
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     start: float = 0.0,
     keep_states: bool = False,
     penalties: bool = False,
@@ -302,9 +285,9 @@ def solve_adaptive(
     """Integrates ``dy/dt = f(t, y)`` from ``start`` to ``start + duration``.
 
     Args:
-        f: field, deterministic during the solve, zero at padded positions.
+        f: field, deterministic during the solve, zero at padding.
         y: ``(batch, time, dim)``; a half-precision state is carried in float32 and returned in its own dtype.
-        valid: ``(batch, time)`` bool, True at real tokens: the others do not enter the error norm.
+        layout: of the batch; padding does not enter the error norm.
         keep_states: return the states after the accepted steps.
         penalties: compute ``energy`` and ``local_error``.
         recompute: keep only the state at each step for the backward pass and evaluate the stages again there: exact
@@ -326,23 +309,25 @@ def solve_adaptive(
     dtype = torch.promote_types(y.dtype, torch.float32)
     check_tolerance(config, dtype)
     y = y.to(dtype)
-    weight = valid_weight(valid, y)
     smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * duration
     per_sample = config.step_control == "sample"
     first_step = duration if config.first_step is None else min(config.first_step, duration)
     progress = [_Progress(start, first_step) for _ in range(rows if per_sample else 1)]
     recompute = recompute and torch.is_grad_enabled()
 
+    def mean_square(x: Tensor) -> Tensor:
+        return layout.sample_mean(x.square())
+
     def trial(g, t, h, y, k1):
         y_new, k_new, error = embedded_step(g, config.scheme, t, h, y, k1)
         with torch.no_grad():
             scale = torch.maximum(y.abs(), y_new.abs()).mul_(config.rtol).add_(config.atol)
-            ratio = mean_square(error / scale, weight).sqrt()
+            ratio = mean_square(error / scale).sqrt()
         if not penalties:
             return y_new, k_new, ratio
         # Trapezoid over the end points: the pairs' own weights are negative in places, and training would exploit it.
-        energy = (mean_square(k1, weight) + mean_square(k_new, weight)) * (0.5 * h)
-        return y_new, k_new, ratio, energy, (mean_square(error, weight) + torch.finfo(dtype).tiny).sqrt()
+        energy = (mean_square(k1) + mean_square(k_new)) * (0.5 * h)
+        return y_new, k_new, ratio, energy, (mean_square(error) + torch.finfo(dtype).tiny).sqrt()
 
     calls, k1 = 0, None
     energy = local_error = y.new_zeros(rows) if penalties else None

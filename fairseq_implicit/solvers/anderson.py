@@ -8,7 +8,7 @@ residuals shrink and turn the mixing into a plain average.
 import torch
 from torch import Tensor
 
-from fairseq_implicit.solvers.norms import History
+from fairseq_implicit.solvers.stored_states import StoredStates
 
 
 class Anderson:
@@ -22,7 +22,7 @@ class Anderson:
 
     def __init__(self, z: Tensor, window: int, ridge: float):
         batch = z.shape[0]
-        self.values, self.residuals = History(z, window), History(z, window)
+        self.values, self.residuals = StoredStates(z, window), StoredStates(z, window)
         self.gram = torch.zeros(batch, window, window, dtype=torch.float64, device=z.device)
         self.present = torch.zeros(batch, window, dtype=torch.bool, device=z.device)
         self.ridge = ridge

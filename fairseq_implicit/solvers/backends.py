@@ -4,7 +4,7 @@ Both libraries are optional and imported on first use. What they lack is added a
 that returns the last accepted state, a check for non-finite values (torchdyn loops for ever on NaN) that tries smaller
 steps before it gives up, an end of a step wherever the field is not smooth, counts of accepted and rejected steps, a
 float32 state around half-precision fields, times that start at 0 (torchdyn can lose the last point of an interval that
-does not) and, for torchdiffeq, the error norm per sample over valid tokens.
+does not) and, for torchdiffeq, the error norm per sample over real tokens.
 
 Only ``torchdyn.numerics`` is touched, with a fresh solver object per solve: its tableau is cast in place to the dtype
 of the state, so that one half-precision solve would spoil every later one.
@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     LARGEST_FACTOR,
     SMALLEST_FACTOR,
@@ -26,9 +27,7 @@ from fairseq_implicit.solvers.adaptive import (
     Piece,
     check_tolerance,
     in_state_precision,
-    mean_square,
     solve_adaptive,
-    valid_weight,
 )
 from fairseq_implicit.solvers.status import Status
 
@@ -79,7 +78,7 @@ def solve_with(
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     start: float = 0.0,
     pieces: Sequence[Piece] = (),
     **options,
@@ -98,7 +97,7 @@ def solve_with(
     """
     check_backend(backend, config.scheme)
     if backend == "own":
-        return solve_adaptive(f, y, duration, config, valid=valid, start=start, pieces=pieces, **options)
+        return solve_adaptive(f, y, duration, config, layout, start, pieces=pieces, **options)
     if options:
         raise ValueError(f"{', '.join(sorted(options))}: only the back end own offers this, not {backend}.")
     dtype = torch.promote_types(y.dtype, torch.float32)
@@ -110,7 +109,7 @@ def solve_with(
     try:
         for piece in pieces or (Piece(f, start + duration),):
             probe.g, _ = in_state_precision(piece.field, y.dtype)
-            _cover(integrate, probe, piece.end, config, valid, smallest)
+            _cover(integrate, probe, piece.end, config, layout, smallest)
     except _Stopped as stopped:
         status = stopped.status
     return AdaptiveResult(
@@ -125,7 +124,7 @@ def solve_with(
 
 
 def _cover(
-    integrate: Callable, probe: "_Probe", end: float, config: AdaptiveConfig, valid: Tensor | None, smallest: float
+    integrate: Callable, probe: "_Probe", end: float, config: AdaptiveConfig, layout: Layout, smallest: float
 ) -> None:
     """Let a library integrate from where the probe stands to ``end``.
 
@@ -138,7 +137,7 @@ def _cover(
         length = length if rest - length > smallest else rest
         probe.begin(length)
         try:
-            state = integrate(probe, probe.last_state, length, config, valid)
+            state = integrate(probe, probe.last_state, length, config, layout)
         except _Stopped as stopped:
             # A trial step that overshoots says nothing about the field: the own loop, too, tries a smaller one. The
             # first call is at the state itself, where no smaller step helps.
@@ -217,7 +216,7 @@ def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> 
     return solver
 
 
-def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Tensor | None) -> Tensor:
+def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, layout: Layout) -> Tensor:
     solver = _torchdyn_solver(probe, y, duration, config.scheme)
     odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
     span = torch.tensor([0.0, duration], dtype=y.dtype, device=y.device)
@@ -231,9 +230,8 @@ def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig,
     return states[-1]
 
 
-def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, valid: Tensor | None) -> Tensor:
+def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, layout: Layout) -> Tensor:
     odeint = _module("torchdiffeq").odeint
-    weight = valid_weight(valid, y)
 
     def field(t, z):
         return probe(t, z)
@@ -249,7 +247,7 @@ def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConf
     field.callback_step, field.callback_accept_step = on_step, on_accept
     end = torch.tensor([duration], dtype=torch.float64, device=y.device)
     options = {
-        "norm": lambda error: mean_square(error, weight).sqrt().max(),
+        "norm": lambda error: layout.sample_mean(error.square()).sqrt().max(),
         "first_step": duration if config.first_step is None else min(config.first_step, duration),
         # Stop exactly at the end: by default the library steps past it and interpolates.
         "step_t": end,

@@ -8,7 +8,8 @@ matrix that satisfies no secant equation.
 import torch
 from torch import Tensor
 
-from fairseq_implicit.solvers.norms import History, token_sum
+from fairseq_implicit.layout import token_sum
+from fairseq_implicit.solvers.stored_states import StoredStates
 
 SKIP_BELOW = 1e-8  # an update whose denominator is this small beside ‖v‖‖Δg‖ carries rounding, not curvature
 
@@ -27,7 +28,7 @@ class Broyden:
     """
 
     def __init__(self, z: Tensor, columns: int):
-        self.left, self.right = History(z, columns), History(z, columns)
+        self.left, self.right = StoredStates(z, columns), StoredStates(z, columns)
         self.columns = columns
         self.used = 0
         self.previous: tuple | None = None  # z, g(z), B g(z) of the last step

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.tableau import Tableau
 
 MODES = ("fixed", "learned", "softmax", "gated", "ema", "ema-normalised")
@@ -220,44 +221,42 @@ class Combination(nn.Module):
             return self.tableau.b_values
         return self.weights.at_rest() if self.mode == "gated" else self.weights(())
 
-    def statistics(self, weights: tuple[Weight, ...], valid: Tensor | None = None) -> dict[str, float | Tensor]:
+    def statistics(self, weights: tuple[Weight, ...], layout: Layout = UNPADDED) -> dict[str, float | Tensor]:
         """Detached scalars: Σw, Σwc and, where the mode has them, gate mean and entropy (nats) or α.
 
-        ``gate_mean`` is the first stage's mean weight. ``valid`` ``(batch, time, 1)`` is 1 at tokens, 0 at padding.
+        ``gate_mean`` is the first stage's mean weight. Means are over real tokens.
         """
         with torch.no_grad():
             weights = tuple(weight.detach() if isinstance(weight, Tensor) else weight for weight in weights)
             found = {
-                "coefficient_sum": _mean(sum(weights), valid),
-                "coefficient_moment": _mean(self._moment(weights), valid),
+                "coefficient_sum": _mean(sum(weights), layout),
+                "coefficient_moment": _mean(self._moment(weights), layout),
             }
             if self.mode == "gated":
                 entropy = -sum(weight * weight.clamp_min(torch.finfo(weight.dtype).tiny).log() for weight in weights)
-                found["gate_mean"] = _mean(weights[0], valid)
-                found["gate_entropy"] = _mean(entropy, valid)
+                found["gate_mean"] = _mean(weights[0], layout)
+                found["gate_entropy"] = _mean(entropy, layout)
             if self.mode in ("ema", "ema-normalised"):
                 found["alpha"] = self.weights.alpha.mean()
         return found
 
-    def consistency_penalty(self, weights: tuple[Weight, ...], valid: Tensor | None = None) -> float | Tensor:
+    def consistency_penalty(self, weights: tuple[Weight, ...], layout: Layout = UNPADDED) -> float | Tensor:
         """Mean of (Σw − 1)², with gradient: zero when the step has order 1."""
-        return _mean((sum(weights) - 1) ** 2, valid)
+        return _mean((sum(weights) - 1) ** 2, layout)
 
-    def second_order_penalty(self, weights: tuple[Weight, ...], valid: Tensor | None = None) -> float | Tensor:
+    def second_order_penalty(self, weights: tuple[Weight, ...], layout: Layout = UNPADDED) -> float | Tensor:
         """Mean of (Σwc − 1/2)², with gradient: zero when a consistent step has order 2."""
-        return _mean((self._moment(weights) - 0.5) ** 2, valid)
+        return _mean((self._moment(weights) - 0.5) ** 2, layout)
 
     def _moment(self, weights: tuple[Weight, ...]) -> Weight:
         return sum(weight * node for weight, node in zip(weights, self.tableau.c_values))
 
 
-def _mean(value: Weight, valid: Tensor | None) -> float | Tensor:
-    """Mean over channels or valid tokens."""
+def _mean(value: Weight, layout: Layout) -> float | Tensor:
+    """Mean over channels or real tokens."""
     if not isinstance(value, Tensor):
         return value
-    if value.dim() < 3 or valid is None:
-        return value.mean()
-    return (value * valid).expand(*valid.shape).sum() / valid.sum()
+    return value.mean() if value.dim() < 3 else layout.mean(value)
 
 
 def combine(state: Tensor, stages: Sequence[Tensor | None], weights: Sequence[Weight], h: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Fixed points ``z = f(z)``, sample by sample: damped Picard, Anderson and Broyden.
 
-One batch is many independent problems. Every norm, Gram matrix and inner product is taken per sample and over valid
+One batch is many independent problems. Every norm, Gram matrix and inner product is taken per sample and over real
 tokens only, every decision (converged, stalled, diverged, damped) is a decision about one sample, and selections are
 made with ``where``, never by multiplying with a mask, so that a NaN in one sample cannot reach its neighbours.
 
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
-from fairseq_implicit.solvers.norms import sample_norm
 from fairseq_implicit.solvers.status import SolveResult, Status
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -62,7 +62,7 @@ class FixedPointConfig:
         max_iter: evaluation budget per solve; every evaluation of the field counts, the first included.
         tol: tolerance in the chosen criterion; ``None`` takes the default of the field's precision
             (1e-6 in float64, 1e-3 in float32 and float16, 1e-2 in bfloat16).
-        criterion: ``relative`` ‖f(z) − z‖ / ‖f(z)‖, ``rms`` ‖f(z) − z‖ / √(valid tokens · dim), or ``absolute``.
+        criterion: ``relative`` ‖f(z) − z‖ / ‖f(z)‖, ``rms`` ‖f(z) − z‖ / √(real tokens · dim), or ``absolute``.
         damping: Picard's τ in ``z + τ (f(z) − z)`` and Anderson's mixing β, in (0, 1].
         window: residuals that Anderson combines.
         ridge: Anderson's ridge, relative to the mean squared residual of the window; ``None`` by precision.
@@ -109,6 +109,19 @@ class FixedPointConfig:
             raise OptionError("compact", "row compaction drops converged rows, so it needs frozen rows.")
         if self.stagnation_window < 2:
             raise OptionError("stagnation_window", f"{self.stagnation_window} residuals cannot show a trend; give 2.")
+
+    def metric(self, layout: Layout, f_z: Tensor, residual: Tensor, scale: Tensor | None = None) -> Tensor:
+        """What the tolerance is compared with, ``(batch,)`` float64.
+
+        Args:
+            layout: of the batch.
+            f_z, residual: ``f(z)`` and ``f(z) - z``, ``(batch, time, dim)``.
+            scale: ``(batch,)`` norms that replace ‖f(z)‖ in the relative criterion.
+        """
+        norm = layout.norm(residual)
+        if self.criterion == "relative":
+            return norm / ((layout.norm(f_z) if scale is None else scale.double()) + _TINY)
+        return norm / layout.sizes(residual).clamp(min=1).double().sqrt() if self.criterion == "rms" else norm
 
     def tolerance_for(self, dtype: torch.dtype) -> float:
         """The tolerance for a field that computes in ``dtype``.
@@ -245,7 +258,7 @@ def solve(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,
     config: FixedPointConfig,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     scale: Tensor | None = None,
     capture: Sequence[int] = (),
     precision: torch.dtype | None = None,
@@ -260,9 +273,9 @@ def solve(
     Args:
         f: ``(batch, time, dim) -> (batch, time, dim)``. With ``config.compact``, ``f.rows(index)`` restricts it to
             some samples, or returns ``None`` when it cannot.
-        z0: start, ``(batch, time, dim)``. Positions that are not valid are set to zero and stay there.
+        z0: start, ``(batch, time, dim)``. Padding is set to zero and stays there.
         config: method, budget, tolerance, safeguards.
-        valid: ``(batch, time)`` bool, True at real tokens; ``None``: all are.
+        layout: of the batch.
         scale: ``(batch,)`` norms that replace ‖f(z)‖ in the relative criterion (an adjoint is measured against its
             right-hand side).
         capture: counts; the state handed to the evaluation of that number (1 is the start) is returned in
@@ -294,7 +307,7 @@ def solve(
             return function(state.to(z0.dtype))
 
     with torch.autocast(device, enabled=False):
-        iteration = _Iteration(config, tol, dtype, valid, scale, evaluate, linear, track)
+        iteration = _Iteration(config, tol, dtype, layout, scale, evaluate, linear, track)
         rows, iterates, tracked = iteration.run(f, z0.to(algebra_dtype(z0.dtype)), capture)
     return FixedPointResult(
         state=rows.best.to(z0.dtype),
@@ -326,7 +339,7 @@ class _Iteration:
     config: FixedPointConfig
     tol: float
     dtype: torch.dtype
-    valid: Tensor | None
+    layout: Layout
     scale: Tensor | None
     evaluate: Callable[[Callable, Tensor], Tensor]
     linear: bool
@@ -334,12 +347,7 @@ class _Iteration:
 
     def run(self, f, z: Tensor, capture: Sequence[int]) -> tuple[_Rows, dict[int, Tensor], tuple | None]:
         config = self.config
-        self.real = None if self.valid is None else self.valid.unsqueeze(-1)
-        if self.real is not None:
-            z = torch.where(self.real, z, 0.0)
-        tokens = torch.full((z.shape[0],), z.shape[1], device=z.device) if self.valid is None else self.valid.sum(1)
-        self.root_size = (tokens * z.shape[-1]).clamp(min=1).double().sqrt()
-
+        z = self.layout.keep(z)
         whole = rows = _Rows(z, config.stagnation_window)
         acceleration = _acceleration(config, z, self.dtype)
         damping = None if config.damping == 1.0 else rows.damping * config.damping
@@ -356,8 +364,7 @@ class _Iteration:
                 f_z = tracked[1].detach().to(z.dtype)
             else:
                 f_z = self.evaluate(f, z).to(z.dtype)
-            if self.real is not None:
-                f_z = torch.where(self.real, f_z, 0.0)
+            f_z = self.layout.keep(f_z)
             residual = f_z - z
             remaining, any_diverged, ending, diverged = self._judge(rows, z, f_z, residual)
             if any_diverged:
@@ -395,7 +402,8 @@ class _Iteration:
                     continue
                 f, z, acceleration = subset, z[chosen], acceleration.rows(chosen)
                 whole = rows.split_off(whole)
-                self._keep(chosen)
+                self.layout = self.layout.rows(chosen)
+                self.scale = None if self.scale is None else self.scale[chosen]
                 rows.keep(chosen)
                 damping = None if damping is None else damping[chosen]
 
@@ -413,12 +421,6 @@ class _Iteration:
             anchor = z.detach().clone().requires_grad_()
             return anchor, self.evaluate(f, anchor)
 
-    def _metric(self, f_z: Tensor, residual: Tensor) -> Tensor:
-        norm = sample_norm(residual)
-        if self.config.criterion == "relative":
-            return norm / ((sample_norm(f_z) if self.scale is None else self.scale.double()) + _TINY)
-        return norm / self.root_size if self.config.criterion == "rms" else norm
-
     def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> tuple[int, int, int, Tensor]:
         """Settle each row's fate after an evaluation.
 
@@ -426,7 +428,7 @@ class _Iteration:
             rows that go on; whether any diverged; whether all that go on are about to end; which diverged.
         """
         config, tol = self.config, self.tol
-        metric = self._metric(f_z, residual)
+        metric = config.metric(self.layout, f_z, residual, self.scale)
         finite = metric.isfinite()
         rows.evaluations += rows.active
         improved = rows.active & finite & (metric < rows.best_residual)
@@ -475,15 +477,10 @@ class _Iteration:
         if not any_promising:
             return remaining
         mixed_residual = acceleration.mixed_residual()
-        norm = sample_norm(mixed_residual) / scale
+        norm = self.layout.norm(mixed_residual) / scale
         reached = promising & (norm < self.tol)
         rows.best = torch.where(reached[:, None, None], following - mixed_residual, rows.best)
         rows.best_residual = torch.where(reached, norm, rows.best_residual)
         rows.converged = rows.converged | reached
         rows.active = rows.active & ~reached
         return int(rows.active.sum())
-
-    def _keep(self, chosen: Tensor) -> None:
-        self.real = None if self.real is None else self.real[chosen]
-        self.scale = None if self.scale is None else self.scale[chosen]
-        self.root_size = self.root_size[chosen]

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.fixed_point import (
     FixedPointConfig,
     FixedPointResult,
@@ -31,7 +32,6 @@ from fairseq_implicit.solvers.fixed_point import (
     field_dtype,
     solve,
 )
-from fairseq_implicit.solvers.norms import sample_norm
 from fairseq_implicit.solvers.status import Status
 
 KINDS = ("ift", "neumann", "phantom", "jfb", "bptt", "reversible")
@@ -185,7 +185,7 @@ def equilibrium(
     z0: Tensor,
     solver: FixedPointConfig,
     gradient: GradientConfig,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     record: AdjointRecord | None = None,
     depends_on: Sequence[Tensor] = (),
     sources: Sequence[Tensor] | None = None,
@@ -194,12 +194,12 @@ def equilibrium(
     """Solve ``z = f(z)`` and attach a gradient.
 
     Args:
-        f: deterministic map ``(batch, time, dim) -> (batch, time, dim)``, zero at positions that are not valid.
+        f: deterministic map ``(batch, time, dim) -> (batch, time, dim)``, zero at padding.
         z0: start, ``(batch, time, dim)``.
         solver: forward solver; ``bptt`` and ``reversible`` take only its budget (``reversible``), tolerance and
             criterion (for the verdict).
         gradient: how the gradient is formed.
-        valid: ``(batch, time)`` bool, True at real tokens.
+        layout: of the batch.
         record: filled by the backward pass.
         depends_on: every tensor that ``f`` depends on and whose gradient is wanted (parameters, injections), none of
             them computed from another; only ``reversible`` needs it, because it rebuilds its graph piece by piece.
@@ -212,9 +212,9 @@ def equilibrium(
     """
     record = AdjointRecord() if record is None else record
     if gradient.kind == "bptt":
-        return _unrolled(f, z0, solver, gradient, valid, capture, record)
+        return _unrolled(f, z0, solver, gradient, layout, capture, record)
     if gradient.kind == "reversible":
-        return _reversible(f, z0, solver, gradient, valid, depends_on, sources, capture, record)
+        return _reversible(f, z0, solver, gradient, layout, depends_on, sources, capture, record)
 
     if gradient.kind == "ift" and torch.is_grad_enabled():
         # Said now, not in the middle of the backward pass.
@@ -223,7 +223,7 @@ def equilibrium(
         except OptionError as error:
             raise OptionError("adjoint_tol", error.sentence) from error
     training = torch.is_grad_enabled()
-    result = solve(f, z0, solver, valid, capture=capture, track=training)
+    result = solve(f, z0, solver, layout, capture=capture, track=training)
     tracked, result = result.tracked, replace(result, tracked=None)
     iterates = {count: f(state) for count, state in result.iterates.items()}
     point = result.state
@@ -240,7 +240,7 @@ def equilibrium(
         for _ in range(gradient.steps - 1):
             state = _damped(state, f(state), gradient.damping)
         return Equilibrium(state, result, point, iterates)
-    adjoint = _AdjointEquation(state, anchor, gradient, valid, field_dtype(z0), record)
+    adjoint = _AdjointEquation(state, anchor, gradient, layout, field_dtype(z0), record)
     return Equilibrium(_Adjoint.apply(state, adjoint), result, point, iterates)
 
 
@@ -264,7 +264,7 @@ class _AdjointEquation:
     tracked: Tensor
     anchor: Tensor
     gradient: GradientConfig
-    valid: Tensor | None
+    layout: Layout
     precision: torch.dtype
     record: AdjointRecord
 
@@ -275,18 +275,16 @@ class _AdjointEquation:
 
     def solve(self, g: Tensor) -> Tensor:
         """The cotangent that the tracked call should receive, in float32 or wider."""
-        g = g if g.dtype is torch.float64 else g.float()
-        if self.valid is not None:
-            g = torch.where(self.valid.unsqueeze(-1), g, 0.0)
+        g = self.layout.keep(g if g.dtype is torch.float64 else g.float())
         if self.gradient.kind == "neumann":
             self.record.evaluations = self.gradient.steps - 1
             return neumann_sum(self.vjp, g, self.gradient.steps, self.gradient.damping)
-        size = sample_norm(g)
+        size = self.layout.norm(g)
         result = solve(
             lambda w: self.vjp(w) + g,
             g,
             self.gradient.adjoint,
-            self.valid,
+            self.layout,
             scale=size,
             precision=self.precision,
             linear=True,
@@ -333,20 +331,12 @@ def _verdict(residual: Tensor, evaluations: int, solver: FixedPointConfig, dtype
 
 
 @torch.no_grad()
-def _residual(z: Tensor, f_z: Tensor, solver: FixedPointConfig, valid: Tensor | None) -> Tensor:
-    if valid is not None:
-        z, f_z = (torch.where(valid.unsqueeze(-1), x, 0.0) for x in (z, f_z))
+def _residual(z: Tensor, f_z: Tensor, solver: FixedPointConfig, layout: Layout) -> Tensor:
     wide = algebra_dtype(z.dtype)
-    size = sample_norm(f_z.to(wide) - z.to(wide))
-    if solver.criterion == "relative":
-        return size / (sample_norm(f_z) + torch.finfo(torch.float64).tiny)
-    if solver.criterion == "rms":
-        tokens = torch.full_like(size, z.shape[1]) if valid is None else valid.sum(1)
-        return size / (tokens * z.shape[2]).clamp(min=1).double().sqrt()
-    return size
+    return solver.metric(layout, f_z, f_z.to(wide) - z.to(wide))
 
 
-def _unrolled(f, z0, solver, gradient, valid, capture, record) -> Equilibrium:
+def _unrolled(f, z0, solver, gradient, layout, capture, record) -> Equilibrium:
     record.evaluations = gradient.steps if torch.is_grad_enabled() else 0
     z, iterates = z0, {}
     for count in range(1, gradient.steps + 1):
@@ -356,11 +346,11 @@ def _unrolled(f, z0, solver, gradient, valid, capture, record) -> Equilibrium:
             iterates[count] = z
     for count in set(capture) - iterates.keys():
         iterates[count] = z
-    residual = _residual(before, f_z, solver, valid)
+    residual = _residual(before, f_z, solver, layout)
     return Equilibrium(z, _verdict(residual, gradient.steps, solver, field_dtype(z0), z), None, iterates)
 
 
-def _reversible(f, z0, solver, gradient, valid, depends_on, sources, capture, record) -> Equilibrium:
+def _reversible(f, z0, solver, gradient, layout, depends_on, sources, capture, record) -> Equilibrium:
     if solver.max_iter < 2:
         raise OptionError("max_iter", "the reversible iteration evaluates twice per step; give at least 2.")
     if capture:
@@ -370,9 +360,9 @@ def _reversible(f, z0, solver, gradient, valid, depends_on, sources, capture, re
     depends_on, sources = [tensor for tensor, _ in pairs], [source for _, source in pairs]
     if torch.is_grad_enabled() and not depends_on and not z0.requires_grad:
         raise ValueError("The reversible gradient needs depends_on: the tensors that the map depends on.")
-    iteration = _ReversibleIteration(f, steps, gradient.damping, z0.dtype, depends_on, record)
+    iteration = _ReversibleIteration(f, steps, gradient.damping, z0.dtype, layout, depends_on, record)
     state, last, f_last = _Reversible.apply(iteration, z0, *sources)
-    residual = _residual(last, f_last, solver, valid)
+    residual = _residual(last, f_last, solver, layout)
     return Equilibrium(state, _verdict(residual, 2 * steps, solver, field_dtype(z0), state), None, {})
 
 
@@ -389,6 +379,7 @@ class _ReversibleIteration:
     steps: int
     damping: float
     dtype: torch.dtype
+    layout: Layout
     depends_on: Sequence[Tensor]
     record: AdjointRecord
 
@@ -442,9 +433,9 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor, *_):
-        iteration = ctx.iteration
+        iteration, norm = ctx.iteration, ctx.iteration.layout.norm
         z0, y, z = ctx.saved_tensors
-        size = sample_norm(z)
+        size = norm(z)
         g_z, g_y = g.double(), torch.zeros_like(y)
         gradients = [None] * len(iteration.depends_on)
         for _step in range(iteration.steps):
@@ -452,9 +443,9 @@ class _Reversible(torch.autograd.Function):
             z, g_y, g_z = iteration.unmix(z, f_y), g_y + pulled, (1 - iteration.damping) * g_z
             f_z, pulled = iteration.pull_back(z, g_y, gradients)
             y, g_z, g_y = iteration.unmix(y, f_z), g_z + pulled, (1 - iteration.damping) * g_y
-        missed = torch.maximum(sample_norm(y - z0), sample_norm(z - z0)) / (size + _TINY)
-        entered = sample_norm(g)
-        wrong = missed * (sample_norm(g_z) + sample_norm(g_y)) / (entered + _TINY)
+        missed = torch.maximum(norm(y - z0), norm(z - z0)) / (size + _TINY)
+        entered = norm(g)
+        wrong = missed * (norm(g_z) + norm(g_y)) / (entered + _TINY)
         # A gradient that overflows on a right way back is the trainer's to see.
         lost = size.isfinite() & entered.isfinite() & ~wrong.isfinite() & ~(missed < 1)
         if lost.any():

@@ -10,22 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fairseq_implicit.solvers.norms import sample_norm
+from fairseq_implicit.layout import UNPADDED, Layout
 
 # Steps relative to the state's rms. Half precision rounds a smaller step away: bfloat16 is off by a factor 2 at 1e-2.
 FINITE_STEP = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
 
 
-def _size(z: Tensor, valid: Tensor | None) -> Tensor:
-    """Entries at valid tokens, all samples together, 0-dim."""
-    return torch.tensor(float(z.numel()), device=z.device) if valid is None else valid.sum() * z.shape[-1]
-
-
-def _probe(z: Tensor, valid: Tensor | None, generator: torch.Generator | None) -> Tensor:
+def _probe(z: Tensor, layout: Layout, generator: torch.Generator | None) -> Tensor:
     # Drawn on the generator's device: a seeded CPU generator gives every rank and device the same probe.
     device = z.device if generator is None else generator.device
-    noise = torch.randn(z.shape, generator=generator, device=device).to(z.device, z.dtype)
-    return noise if valid is None else torch.where(valid.unsqueeze(-1), noise, 0.0)
+    return layout.keep(torch.randn(z.shape, generator=generator, device=device).to(z.device, z.dtype))
 
 
 def frobenius_finite_difference(
@@ -34,10 +28,10 @@ def frobenius_finite_difference(
     f_z: Tensor,
     precision: torch.dtype,
     probes: int = 1,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``‖J‖²_F / N`` by ``‖f(z + hε) − f(z)‖² / (h² N)``, ε normal, N entries at valid tokens; 0-dim, differentiable.
+    """``‖J‖²_F / N`` by ``‖f(z + hε) − f(z)‖² / (h² N)``, ε normal, N entries at real tokens; 0-dim, differentiable.
 
     Args:
         f: the map, ``(batch, time, dim)`` to the same.
@@ -45,20 +39,17 @@ def frobenius_finite_difference(
         f_z: ``f(z)``, tracked if the estimate is to be differentiated in f's parameters.
         precision: what ``f`` computes in; it sets the step h relative to z's rms.
         probes: number of ε.
-        valid: ``(batch, time)`` bool.
+        layout: of the batch.
         generator: source of ε; the default generator when ``None``.
     """
     z = z.detach()
-    size = _size(z, valid)
-    masked = z if valid is None else torch.where(valid.unsqueeze(-1), z, 0.0)
-    rms = masked.float().square().sum().div(size.clamp(min=1)).sqrt().clamp(min=1e-6).to(z.dtype)
+    size = layout.sizes(z).sum()
+    rms = layout.keep(z).float().square().sum().div(size.clamp(min=1)).sqrt().clamp(min=1e-6).to(z.dtype)
     step = FINITE_STEP[precision] * rms
     total = 0.0
     for _ in range(probes):
-        moved = f(z + step * _probe(z, valid, generator))
-        difference = moved.to(torch.promote_types(moved.dtype, torch.float32)) - f_z
-        if valid is not None:
-            difference = torch.where(valid.unsqueeze(-1), difference, 0.0)
+        moved = f(z + step * _probe(z, layout, generator))
+        difference = layout.keep(moved.to(torch.promote_types(moved.dtype, torch.float32)) - f_z)
         total = total + (difference / step).square().sum()
     return total / (probes * size)
 
@@ -67,25 +58,24 @@ def frobenius_double_backward(
     f: Callable[[Tensor], Tensor],
     z: Tensor,
     probes: int = 1,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """``‖J‖²_F / N`` by ``‖εᵀJ‖²``, differentiable through a second backward pass; 0-dim.
 
     Attention runs in its unfused form here, because the fused kernels have no second derivative. What ``f`` gives at
-    valid tokens must not depend on the others.
+    real tokens must not depend on the others.
 
     Raises:
         RuntimeError: part of ``f`` (a compiled or recomputed cell) cannot be differentiated with a graph; some such
             cells only say so when the estimate itself is differentiated. The finite-difference estimator fits all.
     """
     point = z.detach()
-    if valid is not None:
-        # A layer norm's second derivative at a zero state is past float16's range, and 0 times infinity is NaN: the
-        # positions that are not valid stand at a point of variance 1, which no estimate sees.
-        signs = torch.ones_like(point[0, 0])
-        signs[1::2] = -1
-        point = torch.where(valid.unsqueeze(-1), point, signs)
+    # A layer norm's second derivative at a zero state is past float16's range, and 0 times infinity is NaN: padding
+    # stands at a point of variance 1, which no estimate sees.
+    signs = torch.ones_like(point[0, 0])
+    signs[1::2] = -1
+    point = layout.keep(point, otherwise=signs)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         point = point.requires_grad_()
         value = f(point)
@@ -93,7 +83,7 @@ def frobenius_double_backward(
         for _ in range(probes):
             try:
                 (product,) = torch.autograd.grad(
-                    value, point, _probe(value, valid, generator), create_graph=True, retain_graph=True
+                    value, point, _probe(value, layout, generator), create_graph=True, retain_graph=True
                 )
             except RuntimeError as error:
                 raise RuntimeError(
@@ -101,14 +91,14 @@ def frobenius_double_backward(
                     "take the finite-difference estimator."
                 ) from error
             total = total + product.to(torch.promote_types(product.dtype, torch.float32)).square().sum()
-    return total / (probes * _size(z, valid))
+    return total / (probes * layout.sizes(z).sum())
 
 
 def spectral_radius(
     f: Callable[[Tensor], Tensor],
     z: Tensor,
     steps: int = 30,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Spectral radius of the Jacobian of each sample, ``(batch,)``, by ``steps`` products ``Jᵀv``.
@@ -119,17 +109,15 @@ def spectral_radius(
     with torch.enable_grad():
         point = z.detach().requires_grad_()
         value = f(point)
-    v = _probe(value, valid, generator)
+    v = _probe(value, layout, generator)
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     tiny = torch.finfo(v.dtype).tiny
-    v = v / (sample_norm(v)[:, None, None] + tiny).to(v.dtype)
+    v = v / (layout.norm(v)[:, None, None] + tiny).to(v.dtype)
     growth = []
     for step in range(steps):
         (product,) = torch.autograd.grad(value, point, v.to(value.dtype), retain_graph=step + 1 < steps)
-        product = product.to(v.dtype)
-        if valid is not None:
-            product = torch.where(valid.unsqueeze(-1), product, 0.0)
-        size = sample_norm(product)
+        product = layout.keep(product.to(v.dtype))
+        size = layout.norm(product)
         growth.append((size + tiny).log())
         v = product / (size + tiny)[:, None, None].to(v.dtype)
     return torch.stack(growth[steps // 2 :]).mean(0).exp().to(v.dtype)

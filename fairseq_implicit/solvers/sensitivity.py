@@ -21,6 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     AdaptiveConfig,
     AdaptiveResult,
@@ -66,7 +67,7 @@ def solve_adjoint(
     duration: float,
     config: AdaptiveConfig,
     parameters: Sequence[Tensor],
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     start: float = 0.0,
     on_backward: Callable[[int], None] | None = None,
     pieces: Sequence[Piece] = (),
@@ -82,20 +83,20 @@ def solve_adjoint(
     """
     results: list[AdaptiveResult] = []
     pieces = tuple(pieces) or (Piece(f, start + duration),)
-    state = _ContinuousAdjoint.apply(pieces, y, duration, config, valid, start, on_backward, results, *parameters)
+    state = _ContinuousAdjoint.apply(pieces, y, duration, config, layout, start, on_backward, results, *parameters)
     return replace(results[0], state=state)
 
 
 class _ContinuousAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pieces, y, duration, config, valid, start, on_backward, results, *parameters):
+    def forward(ctx, pieces, y, duration, config, layout, start, on_backward, results, *parameters):
         ctx.surroundings = Surroundings(y.device)
         result = solve_adaptive(
-            pieces[0].field, y, duration, config, valid=valid, start=start, pieces=pieces, keep_piece_states=True
+            pieces[0].field, y, duration, config, layout, start, pieces=pieces, keep_piece_states=True
         )
         results.append(replace(result, state=None, piece_states=()))
         ctx.save_for_backward(*(state.to(y.dtype) for state in result.piece_states), *parameters)
-        ctx.pieces, ctx.config, ctx.valid, ctx.start = pieces, config, valid, start
+        ctx.pieces, ctx.config, ctx.layout, ctx.start = pieces, config, layout, start
         ctx.on_backward, ctx.status = on_backward, result.status
         return result.state
 
@@ -114,7 +115,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
         with ctx.surroundings:
             for piece, start, state in reversed(list(zip(ctx.pieces, starts, states))):
                 to_state, parts, spent = _integrate_backward(
-                    piece.field, state, to_state, piece.end - start, ctx.config, ctx.valid, start, wanted
+                    piece.field, state, to_state, piece.end - start, ctx.config, ctx.layout, start, wanted
                 )
                 accumulate(totals, parts)
                 evaluations += spent
@@ -130,7 +131,7 @@ def _integrate_backward(
     gradient: Tensor,
     duration: float,
     config: AdaptiveConfig,
-    valid: Tensor | None,
+    layout: Layout,
     start: float,
     wanted: list[Tensor],
 ) -> tuple[Tensor, list[Tensor | None], int]:
@@ -167,7 +168,7 @@ def _integrate_backward(
             del stages[1:]
 
     with torch.no_grad():
-        result = solve_adaptive(augmented_field, augmented, duration, config, valid=valid, on_trial=on_trial)
+        result = solve_adaptive(augmented_field, augmented, duration, config, layout, on_trial=on_trial)
     if result.status is not Status.CONVERGED:
         raise ArithmeticError(
             f"The adjoint solve failed on its way back ({result.status.value}): this flow cannot be run backward at "

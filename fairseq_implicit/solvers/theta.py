@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig, equilibrium
 from fairseq_implicit.solvers.status import SolveResult, Status
@@ -75,17 +76,17 @@ def solve_theta(
     x: Tensor,
     config: ThetaConfig,
     t0: float = 0.0,
-    valid: Tensor | None = None,
+    layout: Layout = UNPADDED,
     records: list[AdjointRecord] | None = None,
 ) -> ThetaResult:
     """Integrate ``dz/dt = f(t, z)`` from ``z(t0) = x`` over ``config.total_time``.
 
     Args:
-        f: prepared field, ``f(t, z) -> dz``, zero at positions that are not valid.
+        f: prepared field, ``f(t, z) -> dz``, zero at padding.
         x: ``(batch, time, dim)``.
         config: scheme, steps, root solver, gradient.
         t0: start time.
-        valid: ``(batch, time)`` bool, True at real tokens; ``None``: all are.
+        layout: of the batch.
         records: receives one :class:`AdjointRecord` per implicit step, filled by the backward pass.
 
     Returns:
@@ -102,7 +103,7 @@ def solve_theta(
     z, evaluations, residual, converged, status = x, 0, None, None, Status.COMPLETED
     for step in range(config.steps):
         record = AdjointRecord()
-        solved, explicit = _implicit_step(f, z, t0 + step * h, h, config, valid, record)
+        solved, explicit = _implicit_step(f, z, t0 + step * h, h, config, layout, record)
         if records is not None:
             records.append(record)
         z = solved.state
@@ -113,14 +114,14 @@ def solve_theta(
     return ThetaResult(z, evaluations, residual, status, converged)
 
 
-def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig, valid, record: AdjointRecord):
+def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig, layout: Layout, record: AdjointRecord):
     """One step: the equilibrium and the evaluations spent on its explicit half."""
     if config.scheme == "implicit-midpoint":
 
         def step_map(z: Tensor) -> Tensor:
             return torch.add(x, f(t + h / 2, (x + z) / 2), alpha=h)
 
-        return equilibrium(step_map, x, config.solver, config.gradient, valid, record), 0
+        return equilibrium(step_map, x, config.solver, config.gradient, layout, record), 0
 
     theta = config.theta
     base, start, explicit = x, x, 0
@@ -136,4 +137,4 @@ def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig,
     # Unrolled steps are differentiated from their start on; a solve forgets where it began.
     if config.gradient.uses_solver:
         start = start.detach()
-    return equilibrium(step_map, start, config.solver, config.gradient, valid, record), explicit
+    return equilibrium(step_map, start, config.solver, config.gradient, layout, record), explicit

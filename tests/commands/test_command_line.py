@@ -71,10 +71,11 @@ def test_what_can_be_imported_where_there_is_no_fairseq():
 import importlib, pathlib, sys
 sys.modules["fairseq"] = sys.modules["fairseq_cli"] = None
 for folder in sys.argv[1:]:
-    for path in sorted(pathlib.Path("fairseq_implicit", folder).rglob("*.py")):
+    place = pathlib.Path("fairseq_implicit", folder)
+    for path in sorted(place.rglob("*.py")) or [place]:
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
 """
-    python(code, "solvers", "corpora")
+    python(code, "layout.py", "solvers", "fields", "depth", "corpora")
 
 
 ORDERS = """

@@ -1,16 +1,19 @@
 """Every format is read byte-exactly, and every defect gets one sentence with file and offset."""
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
 import os
+import random
 
 import pytest
 import zstandard
 
 from fairseq_implicit.corpora import readers
 from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.records import RecordError, document_from_record
 from fairseq_implicit.corpora.sources import find_sources
 from tests.corpora.formats import NAUGHTY, oscar_22, oscar_23, pile_lines, read, write_gz, write_tar, write_zst
 
@@ -250,6 +253,35 @@ def test_corrupt_json_line_names_line_and_byte(tmp_path):
     assert f"{path}: line 2 (byte {len(lines[0]) + 1}) is no valid JSON" in problems[0].sentence
     assert "no field 'text', 'content' or 'raw_content' (its fields: title)" in problems[1].sentence
     assert "'text' holds a int" in problems[2].sentence and "JSON list" in problems[3].sentence
+
+
+def test_records_are_read_as_pythons_json_reads_them(tmp_path):
+    """Whatever the faster parser refuses or the damage makes of a line, the document is the one of `json`."""
+    rng, lines = random.Random(5), []
+    odd = '{"text": "\\ud83d\\ude00 \\ud83d \\u0000\\/ é 語 \\"", "meta": {"n": NaN, "b": 99999999999999999999}}'
+    nested = '{"text": "deep", "meta": ' + "[" * 3000 + "]" * 3000 + "}"
+    for line in [
+        odd,
+        nested,
+        '{"text": "first", "text": "last"}',
+        ' \t{"text": "white"}\r',
+        '"bare"',
+        '{"text": ["a", "b"]}',
+    ]:
+        lines.append(line.encode())
+    for _ in range(3000):
+        line = bytearray(odd.encode())
+        for _ in range(rng.randint(1, 3)):
+            line[rng.randrange(len(line))] = rng.choice(b'"\\{}[]:,u0dn \xff\xc3e')
+        lines.append(bytes(line))
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    documents, problems = read(tmp_path / "a.jsonl")
+    expected = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError, RecordError):
+            expected.append(document_from_record(json.loads(line.decode("utf-8", "replace")), "", 0).text)
+    assert len(expected) > 300 and len(documents) + len(problems) == len(lines)
+    assert [document.text for document in documents] == expected
 
 
 def test_crlf_json_lines_and_byte_order_mark(tmp_path):

@@ -47,6 +47,17 @@ def test_one_result_for_every_way(corpus, flags, reference, tmp_path, how):
     assert (output / "SHA256SUMS").read_bytes() == (reference / "SHA256SUMS").read_bytes()
 
 
+def test_compressed_work_is_smaller_and_may_be_chosen_at_any_time(corpus, flags, reference, tmp_path):
+    sizes = []
+    for part, choice in (("0/2", []), ("1/2", ["--compress-work"])):
+        prepare(corpus, "--output", tmp_path, *flags, "--part", part, *choice)
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / "work").glob("*.segments")) - sum(sizes))
+    prepare(corpus, "--output", tmp_path, *flags, "--merge", "--compress-work")
+    assert checksums(tmp_path) == checksums(reference)
+    assert sizes[1] < 0.8 * sizes[0]
+    assert prepare(corpus, "--output", tmp_path, *flags) == 0  # finished, and no other corpus
+
+
 def test_ten_kills_and_a_rerun_give_the_same_bytes(corpus, flags, reference, tmp_path):
     """Each run goes on from the one that was killed; the moments are drawn among all calls that the program makes."""
     rng = random.Random(3)
@@ -178,8 +189,10 @@ def _act(what):
     time.sleep(600)
 
 
-def test_damaged_intermediate_file_is_found_by_the_merge(corpus, flags, tmp_path):
+@pytest.mark.parametrize("choice", [[], ["--compress-work"]], ids=["plain", "compressed"])
+def test_damaged_intermediate_file_is_found_by_the_merge(corpus, flags, tmp_path, choice):
     output = tmp_path / "out"
+    flags = flags + choice
     prepare(corpus, "--output", output, *flags, "--part", "0/2")
     prepare(corpus, "--output", output, *flags, "--part", "1/2")
     path = sorted((output / "work").glob("*.segments"))[0]

@@ -10,6 +10,7 @@ from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 
 DIM = 16
 
@@ -98,7 +99,7 @@ def test_knots_under_unit_euler_steps_are_the_ordinary_model(kind, interpolation
         block.load_state_dict(knot.state_dict())
     y = states()
     padding = torch.arange(5)[None] >= torch.tensor([5, 3, 4])[:, None]
-    ours, theirs = continuous(y, padding), stack(y, padding)
+    ours, theirs = continuous(y, Layout(~padding)), stack(y, Layout(~padding))
     torch.testing.assert_close(ours.state, theirs.state, rtol=0, atol=0 if kind != "post-norm" else 1e-13)
 
 
@@ -128,7 +129,7 @@ def test_interpolated_field_takes_one_time_per_sample_in_evaluation(interpolatio
     field = interpolated(interpolation=interpolation).eval()
     y = torch.cat([states(), states()[1:]])
     padding = torch.arange(5)[None] >= torch.tensor([5, 3, 4, 5, 1])[:, None]
-    f = field.prepare(y, padding)
+    f = field.prepare(y, Layout(~padding))
     times = torch.tensor([0.25, 2.5, 1.0, 0.25, 3.0], dtype=torch.float64)
     together = f(times, y)
     assert not together[padding].any()
@@ -228,13 +229,14 @@ def test_batch_mates_and_padding_change_no_answer_in_evaluation(make, settings):
     padding = torch.arange(5)[None] >= torch.tensor(lengths)[:, None]
     y = y.masked_fill(padding.unsqueeze(-1), 0.0)
     with torch.no_grad():
-        together = module(y[:3], padding[:3]).state
+        together = module(y[:3], Layout(~padding[:3])).state
         if settings:
-            assert torch.equal(module(y, padding).state[:3], together), "a row of padding is no sample"
+            assert torch.equal(module(y, Layout(~padding)).state[:3], together), "a row of padding is no sample"
         for row, length in enumerate(lengths[:3]):
             alone = module(y[row : row + 1, :length]).state[0]
             torch.testing.assert_close(together[row, :length], alone, rtol=0, atol=1e-9)
-        shared = depth(field, tolerance=1e-2, step_control="batch", **settings).eval()(y[:3], padding[:3]).state
+        for_all = depth(field, tolerance=1e-2, step_control="batch", **settings).eval()
+        shared = for_all(y[:3], Layout(~padding[:3])).state
     assert (shared - together).abs().max() > 1e-5, "one step for all is another answer, and stays to be asked for"
 
 
@@ -282,7 +284,7 @@ def test_every_gradient_agrees(make):
         module = depth(copy.deepcopy(field), **chosen).train()
         torch.manual_seed(5)
         x = y.clone().requires_grad_()
-        (module(x, padding).state * weight).sum().backward()
+        (module(x, Layout(~padding)).state * weight).sum().backward()
         gradients[name] = torch.cat([x.grad.flatten()] + [p.grad.flatten() for p in module.field.parameters()])
     scale = gradients["autograd"].norm()
     for name, gradient in gradients.items():
@@ -332,7 +334,7 @@ def test_padding_and_batch_mates_do_not_change_a_sample():
     lengths = (5, 2, 4)
     padding = torch.arange(5)[None] >= torch.tensor(lengths)[:, None]
     y = y.masked_fill(padding.unsqueeze(-1), 0.0)
-    together = module(y, padding)
+    together = module(y, Layout(~padding))
     evaluations = []
     for row, length in enumerate(lengths):
         alone = module(y[row : row + 1, :length])

@@ -8,6 +8,7 @@ from fairseq_implicit.depth.diagnostics import trace
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 
 SHAPE = TransformerFieldConfig(16, 32, 2)
 
@@ -20,15 +21,15 @@ def stack(**settings):
 @pytest.fixture
 def batch():
     torch.manual_seed(1)
-    padding = torch.arange(6)[None] >= torch.tensor([6, 4])[:, None]
-    return torch.randn(2, 6, 16).masked_fill(padding.unsqueeze(-1), 0.0), padding
+    layout = Layout(torch.arange(6)[None] < torch.tensor([6, 4])[:, None])
+    return layout.keep(torch.randn(2, 6, 16)), layout
 
 
 def test_a_stack_is_followed_from_block_to_block(batch):
-    x, padding = batch
+    x, layout = batch
     module = stack(scheme="euler")
-    found = trace(module, x, padding)
-    states = module(x, padding, return_hidden_states=True).hidden_states
+    found = trace(module, x, layout)
+    states = module(x, layout, return_hidden_states=True).hidden_states
     assert found.times == [0.0, 1.0, 2.0, 3.0] and found.evaluations.tolist() == [3.0, 3.0]
     for place, state in enumerate(states):
         torch.testing.assert_close(found.rms[place, 1], state[1, :4].square().mean().sqrt())
@@ -38,9 +39,9 @@ def test_a_stack_is_followed_from_block_to_block(batch):
 
 def test_local_error_falls_with_the_blocks_time(batch):
     """A third-order pair estimates an error of order h³; four times smaller blocks: 64 times less."""
-    x, padding = batch
+    x, layout = batch
     coarse, fine = (
-        trace(stack(scheme="rk4", total_time=h), x, padding).local_error[0].mean().item() for h in (0.2, 0.05)
+        trace(stack(scheme="rk4", total_time=h), x, layout).local_error[0].mean().item() for h in (0.2, 0.05)
     )
     assert 40 < coarse / fine < 100
 
@@ -58,15 +59,15 @@ def test_silent_blocks_do_nothing(batch):
 
 
 def test_evaluations_per_sample_of_adaptive_depths(batch):
-    x, padding = batch
+    x, layout = batch
     x = x * torch.tensor([0.3, 4.0]).view(-1, 1, 1)
     torch.manual_seed(0)
     config = ContinuousConfig(16, 3.0, tolerance=1e-4, scheme="bosh3")
     depths = [stack(scheme="bosh3", tolerance=1e-4), ContinuousDepth(config, DepthEmbeddedField(SHAPE, 3.0)).eval()]
     for module in depths:
-        found = trace(module, x, padding)
+        found = trace(module, x, layout)
         assert len(set(found.evaluations.tolist())) == 2
-        mean = module(x, padding).statistics["evaluations"]
+        mean = module(x, layout).statistics["evaluations"]
         assert found.evaluations.mean().item() == pytest.approx(float(mean))
         assert len(found.times) == 4
 

@@ -12,6 +12,7 @@ from fairseq_implicit.depth.phases import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell
 from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError, solve
 from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
 from fairseq_implicit.solvers.jacobian import spectral_radius
@@ -42,6 +43,7 @@ def embedding(batch=3, time=7, seed=5, dim=DIM):
 
 
 PADDING = torch.tensor([[False] * 7, [False] * 5 + [True] * 2, [False] * 2 + [True] * 5])
+LAYOUT = Layout(~PADDING)
 KINDS = [("post-norm", 1), ("post-norm", 3), ("pre-norm", 1), ("pre-norm", 3)]
 
 
@@ -116,9 +118,9 @@ def test_widening_the_feed_forward_network_keeps_the_contraction():
 @pytest.mark.parametrize("extra", [dict(), dict(prelude_layers=1, coda_layers=1)])
 def test_padding_and_batch_mates_change_no_answer(kind, layers, extra):
     module = depth(cell=cell(kind, layers), **extra).eval()
-    x = embedding().masked_fill(PADDING[..., None], 0.0)
+    x = LAYOUT.keep(embedding())
     with torch.no_grad():
-        together = module(x, PADDING).state
+        together = module(x, LAYOUT).state
         assert together[PADDING].eq(0).all()
         for row in range(3):
             length = int((~PADDING[row]).sum())
@@ -137,8 +139,8 @@ def test_every_gradient_reaches_every_parameter_and_the_input(name):
         coda_layers=1,
         allow_nonconvergent=True,
     ).train()
-    x = embedding().masked_fill(PADDING[..., None], 0.0).requires_grad_()
-    out = module(x, PADDING)
+    x = LAYOUT.keep(embedding()).requires_grad_()
+    out = module(x, LAYOUT)
     (out.state * embedding(seed=9)).sum().backward()
     for label, parameter in module.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), label
@@ -155,7 +157,7 @@ def test_exact_gradient_equals_a_long_unroll_through_the_real_cell(weight_norm):
         module.config = EquilibriumConfig(module.config.cell, SHARP, gradient=gradient)
         module.zero_grad()
         torch.manual_seed(11)
-        (module(embedding(), PADDING).state * target).sum().backward()
+        (module(embedding(), LAYOUT).state * target).sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
 
     implicit, unrolled = grads(GradientConfig(adjoint=SHARP)), grads(GradientConfig("bptt", 120))
@@ -195,13 +197,13 @@ def test_weight_norm_is_exact_loads_copies_and_keeps_the_initial_scale(weight_no
 
 def test_compaction_gives_the_same_answer_and_steps_aside_for_dropout():
     # A long padded batch: rows of different length settle at different times.
-    x = embedding().masked_fill(PADDING[..., None], 0.0) * torch.tensor([1.0, 0.02, 5.0])[:, None, None]
+    x = LAYOUT.keep(embedding()) * torch.tensor([1.0, 0.02, 5.0])[:, None, None]
     compact = FixedPointConfig("anderson", 100, 1e-12, compact=True)
     plain, packed = depth(), depth(solver=compact)
     with torch.no_grad():
-        assert torch.allclose(plain.eval()(x, PADDING).state, packed.eval()(x, PADDING).state, atol=1e-10)
+        assert torch.allclose(plain.eval()(x, LAYOUT).state, packed.eval()(x, LAYOUT).state, atol=1e-10)
     noisy = depth(cell=cell(noise=dict(dropout=0.1)), solver=compact).train()
-    assert float(noisy(x, PADDING).statistics["converged_share"]) == 1.0
+    assert float(noisy(x, LAYOUT).statistics["converged_share"]) == 1.0
 
 
 def test_explicit_and_tied_baselines_are_the_written_out_loops():
@@ -369,7 +371,7 @@ def test_bfloat16_autocast_trains_close_to_float32(kind):
     def grads(autocast):
         module = depth(double=False, cell=cell(kind), solver=FixedPointConfig(), gradient=GradientConfig()).train()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = module(embedding().float(), PADDING)
+            out = module(embedding().float(), LAYOUT)
         assert float(out.statistics["converged_share"]) == 1.0
         (out.state.float() * embedding(seed=9).float()).sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
@@ -396,7 +398,7 @@ def test_what_does_not_suit_the_precision_or_the_batch_names_its_flag(options, m
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_converge(dtype):
     module = depth(double=False, solver=FixedPointConfig(), gradient=GradientConfig()).to(dtype).train()
-    out = module(embedding().to(dtype), PADDING)
+    out = module(embedding().to(dtype), LAYOUT)
     assert out.state.dtype is dtype and float(out.statistics["converged_share"]) == 1.0
     out.state.float().square().mul(embedding(seed=9).float()).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
@@ -504,8 +506,8 @@ def test_the_double_backward_penalty_has_finite_gradients_in_float16_beside_padd
         jacobian_estimator="double-backward", monitor_interval=0,
     ).half()  # fmt: skip
     module.updates.set_num_updates(1)
-    x = embedding().half().masked_fill(PADDING[..., None], 0.0).requires_grad_()
-    penalty = module.train()(x, PADDING).penalties["jacobian_penalty"]
+    x = LAYOUT.keep(embedding().half()).requires_grad_()
+    penalty = module.train()(x, LAYOUT).penalties["jacobian_penalty"]
     penalty.backward()
     assert 0 < penalty < 10 and x.grad.isfinite().all()
     for name, parameter in module.named_parameters():

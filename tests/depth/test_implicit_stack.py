@@ -6,6 +6,7 @@ import torch
 from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
 from fairseq_implicit.fields.field import Field
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
@@ -30,6 +31,7 @@ def embedding(seed=5):
 
 
 PADDING = torch.tensor([[False] * 7, [False] * 5 + [True] * 2, [False] * 2 + [True] * 5])
+LAYOUT = Layout(~PADDING)
 
 
 @pytest.mark.parametrize("kind", ["pre-norm", "post-norm", "parallel"])
@@ -57,9 +59,9 @@ def test_backward_euler_with_one_block_is_an_equilibrium():
 @pytest.mark.parametrize("theta", [dict(theta=1.0), dict(theta=0.5), dict(scheme="implicit-midpoint")])
 def test_padding_and_batch_mates_change_no_answer(theta):
     module = stack(**theta).eval()
-    x = embedding().masked_fill(PADDING[..., None], 0.0)
+    x = LAYOUT.keep(embedding())
     with torch.no_grad():
-        together = module(x, PADDING).state
+        together = module(x, LAYOUT).state
         for row in range(3):
             length = int((~PADDING[row]).sum())
             torch.testing.assert_close(
@@ -74,7 +76,7 @@ def test_exact_gradient_equals_unrolling_with_dropout_on(tied):
     def grads(gradient):
         module = stack(noise=noise, gradient=gradient, tied=tied, theta=0.5).train()
         torch.manual_seed(4)
-        (module(embedding(), PADDING).state * embedding(9)).sum().backward()
+        (module(embedding(), LAYOUT).state * embedding(9)).sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
 
     implicit, unrolled = grads(EXACT), grads(parse_gradient("bptt-60"))
@@ -88,7 +90,7 @@ class Affine(Field):
         super().__init__()
         self.rate, self.fragile = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64)), fragile
 
-    def prepare(self, x, padding_mask=None):
+    def prepare(self, x, layout=Layout()):
         start = x.detach()
 
         def f(t, z):

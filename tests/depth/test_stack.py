@@ -10,6 +10,7 @@ from torch import nn
 
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.coefficients import MODES, check_coefficients
 from fairseq_implicit.solvers.multistep import solve_adams
 from fairseq_implicit.solvers.runge_kutta import GRADIENTS, ExplicitConfig, solve_explicit
@@ -55,7 +56,7 @@ class Oscillator(nn.Module):
         self.rate = nn.Parameter(torch.ones((), dtype=torch.float64))
         self.times = []
 
-    def prepare(self, x, padding_mask=None):
+    def prepare(self, x, layout=UNPADDED):
         def f(t, z):
             self.times.append(t)
             return self.rate * (1 + math.sin(2 * t)) * torch.stack([-z[..., 1], z[..., 0]], dim=-1)
@@ -133,10 +134,10 @@ def test_post_norm_euler_is_the_published_layer_bit_for_bit(gradient):
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     expected = x
     for field in module.fields:
-        attend, feed = field.attention.prepare(expected, mask), field.feed_forward.prepare(expected)
+        attend, feed = field.attention.prepare(expected, Layout(~mask)), field.feed_forward.prepare(expected)
         inner = field.attention_norm(expected + attend(expected))
         expected = field.feed_forward_norm(inner + feed(inner))
-    assert torch.equal(module(x, mask).state[~mask], expected[~mask])
+    assert torch.equal(module(x, Layout(~mask)).state[~mask], expected[~mask])
 
 
 def test_dlcl_mixes_the_normalised_outputs_of_all_layers():
@@ -220,7 +221,7 @@ def test_state_stays_bounded_through_48_blocks_in_half_precision(dtype, state_fl
             continue
         config = StackConfig(layers, DIM, scheme=scheme, coefficients=mode, state_float32=state_float32)
         with torch.no_grad():
-            out = BlockStack(config, fields.__getitem__).to(dtype)(x, mask)
+            out = BlockStack(config, fields.__getitem__).to(dtype)(x, Layout(~mask))
         assert out.state.dtype == dtype and out.state.isfinite().all(), (scheme, mode)
         # Pre-norm increments have an rms of about 1/3, so 48 of them reach at most 16.
         assert 0 < out.statistics["state_rms"] < 20, (scheme, mode)
@@ -265,7 +266,7 @@ def test_gradient_modes_agree_with_dropout_on(name, policy):
         mask = torch.zeros(4, 5, dtype=torch.bool)
         mask[1, 3:] = True
         torch.manual_seed(3)
-        out = module(x, mask)
+        out = module(x, Layout(~mask))
         torch.rand(5)  # something else draws between forward and backward
         grads = torch.autograd.grad(out.state.square().mean(), [x, *module.parameters()], allow_unused=True)
         found.append([out.state, *grads])
@@ -291,7 +292,7 @@ def test_padding_content_changes_no_bit(options):
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, 3:] = True
     other = torch.where(mask.unsqueeze(-1), 100 * torch.randn_like(x), x)
-    first, second = module(x, mask), module(other, mask)
+    first, second = module(x, Layout(~mask)), module(other, Layout(~mask))
     assert torch.equal(first.state[~mask], second.state[~mask])
     for name, value in first.statistics.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(second.statistics[name])), name
@@ -302,7 +303,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(options):
     module, x = stack(**options).eval(), embedding(dtype=torch.float32)
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, 3:] = True
-    together = module(x, mask).state[0, :3]
+    together = module(x, Layout(~mask)).state[0, :3]
     torch.testing.assert_close(module(x[:1, :3]).state[0], together, rtol=1e-6, atol=1e-6)
 
 
@@ -310,7 +311,7 @@ def test_a_sample_alone_equals_the_sample_in_a_batch(options):
 def test_nothing_is_read_back_from_the_device(options):
     """A meta tensor has no data: whatever asks for a value fails."""
     module = stack(**options).to("meta")
-    out = module(torch.empty(2, 5, DIM, device="meta"), torch.empty(2, 5, dtype=torch.bool, device="meta"))
+    out = module(torch.empty(2, 5, DIM, device="meta"), Layout(torch.empty(2, 5, dtype=torch.bool, device="meta")))
     assert out.state.shape == (2, 5, DIM)
 
 
@@ -371,11 +372,11 @@ def test_statistics_per_block_and_aggregated(name):
         assert not isinstance(value, torch.Tensor) or (value.dim() == 0 and not value.requires_grad)
 
 
-def test_state_rms_is_that_of_the_valid_tokens():
+def test_state_rms_is_that_of_the_real_tokens():
     module, x = stack(scheme="rk2").double(), embedding()
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 2:] = True
-    out = module(x, mask)
+    out = module(x, Layout(~mask))
     assert float(out.statistics["state_rms"]) == pytest.approx(out.state[~mask].square().mean().sqrt().item(), rel=1e-6)
 
 
@@ -462,9 +463,9 @@ def test_a_stack_compiles_into_one_graph(name):
     module, x = stack(layers=2, **VARIANTS[name]).eval(), embedding(dtype=torch.float32)
     mask = torch.zeros(2, 5, dtype=torch.bool)
     mask[0, 3:] = True
-    compiled = torch.compile(module, backend="eager", fullgraph=True)(x, mask)
-    torch.testing.assert_close(compiled.state, module(x, mask).state)
-    assert set(compiled.statistics) == set(module(x, mask).statistics)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)(x, Layout(~mask))
+    torch.testing.assert_close(compiled.state, module(x, Layout(~mask)).state)
+    assert set(compiled.statistics) == set(module(x, Layout(~mask)).statistics)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------

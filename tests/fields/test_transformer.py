@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fairseq_implicit.fields.transformer import KINDS, TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 
 DIM, FFN, HEADS = 16, 32, 4
 
@@ -57,7 +58,7 @@ def test_state_plus_increment_is_torchs_encoder_layer(kind):
     x, padding = states(), tail_padding()
     layer = reference_layer(field, norm_first=kind == "pre-norm").train()
     expected = layer(x, src_key_padding_mask=padding)
-    got = x + field.prepare(x, padding)(0.0, x)
+    got = x + field.prepare(x, Layout(~padding))(0.0, x)
     torch.testing.assert_close(got[~padding], expected[~padding], rtol=0, atol=1e-12)
 
 
@@ -117,7 +118,7 @@ def test_dropped_attention_without_drops_is_torchs_attention():
         states(),
         tail_padding(),
     )
-    got, expected = noisy.prepare(x, padding)(0.0, x), plain.prepare(x, padding)(0.0, x)
+    got, expected = noisy.prepare(x, Layout(~padding))(0.0, x), plain.prepare(x, Layout(~padding))(0.0, x)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
@@ -132,12 +133,12 @@ def test_padding_is_still_and_its_content_changes_nothing(kind):
     field, x, padding = build(kind), states(), tail_padding()
     other = x.clone()
     other[padding] = 1e3
-    dz, other_dz = field.prepare(x, padding)(0.0, x), field.prepare(other, padding)(0.0, other)
+    dz, other_dz = field.prepare(x, Layout(~padding))(0.0, x), field.prepare(other, Layout(~padding))(0.0, other)
     assert torch.equal(dz, other_dz)
     assert (dz[padding] == 0).all()
     # A fully padded row is not a source of NaN either.
     padding[0] = True
-    assert torch.isfinite(field.prepare(x, padding)(0.0, x)).all()
+    assert torch.isfinite(field.prepare(x, Layout(~padding))(0.0, x)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

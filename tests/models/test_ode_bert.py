@@ -9,6 +9,7 @@ import torch
 from fairseq.models import MODEL_REGISTRY
 from omegaconf import OmegaConf
 
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 
 SHAPE = dict(encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4)
@@ -37,6 +38,19 @@ def test_known_absence_of_padding_is_the_same_computation(task, tokens):
     full = tokens[:1]
     assert torch.equal(model(full, has_padding=False)[0], model(full)[0])
     torch.testing.assert_close(model(full, has_padding=True)[0], model(full)[0], rtol=0, atol=1e-5)
+
+
+def test_positions_are_fairseqs_until_the_layout_gives_others(task, tokens):
+    encoder = build(task, no_layernorm_embedding=True, **QUIET).eval().encoder
+    shifted = torch.cat([torch.full_like(tokens[:, :3], 1), tokens], 1)
+    for batch in (tokens, shifted, tokens[:1]):
+        layout = encoder.layout(batch)
+        found = encoder.embed(batch, layout)
+        assert torch.equal(found, layout.keep(encoder.embed_tokens(batch) + encoder.embed_positions(batch)))
+    torch.testing.assert_close(found[0], encoder.embed(shifted, encoder.layout(shifted))[0, 3:], rtol=0, atol=0)
+    later = encoder.embed(tokens[:1], Layout(positions=torch.arange(5, 17)[None]))
+    rows = encoder.embed_positions.weight[1 + 1 + 5 : 1 + 1 + 17]
+    assert torch.equal(later[0], encoder.embed_tokens(tokens[0]) + rows)
 
 
 def test_head_runs_on_masked_positions_only_and_agrees(task, tokens):

@@ -1,9 +1,11 @@
-"""A small transformer-like cell for the solver tests, with nothing but torch."""
+"""A small transformer-like cell for the solver tests."""
 
 import math
 
 import torch
 from torch import Tensor, nn
+
+from fairseq_implicit.layout import UNPADDED, Layout
 
 
 class ToyCell(nn.Module):
@@ -22,17 +24,16 @@ class ToyCell(nn.Module):
             for parameter in (*self.qkv.parameters(), *self.fc1.parameters(), *self.fc2.parameters()):
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
-    def map(self, u: Tensor, valid=None):
+    def map(self, u: Tensor, layout: Layout = UNPADDED):
         """``z -> f(z; u)``."""
 
         def f(z: Tensor) -> Tensor:
             q, k, v = self.qkv(z).chunk(3, -1)
             scores = q @ k.mT / math.sqrt(q.shape[-1])
-            if valid is not None:
-                scores = scores.masked_fill(~valid[:, None, :], -math.inf)
+            if layout.real is not None:
+                scores = scores.masked_fill(~layout.real[:, None, :], -math.inf)
             y = self.norms[0](z + self.gain * u + scores.softmax(-1) @ v)
-            out = self.norms[1](y + self.fc2(torch.tanh(self.fc1(y))))
-            return out if valid is None else torch.where(valid[..., None], out, 0.0)
+            return layout.keep(self.norms[1](y + self.fc2(torch.tanh(self.fc1(y)))))
 
         return f
 

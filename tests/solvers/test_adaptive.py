@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import PAIRS, AdaptiveConfig, Piece, embedded_step, solve_adaptive
 from fairseq_implicit.solvers.status import Status
 
@@ -107,7 +108,7 @@ def test_each_sample_of_a_padded_batch_gets_what_it_gets_alone(scheme):
     y = torch.randn(3, width, 16, dtype=torch.float64) * torch.tensor([0.3, 1.0, 3.0]).double().view(-1, 1, 1)
     padding = torch.arange(width)[None] >= torch.tensor(lengths)[:, None]
     config = AdaptiveConfig(scheme, 1e-5, 1e-5)
-    together = solve_adaptive(field.prepare(y, padding), y, 3.0, config, valid=~padding)
+    together = solve_adaptive(field.prepare(y, Layout(~padding)), y, 3.0, config, Layout(~padding))
     assert len(set(together.evaluations.tolist())) > 1, "the samples should differ in difficulty"
     for row, length in enumerate(lengths):
         mine = y[row : row + 1, :length]

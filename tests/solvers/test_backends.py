@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, Piece, embedded_step, solve_adaptive
 from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
@@ -204,16 +205,16 @@ def test_one_half_precision_solve_does_not_spoil_the_next(block, state):
     torch.testing.assert_close(solve_with("torchdyn", f, state, 1.0, config).state, before, rtol=0, atol=0)
 
 
-def test_torchdiffeq_measures_each_sample_over_its_valid_tokens(block, state):
+def test_torchdiffeq_measures_each_sample_over_its_real_tokens(block, state):
     """Padding and easy batch mates must not dilute the error of a hard sample."""
     needs("torchdiffeq")
-    padding = torch.zeros(3, 5, dtype=torch.bool)
-    padding[0, 1:] = True
+    real = torch.ones(3, 5, dtype=torch.bool)
+    real[0, 1:] = False
     wide = torch.cat([state, torch.zeros(3, 40, 16).double()], 1)
-    wide_padding = torch.cat([padding, torch.ones(3, 40, dtype=torch.bool)], 1)
+    layout, beside = Layout(real), Layout(torch.cat([real, torch.zeros(3, 40, dtype=torch.bool)], 1))
     config = AdaptiveConfig("dopri5", 1e-5, 1e-5)
-    narrow = solve_with("torchdiffeq", block.prepare(state, padding), state, 3.0, config, valid=~padding)
-    broad = solve_with("torchdiffeq", block.prepare(wide, wide_padding), wide, 3.0, config, valid=~wide_padding)
+    narrow = solve_with("torchdiffeq", block.prepare(state, layout), state, 3.0, config, layout)
+    broad = solve_with("torchdiffeq", block.prepare(wide, beside), wide, 3.0, config, beside)
     assert narrow.evaluations == broad.evaluations
     torch.testing.assert_close(broad.state[:, :5], narrow.state, rtol=0, atol=1e-9)
 

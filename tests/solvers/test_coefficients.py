@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.coefficients import (
     MODES,
     SMALLEST_START,
@@ -137,13 +138,13 @@ def test_stage_norms_of_half_precision_parameters_take_a_float32_state():
 
 
 @pytest.mark.parametrize("scheme", ["heun2", "rk4"])
-def test_gate_statistics_see_valid_tokens_only(scheme):
+def test_gate_statistics_see_real_tokens_only(scheme):
     block, stages = combination(scheme, "gated"), increments(scheme)
-    valid = torch.ones(2, 3, 1)
-    valid[1, 1:] = 0
+    real = torch.ones(2, 3, dtype=torch.bool)
+    real[1, 1:] = False
     weights = block(torch.zeros_like(stages[0]), stages, 1.0)[1]
-    found = block.statistics(weights, valid)
-    kept = torch.cat(weights, -1)[valid.squeeze(-1) == 1]
+    found = block.statistics(weights, Layout(real))
+    kept = torch.cat(weights, -1)[real]
     assert kept.shape == (4, len(stages))
     nodes = torch.tensor(get_tableau(scheme).c_values, dtype=torch.float64)
     expected = {
@@ -175,12 +176,12 @@ def test_penalties_and_their_gradients():
     assert torch.autograd.grad(second, block.weights.values)[0].tolist() == [0.0, 1.0]
 
 
-def test_penalty_of_a_gate_is_a_mean_over_valid_tokens():
+def test_penalty_of_a_gate_is_a_mean_over_real_tokens():
     block, stages = combination("midpoint", "gated"), increments("midpoint")
-    valid = torch.tensor([[1.0, 1, 0], [1, 0, 0]]).unsqueeze(-1)
+    real = torch.tensor([[True, True, False], [True, False, False]])
     weights = block.weights(stages)
-    expected = ((weights[1] / 2 - 0.5) ** 2).squeeze(-1)[valid.squeeze(-1) == 1].mean()
-    torch.testing.assert_close(block.second_order_penalty(weights, valid), expected)
+    expected = ((weights[1] / 2 - 0.5) ** 2).squeeze(-1)[real].mean()
+    torch.testing.assert_close(block.second_order_penalty(weights, Layout(real)), expected)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from fairseq_implicit.layout import UNPADDED, Layout, token_sum
 from fairseq_implicit.solvers.broyden import columns_within
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError, solve
-from fairseq_implicit.solvers.norms import sample_norm, token_sum
 from fairseq_implicit.solvers.status import Status
 
 BATCH, TIME, DIM = 4, 6, 8
@@ -26,22 +26,18 @@ def offsets(*shape: int, seed: int = 1) -> torch.Tensor:
 class TokenMixing:
     """A map whose every operation gives each sample the same bits in any batch and with any padding."""
 
-    def __init__(self, bias, valid=None, gain=0.9):
-        self.bias, self.valid, self.gain = bias, valid, gain
+    def __init__(self, bias, layout=UNPADDED, gain=0.9):
+        self.bias, self.layout, self.gain = bias, layout, gain
         self.scale = torch.linspace(-0.7, 0.7, bias.shape[-1], dtype=bias.dtype)
 
     def __call__(self, z):
-        if self.valid is not None:
-            z = torch.where(self.valid[..., None], z, 0.0)
-            count = self.valid.sum(1)
-        else:
-            count = torch.full((z.shape[0],), z.shape[1])
-        mean = (token_sum(z) / count[:, None]).to(z.dtype)[:, None]
+        z = self.layout.keep(z)
+        mean = (token_sum(z) * z.shape[2] / self.layout.sizes(z)[:, None]).to(z.dtype)[:, None]
         out = self.gain * torch.tanh(z * self.scale + 0.5 * mean.roll(1, -1) + self.bias)
-        return out if self.valid is None else torch.where(self.valid[..., None], out, 0.0)
+        return self.layout.keep(out)
 
     def rows(self, index):
-        return TokenMixing(self.bias[index], None if self.valid is None else self.valid[index], self.gain)
+        return TokenMixing(self.bias[index], self.layout.rows(index), self.gain)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -152,12 +148,12 @@ def test_padded_equals_unpadded_to_the_last_bit(method, junk):
     config = FixedPointConfig(method, 40, 1e-8)
     plain = solve(TokenMixing(bias), torch.zeros_like(bias), config)
     padding = torch.full((2, 3, DIM), junk, dtype=torch.float64)
-    valid = torch.cat([torch.ones(2, TIME), torch.zeros(2, 3)], 1).bool()
+    layout = Layout(torch.cat([torch.ones(2, TIME), torch.zeros(2, 3)], 1).bool())
     padded = solve(
-        TokenMixing(torch.cat([bias, padding], 1), valid),
+        TokenMixing(torch.cat([bias, padding], 1), layout),
         torch.cat([torch.zeros_like(bias), padding], 1),
         config,
-        valid,
+        layout,
     )
     assert torch.equal(padded.state[:, :TIME], plain.state)
     assert padded.state[:, TIME:].eq(0).all()
@@ -331,13 +327,6 @@ def test_captured_iterates_are_the_states_that_were_evaluated():
     assert torch.equal(result.iterates[99], result.state)
 
 
-def test_norms_agree_with_torch_and_ignore_trailing_zeros_exactly():
-    x = offsets(3, 7, 5)
-    assert torch.allclose(sample_norm(x), x.flatten(1).norm(dim=1), rtol=1e-14)
-    padded = torch.cat([x, torch.zeros(3, 50, 5, dtype=x.dtype)], 1)
-    assert torch.equal(sample_norm(padded), sample_norm(x))
-
-
 @pytest.mark.parametrize(
     "options, option",
     [
@@ -407,8 +396,8 @@ def test_a_foreseen_end_of_an_affine_solve_is_a_true_one(seed):
     def f(w):
         return (w.reshape(1, 128) @ matrix.T.to(w.dtype)).reshape(1, 8, 16) + g.to(w.dtype)
 
-    result = solve(f, g, FixedPointConfig("anderson", 60, 1e-3), scale=sample_norm(g), linear=True)
+    result = solve(f, g, FixedPointConfig("anderson", 60, 1e-3), scale=UNPADDED.norm(g), linear=True)
     state = result.state.double()
-    true = sample_norm(f(state) - state) / sample_norm(g)
+    true = UNPADDED.norm(f(state) - state) / UNPADDED.norm(g)
     assert result.converged.all() and true < 1.1e-3
     torch.testing.assert_close(result.residual.double(), true, rtol=0.1, atol=1e-6)

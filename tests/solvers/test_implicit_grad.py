@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
 from fairseq_implicit.solvers.implicit_grad import (
     AdjointRecord,
@@ -30,21 +31,21 @@ def cotangent(state: torch.Tensor) -> torch.Tensor:
     return torch.linspace(-1, 1, state.numel(), dtype=state.dtype).view_as(state).sin()
 
 
-def gradients(cell, u, gradient, solver=SHARP, valid=None, record=None):
+def gradients(cell, u, gradient, solver=SHARP, record=None):
     """Gradients of one scalar of the equilibrium in every parameter and in the input, by name."""
     u = u.clone().requires_grad_()
     cell.zero_grad()
     found = equilibrium(
-        cell.map(u, valid), torch.zeros_like(u), solver, gradient, valid, record, depends_on=(u, *cell.parameters())
+        cell.map(u), torch.zeros_like(u), solver, gradient, record=record, depends_on=(u, *cell.parameters())
     )
     (found.state * cotangent(found.state)).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in cell.named_parameters()} | {"input": u.grad}
 
 
-def unrolled(cell, u, steps, valid=None):
+def unrolled(cell, u, steps):
     u = u.clone().requires_grad_()
     cell.zero_grad()
-    f, z = cell.map(u, valid), torch.zeros_like(u)
+    f, z = cell.map(u), torch.zeros_like(u)
     for _ in range(steps):
         z = f(z)
     (z * cotangent(z)).sum().backward()
@@ -105,10 +106,10 @@ def test_padding_carries_no_gradient_and_changes_none():
     cell, u = ToyCell(), toy_input()
     plain = gradients(cell, u, exact())
     padded = torch.cat([u, torch.full((3, 2, 6), 5.0, dtype=u.dtype)], 1)
-    valid = torch.tensor([[True] * 4 + [False] * 2] * 3)
+    layout = Layout(torch.tensor([[True] * 4 + [False] * 2] * 3))
     u_padded = padded.clone().requires_grad_()
     cell.zero_grad()
-    found = equilibrium(cell.map(u_padded, valid), torch.zeros_like(padded), SHARP, exact(), valid)
+    found = equilibrium(cell.map(u_padded, layout), torch.zeros_like(padded), SHARP, exact(), layout)
     (found.state[:, :4] * cotangent(u)).sum().backward()
     assert torch.allclose(u_padded.grad[:, :4], plain["input"], atol=1e-11)
     assert u_padded.grad[:, 4:].eq(0).all()

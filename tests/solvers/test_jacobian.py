@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.jacobian import frobenius_double_backward, frobenius_finite_difference, spectral_radius
 from tests.solvers.cells import ToyCell, toy_input
 
@@ -34,10 +35,10 @@ def test_spectral_radius_of_a_general_matrix_is_that_of_its_eigenvalues():
 
 def test_spectral_radius_is_per_sample_and_blind_to_padding():
     scale = torch.tensor([0.2, 0.7], dtype=torch.float64)[:, None, None]
-    valid = torch.tensor([[True, True, False]] * 2)
+    layout = Layout(torch.tensor([[True, True, False]] * 2))
     amplify = torch.tensor([1.0, 1.0, 50.0], dtype=torch.float64)[None, :, None]
     found = spectral_radius(
-        lambda z: scale * amplify * z, torch.ones(2, 3, 4, dtype=torch.float64), 10, valid, seeded()
+        lambda z: scale * amplify * z, torch.ones(2, 3, 4, dtype=torch.float64), 10, layout, seeded()
     )
     assert torch.allclose(found, scale.flatten(), atol=1e-12)
 
@@ -102,10 +103,10 @@ def test_the_step_suits_the_precision(dtype):
 
 
 def test_padding_does_not_enter_the_estimate():
-    valid = torch.tensor([[True, True, False]] * 2)
+    layout = Layout(torch.tensor([[True, True, False]] * 2))
     z = toy_input(2, 3)
     weight = torch.tensor([0.5, 0.5, 30.0], dtype=torch.float64)[None, :, None]
-    found = frobenius_finite_difference(lambda x: weight * x, z, weight * z, torch.float64, 400, valid, seeded())
+    found = frobenius_finite_difference(lambda x: weight * x, z, weight * z, torch.float64, 400, layout, seeded())
     assert found.item() == pytest.approx(0.25, rel=0.1)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.reversible import solve_reversible
 from fairseq_implicit.solvers.status import Status
 from scripts.side_by_side import peak_bytes
@@ -45,7 +46,7 @@ def test_order_two_on_a_non_autonomous_field():
 def test_gradient_is_that_of_autograd_in_float64(steps):
     field = block(torch.float64)
     y = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
-    f = field.prepare(y, torch.tensor([[False] * 5, [False] * 3 + [True] * 2]))
+    f = field.prepare(y, Layout(torch.tensor([[True] * 5, [True] * 3 + [False] * 2])))
     tensors = [y, *field.parameters()]
     result = solve_reversible(f, y, 2.0, steps, list(field.parameters()))
     assert result.evaluations == steps + 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.runge_kutta import (
     GRADIENTS,
@@ -326,10 +327,10 @@ def test_nothing_is_read_back_from_the_device(mode):
     """A meta tensor has no data: whatever asks for a value fails."""
     network, combination = Network().to("meta"), Combination(get_tableau("rk4"), mode, dim=6).to("meta")
     x = torch.empty(2, 3, 6, device="meta")
-    valid = torch.empty(2, 3, 1, device="meta")
+    layout = Layout(torch.empty(2, 3, dtype=torch.bool, device="meta"))
     result = solve_explicit(network, x, ExplicitConfig("rk4", 3), combination)
     assert result.state.shape == x.shape
-    statistics = combination.statistics(result.weights[0], valid)
+    statistics = combination.statistics(result.weights[0], layout)
     assert all(not isinstance(value, torch.Tensor) or value.dim() == 0 for value in statistics.values())
 
 

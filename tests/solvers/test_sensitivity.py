@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
 from fairseq_implicit.solvers.reversible import solve_reversible
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
@@ -27,13 +28,13 @@ def relative(gradients, reference):
 @pytest.mark.parametrize("scheme, tolerance", (("bosh3", 1e-6), ("dopri5", 1e-9), ("tsit5", 1e-9)))
 def test_adjoint_within_tolerance_with_dropout_and_padding(block, scheme, tolerance):
     y = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
-    padding = torch.arange(5)[None] >= torch.tensor([5, 2, 4])[:, None]
-    f, config = block.prepare(y, padding), AdaptiveConfig(scheme, tolerance, tolerance)
+    layout = Layout(torch.arange(5)[None] < torch.tensor([5, 2, 4])[:, None])
+    f, config = block.prepare(y, layout), AdaptiveConfig(scheme, tolerance, tolerance)
     tensors = [y, *block.parameters()]
     weight = 1e-4 * torch.randn_like(y)
-    exact = torch.autograd.grad((solve_adaptive(f, y, 1.5, config, ~padding).state * weight).sum(), tensors)
+    exact = torch.autograd.grad((solve_adaptive(f, y, 1.5, config, layout).state * weight).sum(), tensors)
     backward = []
-    result = solve_adjoint(f, y, 1.5, config, list(block.parameters()), ~padding, on_backward=backward.append)
+    result = solve_adjoint(f, y, 1.5, config, list(block.parameters()), layout, on_backward=backward.append)
     assert relative(torch.autograd.grad((result.state * weight).sum(), tensors), exact) < 100 * tolerance
     assert backward[0] > 0 and result.status is Status.CONVERGED
 

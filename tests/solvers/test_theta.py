@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, solve
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig
 from fairseq_implicit.solvers.status import Status
@@ -124,12 +125,13 @@ def test_theta_one_half_equals_the_mean_of_the_explicit_and_implicit_increment()
 
 def test_padding_keeps_its_state_and_changes_nobody():
     cell, x, u = ToyCell(), toy_input(), toy_input(seed=3)
-    valid = torch.tensor([[True] * 4 + [False] * 2] * 3)
+    layout = Layout(torch.tensor([[True] * 4 + [False] * 2] * 3))
     padding = torch.full((3, 2, 6), 9.0, dtype=x.dtype)
-    f = cell.map(torch.cat([u, padding], 1), valid)
+    f = cell.map(torch.cat([u, padding], 1), layout)
     with torch.no_grad():
         plain = solve_theta(increment(cell, u), x, config(theta=0.5)).state
-        padded = solve_theta(lambda t, z: 0.5 * f(z), torch.cat([x, padding], 1), config(theta=0.5), valid=valid).state
+        z = torch.cat([x, padding], 1)
+        padded = solve_theta(lambda t, z: 0.5 * f(z), z, config(theta=0.5), layout=layout).state
     assert torch.allclose(padded[:, :4], plain, atol=1e-11)
     assert torch.equal(padded[:, 4:], padding)
 

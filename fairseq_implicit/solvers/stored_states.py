@@ -1,32 +1,18 @@
-"""Sums, norms and inner products per sample, exact about padding.
+"""States of a solve, kept so that their inner products and combinations are fast and exact about padding."""
 
-A sum whose grouping depends on the number of tokens gives a padded sample other bits than the same sample alone. Here
-every reduction first sums pieces of a fixed size and then adds the pieces strictly from left to right, so trailing
-zeros are exactly neutral.
-"""
-
-import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fairseq_implicit.layout import token_sum
 
 CHUNK = 1024  # numbers per piece: long enough for matrix products to be efficient
 
 
-def token_sum(values: Tensor) -> Tensor:
-    """Sum ``(batch, time, ...)`` over time, strictly left to right, in float64."""
-    return values.double().cumsum(dim=1)[:, -1]
-
-
-def sample_norm(x: Tensor) -> Tensor:
-    """Euclidean norm of each sample of ``(batch, time, dim)``, float64, ``(batch,)``."""
-    return token_sum(torch.linalg.vector_norm(x, dim=-1).double().square()).sqrt()
-
-
-class History:
+class StoredStates:
     """States of one solve, stored so that inner products and combinations are matrix products.
 
     Tokens are packed into pieces of about ``CHUNK`` numbers, whatever their number, and the stored states lie next
-    to the pieces: ``(batch, pieces, states, numbers)``.
+    to the pieces: ``(batch, pieces, states, numbers)``. The pieces of a product are added from left to right.
 
     Args:
         like: a state, ``(batch, time, dim)``, for shape, dtype and device.
@@ -66,7 +52,7 @@ class History:
         """Zero the states of the ``samples``, ``(batch,)`` bool."""
         self.stored[samples] = 0.0
 
-    def rows(self, index: Tensor) -> "History":
+    def rows(self, index: Tensor) -> "StoredStates":
         """The same states for some samples only."""
         self.stored = self.stored[index]
         return self
