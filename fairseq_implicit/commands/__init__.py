@@ -73,7 +73,14 @@ def main(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"fairseq-implicit: there is no command {name!r}; fairseq-implicit --help lists them\n")
         return 2
-    command, parser = load(name)
+    try:
+        command, parser = load(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "fairseq_implicit"):
+            raise
+        sys.stderr.write(f"fairseq-implicit {name}: it needs the package {package}, which is not installed\n")
+        return 1
     parsed = parser.parse_args(arguments)
     status = 1
     try:

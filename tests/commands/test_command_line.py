@@ -18,7 +18,7 @@ def python(code, *arguments):
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
 
 
 def test_every_module_with_a_run_is_a_command():
@@ -58,12 +58,15 @@ def test_commands_that_need_no_fairseq_nor_torch():
 import sys
 sys.modules["fairseq"] = sys.modules["fairseq_cli"] = None
 import fairseq_implicit.corpora
-from fairseq_implicit.commands import load
+from fairseq_implicit.commands import load, main
 for name in sys.argv[1:]:
     load(name)
-print({name for name in sys.modules if name.split(".")[0] in ("torch", "fairseq")} - {"fairseq"})
+assert main(["fill-masks", "folder", "a <mask>"]) == 1
+print({"torch", "fairseq.models"} & set(sys.modules))
 """
-    assert python(code, *WITHOUT_FAIRSEQ) == "set()\n"
+    done = python(code, *WITHOUT_FAIRSEQ)
+    assert done.stdout == "set()\n"
+    assert done.stderr == "fairseq-implicit fill-masks: it needs the package fairseq, which is not installed\n"
 
 
 def test_what_can_be_imported_where_there_is_no_fairseq():
@@ -115,4 +118,4 @@ for order in orders:  # each in a process that has loaded fairseq and nothing el
 
 
 def test_everything_is_registered_in_any_order():
-    assert python(ORDERS).split() == ["0"] * 6
+    assert python(ORDERS).stdout.split() == ["0"] * 6
