@@ -31,7 +31,7 @@ COMMANDS = {
     "plot-trajectory": "what a model does along its depth",
     "user-dir": "the folder for fairseq's --user-dir (without a NAME, too)",
 }
-#: Of those, which tell on stderr how they get on; the others say only what is wrong.
+#: Loggers that tell on stderr how a command gets on; all others say only what is wrong.
 TALKING = ("fairseq_implicit.corpora", __name__)
 
 
