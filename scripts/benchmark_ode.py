@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
@@ -104,7 +105,11 @@ def alternate(solves: dict[str, Solve], y: Tensor, rounds: int, backward: bool) 
 
 def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
     """Median over the rounds of the ratio within a round: slow moments of the machine cancel."""
-    return statistics.median(one / other for one, other in zip(times[name], times[reference]))
+    return statistics.median(one / other for one, other in zip(times[name], times[reference], strict=True))
+
+
+def backward(solve: Callable[[int], Tensor], steps: int) -> None:
+    solve(steps).square().sum().backward()
 
 
 def report_memory(field: TransformerField, y: Tensor) -> None:
@@ -119,7 +124,7 @@ def report_memory(field: TransformerField, y: Tensor) -> None:
     }
     sys.stdout.write("\npeak memory of forward and backward, MiB    4 steps   16 steps   64 steps\n")
     for name, solve in ways.items():
-        sizes = [peak_bytes(lambda: solve(n).square().sum().backward()) / 2**20 for n in (4, 16, 64)]
+        sizes = [peak_bytes(partial(backward, solve, n)) / 2**20 for n in (4, 16, 64)]
         sys.stdout.write(f"  {name:<40} " + "".join(f"{size:>9.1f}  " for size in sizes) + "\n")
 
 

@@ -170,7 +170,7 @@ binarise() {
     }
     mv "$data.partial" "$data"
 }
-data_key=$(key fairseq_implicit/data/sentencepiece_dictionary.py <(echo "$tokenizer_key"))
+data_key=$(key fairseq_implicit/data/dictionary.py fairseq_implicit/text/*.py <(echo "$tokenizer_key"))
 stage "$name-data" "$data" "$data_key" binarise
 
 # --- pretraining: RoBERTa's recipe at the size of two cores. Every number is here.

@@ -74,6 +74,19 @@ def test_every_requirement_of_the_package_is_pinned_for_the_checkout(described):
     assert asked - pinned == {"PyYAML"}
 
 
+def test_the_set_up_installs_every_section_of_the_pins():
+    sections = re.findall(r"^# --- (\w+):", (ROOT / "requirements.txt").read_text(), re.M)
+    script = (ROOT / "scripts/environment.sh").read_text()
+    assert len(sections) == 5
+    for section in sections:
+        assert re.search(rf"^ *watched .* pip_install .*\${section}\b", script, re.M), section
+
+
+def test_the_annotations_are_packaged(described):
+    assert all((ROOT / folder / name).is_file() for folder, [name] in described["package_data"].items())
+    assert described["package_data"] == {"fairseq_implicit": ["py.typed"]}
+
+
 def test_the_readme_names_every_extra(described):
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Installation")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", section, re.M)) == set(described["extras_require"])

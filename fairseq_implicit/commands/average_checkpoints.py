@@ -99,7 +99,7 @@ def average(paths: list[str]) -> dict[str, Any]:
         ValueError: they do not hold the same model.
     """
     checkpoints = [opened(path) for path in paths]
-    for path, checkpoint in zip(paths[1:], checkpoints[1:]):
+    for path, checkpoint in zip(paths[1:], checkpoints[1:], strict=True):
         refuse_different(paths[0], checkpoints[0], path, checkpoint)
     last = max(checkpoints, key=updates)
     weights, shared = {}, {}

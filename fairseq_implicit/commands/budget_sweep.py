@@ -56,11 +56,11 @@ def table(rows: Rows) -> str:
 def plot(rows: Rows, title: str) -> pictures.Figure:
     figure, panels = pictures.figure(1, 2, size=(9, 4))
     trained = rows[0][2]
-    for panel, name in zip(panels, ("loss", "accuracy")):
+    for panel, name in zip(panels, ("loss", "accuracy"), strict=True):
         for number, solver in enumerate(dict.fromkeys(solver for solver, _, _ in rows[1:])):
             found = [row for name, _, row in rows[1:] if name == solver]
             points = sorted((row.statistics["evaluations"], getattr(row, name)) for row in found)
-            pictures.line(panel, *zip(*points), number, solver)
+            pictures.line(panel, *zip(*points, strict=True), number, solver)
         panel.plot([trained.statistics["evaluations"]], [getattr(trained, name)], "k*", markersize=11,
                    label="as trained")  # fmt: skip
         panel.set_xlabel("evaluations of the cell per sample")

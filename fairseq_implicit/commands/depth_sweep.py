@@ -77,7 +77,7 @@ def plot(rows: Rows, title: str) -> pictures.Figure:
     figure, axes = pictures.figure()
     for number, line in enumerate(dict.fromkeys(setting.line for setting, _ in rows[1:])):
         points = sorted((f.statistics["evaluations"], f.loss) for setting, f in rows[1:] if setting.line == line)
-        pictures.line(axes, *zip(*points), number, line)
+        pictures.line(axes, *zip(*points, strict=True), number, line)
     trained = rows[0][1]
     axes.plot([trained.statistics["evaluations"]], [trained.loss], "k*", markersize=11, label="as trained")
     axes.set_xlabel("evaluations of the field per sample")

@@ -9,6 +9,7 @@ printed beside the candidates.
 
 import argparse
 import hashlib
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     asked = [Question(sentence, None) for sentence in arguments.sentences]
     if not asked:
         found = questions(arguments.text, lambda word: is_one_piece(bert, word))
-        asked = [question for question, _ in zip(found, range(arguments.count))]
+        asked = list(itertools.islice(found, arguments.count))
     for question in asked:
         filled = bert.fill_mask(question.sentence, topk=arguments.candidates)
         sys.stdout.write("\n".join(report(question, filled)) + "\n")

@@ -67,7 +67,8 @@ def write_tensorboard(trajectory: Trajectory, figure: pictures.Figure, folder: s
     with SummaryWriter(folder) as writer:
         for step, value in enumerate(trajectory.rms.mean(1).tolist()):
             writer.add_scalar("trajectory/state_rms", value, step)
-        for step, values in enumerate(zip(trajectory.cosine.mean(1).tolist(), trajectory.local_error.mean(1).tolist())):
+        pairs = zip(trajectory.cosine.mean(1).tolist(), trajectory.local_error.mean(1).tolist(), strict=True)
+        for step, values in enumerate(pairs):
             writer.add_scalar("trajectory/cosine", values[0], step + 1)
             writer.add_scalar("trajectory/local_error", values[1], step + 1)
         writer.add_histogram("trajectory/evaluations", trajectory.evaluations)

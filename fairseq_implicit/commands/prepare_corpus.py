@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="fail with status 4 when more than this share of the documents or bytes could not be read (1: never)",
+        help="fail with status 4 when more than this share of the documents, of their bytes or of the input files' "
+        "bytes could not be read (1: never)",
     )
     work.add_argument(
         "--verify", action="store_true", help="compare a finished --output with its checksums; needs no input"
@@ -94,15 +95,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--encoding",
         default=defaults.encoding,
-        help="encoding of all text and JSON files (gb18030, latin-1, utf-16-le, ...); default: UTF-8, or UTF-16 where a "
-        "byte order mark says so; text in another encoding is reported and not kept",
+        help="encoding of all text and JSON files (gb18030, latin-1, utf-16-le, ...); default: UTF-8, or UTF-16 where "
+        "a byte order mark says so; text in another encoding is reported and not kept",
     )
     text.add_argument(
         "--text-field",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"field or column with the text, repeatable, the first one that is there counts ({', '.join(TEXT_FIELDS)})",
+        help="field or column with the text, repeatable, the first one that is there counts "
+        f"({', '.join(TEXT_FIELDS)})",
     )
     text.add_argument("--min-document-size", type=byte_size, default=defaults.min_document_size)
     text.add_argument(

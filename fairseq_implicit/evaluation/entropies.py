@@ -5,13 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fairseq_implicit.data.mapped_tokens import MappedTokens
+from fairseq_implicit.text.token_files import MappedTokens
+from fairseq_implicit.text.vocabulary import EOS, SPECIAL_SYMBOLS
 
 DISCOUNT = 0.75
-
-# Of fairseq's dictionaries: <s>, <pad>, </s> and <unk> come before the rows of dict.txt.
-SPECIAL_SYMBOLS = 4
-EOS = 2
 
 
 class Entropies(NamedTuple):
@@ -64,7 +61,7 @@ def folder_entropies(folder: str) -> Entropies:
     if not os.path.isfile(dictionary_file):
         raise FileNotFoundError(f"{dictionary_file} does not exist: name a folder of fairseq-preprocess")
     with open(dictionary_file, encoding="utf-8") as rows:
-        vocabulary = SPECIAL_SYMBOLS + sum(1 for _ in rows)
+        vocabulary = len(SPECIAL_SYMBOLS) + sum(1 for _ in rows)
     splits = [MappedTokens(os.path.join(folder, split)) for split in ("train", "valid")]
     train, valid = (tokens.slice(0, tokens.token_count) for tokens in splits)
     return entropies(train, valid, vocabulary, EOS)

@@ -1,5 +1,6 @@
 """What pictures share: ticks, lines that differ, fonts for any script, and sentences where there can be no picture."""
 
+import itertools
 import logging
 import math
 import runpy
@@ -42,7 +43,7 @@ def test_logarithmic_ticks_are_plain_numbers_that_do_not_overlap(values, counts,
     low, high = axes.get_xlim()
     assert low < min(values) and max(values) < high
     boxes = [text.get_window_extent() for text in axes.get_xticklabels() if text.get_text()]
-    assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:]))
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [math.nan, math.nan], [-1.0, -2.0]])
@@ -109,7 +110,7 @@ def font(tmp_path):
     build = FontBuilder(1000, isTTF=True)
     names = [".notdef", "a", "b", "c"]
     build.setupGlyphOrder(names)
-    build.setupCharacterMap(dict(zip(map(ord, "日本語"), names[1:])))
+    build.setupCharacterMap(dict(zip(map(ord, "日本語"), names[1:], strict=True)))
     build.setupGlyf(dict.fromkeys(names, Glyph()))
     build.setupHorizontalMetrics(dict.fromkeys(names, (500, 0)))
     build.setupHorizontalHeader(ascent=800, descent=-200)

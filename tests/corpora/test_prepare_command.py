@@ -1,11 +1,13 @@
 """The command: wrong flags, exit statuses, finished folders, damaged records, one process to a folder."""
 
+import gzip
 import io
 import json
 import multiprocessing
 import types
 
 import pytest
+import zstandard
 
 from fairseq_implicit.commands import main
 from fairseq_implicit.commands.values import byte_size, part_from_environment
@@ -17,7 +19,7 @@ from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.tokenizer_training import text_files
-from tests.corpora.formats import checksums, documents_of, made_up_texts, pile_lines, prepare, write_zst
+from tests.corpora.formats import checksums, documents_of, made_up_texts, pile_lines, prepare, write_tar, write_zst
 
 
 def test_strict_stops_with_the_sentence(corpus, flags, tmp_path):
@@ -264,6 +266,55 @@ def test_largest_loss(tmp_path, lost, share, what, capsys, caplog):
     assert main(["prepare-corpus", *arguments, str(share - 0.02)]) == 4  # a finished folder is no excuse
     counts = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]
     assert max(Counts.from_dict(counts).losses(), key=Counts.from_dict(counts).losses().get) == what
+
+
+@pytest.fixture
+def half_lost(tmp_path):
+    """Makes inputs of which half of the bytes, but few or no documents, cannot be read."""
+    text = ("\n".join(pile_lines(made_up_texts(1500, 1))) + "\n").encode()
+    packed = zstandard.compress(text)
+
+    def make(what):
+        array = b"[{}]".ljust(len(packed if "member" in what else text))
+        if what == "refused file":
+            (tmp_path / "a.jsonl").write_bytes(text)
+            (tmp_path / "b.jsonl").write_bytes(array)
+            return tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+        other = {"refused member": array, "corrupt member": packed[:18].ljust(len(packed), b"\xff")}.get(what, packed)
+        name = "b.jsonl" if other is array else "b.jsonl.zst"
+        members = {"a.jsonl.zst": packed, name: other}
+        data = bytearray(write_tar(tmp_path / "a.tar", members).read_bytes())
+        if "header" in what:
+            data[data.index(b"b.jsonl")] ^= 1
+        path = tmp_path / "archive.tar"
+        path.write_bytes(gzip.compress(data) if "compressed" in what else data)
+        return (path,)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "refused file",
+        "refused member",
+        "corrupt member",
+        "member with a damaged header",
+        "member with a damaged header in a compressed archive",
+    ],
+)
+def test_refused_files_and_lost_members_count_with_their_bytes(half_lost, tmp_path, what):
+    inputs = half_lost(what)
+    arguments = [*inputs, "--output", tmp_path / "out", "--valid-fraction", "0", "--max-loss"]
+    with pytest.raises(
+        CorpusError, match="--max-loss 0.45: 0.(4|5).* of the bytes of the input files could not be"
+    ) as error:
+        prepare(*arguments, "0.45")
+    assert error.value.status == 4
+    assert prepare(*arguments, "0.55") == 0
+    counts = Counts.from_dict(json.loads((tmp_path / "out" / "report.json").read_text())["counts"])
+    assert counts.losses()["bytes of the input files"] == pytest.approx(0.5, abs=0.05)
+    assert counts.documents_missing() == counts.bytes_missing() == 0
 
 
 DAMAGED = {

@@ -1,5 +1,7 @@
 """The dials of depth, on checkpoints that fairseq-train has just written: the rows that the commands print and draw."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -71,7 +73,7 @@ def test_a_few_batches_are_spread_over_the_subset(depth_checkpoints, toy_data):
     assert len(ids) > 8 and sorted(sum(ids, [])) == list(range(len(task.dataset("valid"))))
     few = [sample["id"].tolist() for sample in batches(task, everything._replace(limit=4))]
     places = [ids.index(one) for one in few]
-    steps = [later - earlier for earlier, later in zip(places, places[1:])]
+    steps = [later - earlier for earlier, later in itertools.pairwise(places)]
     assert len(places) == 4 and max(steps) - min(steps) <= 1
     assert places[0] >= len(ids) // 8 and places[-1] >= 3 * len(ids) // 4
     whole = batches(task, everything)[places[1]]["net_input"]["src_tokens"]

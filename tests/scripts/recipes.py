@@ -88,9 +88,9 @@ class Checkout:
         self.work.mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "examples/pretraining", self.root / "examples/pretraining")
-        for name in ("commands", "corpora", "data", "models"):
+        for name in ("commands", "corpora", "data", "models", "text"):
             (self.root / "fairseq_implicit" / name).mkdir(parents=True)
-        for file in ("requirements.txt", "fairseq_implicit/data/sentencepiece_dictionary.py",
+        for file in ("requirements.txt", "fairseq_implicit/data/dictionary.py", "fairseq_implicit/text/vocabulary.py",
                      "fairseq_implicit/commands/train_tokenizer.py", "fairseq_implicit/corpora/docstrings.py",
                      "fairseq_implicit/corpora/small_corpus.py",
                      "fairseq_implicit/corpora/tokenizer_training.py"):  # fmt: skip

@@ -1,25 +1,17 @@
-"""fairseq's memory-mapped dataset format, written from arrays.
-
-``.bin`` holds the token ids of all lines without gaps. ``.idx`` holds the magic ``MMIDIDX\\0\\0``, version 1 (u64), the
-type code (u8), the number of lines (u64), the length of each line (int32) and its byte offset in ``.bin`` (int64).
-"""
+"""Token files (`text.token_files`) in parts, which are made apart from each other and joined."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
 
 from fairseq_implicit.corpora.durable import publish
 from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.text.token_files import index_header
 
-_MAGIC = b"MMIDIDX\x00\x00"
-HEADER_SIZE = 26
-INDEX_ENTRY_SIZE = 12
-_TYPE_CODES = {np.dtype(np.uint16): 8, np.dtype(np.uint32): 9}
 # Lines whose offsets are computed at once.
 _BLOCK = 2**20
 
@@ -48,7 +40,7 @@ def join_parts(parts: list[Path], prefix: Path, dtype: np.dtype) -> tuple[int, i
     lines = sum(_lengths(part).stat().st_size // 4 for part in parts)
     tokens = 0
     with open(prefix.with_name(prefix.name + ".idx"), "wb") as output:
-        output.write(_MAGIC + struct.pack("<QBQ", 1, _TYPE_CODES[np.dtype(dtype)], lines))
+        output.write(index_header(dtype, lines))
         for part in parts:
             with open(_lengths(part), "rb") as lengths:
                 shutil.copyfileobj(lengths, output, 2**22)
@@ -92,7 +84,8 @@ class PartWriter:
 
     def close(self) -> None:
         """Makes the part durable and publishes it."""
-        for file, temporary, path in zip(self._files, self._temporaries, (_ids(self._part), _lengths(self._part))):
+        paths = (_ids(self._part), _lengths(self._part))
+        for file, temporary, path in zip(self._files, self._temporaries, paths, strict=True):
             file.flush()
             os.fsync(file.fileno())
             file.close()

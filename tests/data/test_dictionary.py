@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ import sentencepiece
 import torch
 from fairseq.data import Dictionary
 
-from fairseq_implicit.data.sentencepiece_dictionary import SentencePieceDictionary, check_model_matches, word_starts
+from fairseq_implicit.data.data_bin import check_vocabulary_matches
+from fairseq_implicit.data.dictionary import VocabularyDictionary
+from fairseq_implicit.data.masking import Masking
+from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMTask
+from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
+from fairseq_implicit.text.vocabulary import word_starts
 
 AWKWARD = [
     "the implicit solver",
@@ -27,7 +33,11 @@ AWKWARD = [
 ]
 
 
-def text_route(model: str, dictionary: SentencePieceDictionary, lines):
+def dictionary_of(model: str) -> VocabularyDictionary:
+    return VocabularyDictionary(SentencePieceVocabulary.open(model))
+
+
+def text_route(model: str, dictionary: VocabularyDictionary, lines):
     """spm_encode to text, then fairseq's tokenizer and dict.txt: ids of each line."""
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
     stream = io.StringIO()
@@ -40,9 +50,9 @@ def text_route(model: str, dictionary: SentencePieceDictionary, lines):
 
 
 def test_awkward_lines_give_the_ids_of_the_text_route(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     direct = [dictionary.encode_line(line + "\n", add_if_not_exist=False).tolist() for line in AWKWARD]
-    for line, ours, theirs in zip(AWKWARD, direct, text_route(toy_model, dictionary, AWKWARD)):
+    for line, ours, theirs in zip(AWKWARD, direct, text_route(toy_model, dictionary, AWKWARD), strict=True):
         assert ours == theirs, line
 
 
@@ -58,7 +68,7 @@ def test_other_kinds_of_models_agree_with_the_text_route(toy_text, tmp_path, opt
         **options,
     )
     model = str(tmp_path / "m.model")
-    dictionary = SentencePieceDictionary.from_model(model)
+    dictionary = dictionary_of(model)
     direct = [dictionary.encode_line(line, add_if_not_exist=False).tolist() for line in AWKWARD]
     assert direct == text_route(model, dictionary, AWKWARD)
 
@@ -86,7 +96,7 @@ def test_binarised_files_are_identical(toy_text, toy_model, fairseq_preprocess, 
 
 
 def test_literal_special_symbols_are_text(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     special = {dictionary.bos(), dictionary.pad(), dictionary.eos()}
     for line in ("<s> </s> <pad> <mask>", "<s>\x01</s>", "\t<pad>\t"):
         ids = dictionary.encode_line(line, append_eos=False)
@@ -94,7 +104,7 @@ def test_literal_special_symbols_are_text(toy_model):
 
 
 def test_size_with_mask_is_a_multiple_of_64(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     assert (len(dictionary) + 1) % 64 == 0
     stream = io.StringIO()
     dictionary.save(stream)
@@ -107,14 +117,14 @@ def test_size_with_mask_is_a_multiple_of_64(toy_model):
 
 
 def test_pickles_and_encodes_alike(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     copy = pickle.loads(pickle.dumps(dictionary))
     line = "the learned stage follows the exact state."
     assert torch.equal(copy.encode_line(line), dictionary.encode_line(line))
 
 
 def test_reports_unknown_pieces_only(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     seen = []
     ids = dictionary.encode_line("the \u4e16\u754c state", consumer=lambda piece, index: seen.append((piece, index)))
     assert seen == [("\u4e16\u754c", dictionary.unk())]
@@ -122,7 +132,7 @@ def test_reports_unknown_pieces_only(toy_model):
 
 
 def test_a_line_of_ten_megabytes(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     line = "the learned stage follows the exact state. " * 40
     times = 10_000_000 // len(line)
     one = dictionary.encode_line(line, append_eos=False)
@@ -148,42 +158,42 @@ def _train(toy_text, tmp_path, **options):
 )
 def test_refuses_pieces_that_fairseq_cannot_hold(toy_text, tmp_path, symbol, sentence):
     model = _train(toy_text, tmp_path, user_defined_symbols=[symbol])
-    with pytest.raises(ValueError, match=sentence):
-        SentencePieceDictionary.from_model(model)
+    with pytest.raises(ValueError, match=f"--srcdict {re.escape(model)}: .*{sentence}"):
+        ImplicitMaskedLMTask.load_dictionary(model)
 
 
 def test_refuses_missing_and_broken_models(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such sentencepiece model"):
-        SentencePieceDictionary.from_model(str(tmp_path / "absent.model"))
+    with pytest.raises(FileNotFoundError, match="--srcdict .*absent.model: there is no such sentencepiece model"):
+        ImplicitMaskedLMTask.load_dictionary(str(tmp_path / "absent.model"))
     (tmp_path / "broken.model").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="not a readable sentencepiece model"):
-        SentencePieceDictionary.from_model(str(tmp_path / "broken.model"))
+    with pytest.raises(ValueError, match="--srcdict .*broken.model: this is no sentencepiece model"):
+        ImplicitMaskedLMTask.load_dictionary(str(tmp_path / "broken.model"))
 
 
 def test_refuses_a_model_that_does_not_match_dict_txt(toy_text, toy_model, toy_data, tmp_path):
     other = _train(toy_text, tmp_path)
-    dictionary = Dictionary.load(f"{toy_data}/dict.txt")
-    check_model_matches(dictionary, toy_model)
+    symbols = Dictionary.load(f"{toy_data}/dict.txt").symbols
+    check_vocabulary_matches(symbols, SentencePieceVocabulary.open(toy_model), toy_data)
     with pytest.raises(ValueError, match="does not match the dict.txt"):
-        check_model_matches(dictionary, other)
+        check_vocabulary_matches(symbols, SentencePieceVocabulary.open(other), toy_data)
 
 
 def test_does_not_overwrite_another_dictionary(toy_text, toy_model, tmp_path):
     path = str(tmp_path / "bin" / "dict.txt")
-    SentencePieceDictionary.from_model(toy_model).save(path)
-    SentencePieceDictionary.from_model(toy_model).save(path)
+    dictionary_of(toy_model).save(path)
+    dictionary_of(toy_model).save(path)
     with pytest.raises(FileExistsError, match="belongs to another dictionary"):
-        SentencePieceDictionary.from_model(_train(toy_text, tmp_path)).save(path)
+        dictionary_of(_train(toy_text, tmp_path)).save(path)
 
 
 def test_words_start_at_the_sign(toy_model):
-    dictionary = SentencePieceDictionary.from_model(toy_model)
+    dictionary = dictionary_of(toy_model)
     dictionary.add_symbol("<mask>")
-    starts = word_starts(dictionary)
+    starts = word_starts(dictionary.symbols, SentencePieceVocabulary.surface)
     for index, symbol in enumerate(dictionary.symbols):
         special = index < 4 or symbol == "<mask>" or symbol.startswith("madeupword")
         assert starts[index] == (special or symbol.startswith("\u2581"))
     plain = Dictionary()
     plain.add_symbol("word")
-    with pytest.raises(ValueError, match="--mask-whole-words"):
-        word_starts(plain)
+    with pytest.raises(ValueError, match="--mask-whole-words: no symbol of dict.txt begins a word"):
+        Masking.for_dictionary(plain, SentencePieceVocabulary.surface)
