@@ -27,6 +27,7 @@ logging.disable(logging.INFO)
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell  # noqa: E402
 from fairseq_implicit.fields.injection import InjectionConfig  # noqa: E402
+from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.models.deq_bert import MATCHED_SIZES  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
@@ -60,7 +61,7 @@ class Bench:
 
     def cell(self, dim: int, ffn_dim: int, heads: int, kind: str = "post-norm", gain: float = 1.0, std: float = 0.02):
         torch.manual_seed(self.options.seed)
-        layer = TransformerFieldConfig(dim, ffn_dim, heads, kind)
+        layer = TransformerFieldConfig(dim, ffn_dim, AttentionConfig(heads), kind)
         return EquilibriumCell(CellConfig(layer, injection=InjectionConfig(gain=gain), initial_std=std)).to(self.device)
 
     def input(self, batch: int, length: int, dim: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor  # noqa: E402
 logging.disable(logging.WARNING)  # fairseq announces optional packages, the compiler its locks
 
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
+from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.solvers.reversible import solve_reversible  # noqa: E402
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit  # noqa: E402
@@ -147,7 +148,7 @@ def main() -> None:
     for size in options.sizes:
         batch, length, dim, heads = SHAPES[size]
         torch.manual_seed(options.seed)
-        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, heads)).to(options.device)
+        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, AttentionConfig(heads))).to(options.device)
         y = torch.randn(batch, length, dim, device=options.device, requires_grad=True)
         for steps in options.steps:
             found = solvers(field, steps, y)

@@ -84,7 +84,7 @@ def test_imports_point_one_way(path):
     "folder, module, refused",
     [
         ("layout", "fairseq_implicit.solvers.status", True),
-        ("solvers", "fairseq_implicit.fields.attention", True),
+        ("solvers", "fairseq_implicit.fields.mixers.attention", True),
         ("solvers", "fairseq_implicit.solvers.status.SolveResult", False),
         ("solvers", "scipy.linalg", True),
         ("solvers", "torch.nn", False),

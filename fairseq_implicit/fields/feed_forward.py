@@ -1,6 +1,6 @@
 """The position-wise feed-forward network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,14 @@ class FeedForward(nn.Module):
         self.dropout = SharedDropout(activation_dropout, dropout_policy)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+
+    def inner_projections(self) -> Iterator[nn.Linear]:
+        """The linear maps whose output stays inside the sub-layer."""
+        yield self.fc1
+
+    def residual_projections(self) -> Iterator[nn.Linear]:
+        """The linear maps whose output is added to the state."""
+        yield self.fc2
 
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Fix one solve's noise and return ``feed(z)``, both ``(batch, time, dim)``."""

@@ -1,64 +1,86 @@
 """Multi-head self-attention with one fused projection, batch first."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fairseq_implicit.fields.mixers.mixer import Mix, Mixer, MixerConfig
 from fairseq_implicit.fields.shared_dropout import ReplayedGenerator, SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
 
-#: ``attend(z, injection=None) -> (batch, time, dim)``
-Attend = Callable[..., Tensor]
+
+@dataclass(frozen=True)
+class AttentionConfig(MixerConfig):
+    """The options of :class:`MultiHeadAttention`.
+
+    Attributes:
+        heads: number of heads; must divide the width of the state.
+        dropout: rate on the attention probabilities.
+    """
+
+    heads: int
+    dropout: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        return self.dropout
+
+    def added_width(self, dim: int) -> int:
+        return 3 * dim
+
+    def build(self, dim: int, dropout_policy: str) -> MultiHeadAttention:
+        return MultiHeadAttention(dim, self, dropout_policy)
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(Mixer):
     """Self-attention (Vaswani et al. 2017, §3.2) through torch's scaled_dot_product_attention.
 
+    An addition, ``(batch, time, 3 dim)``, goes into the projected q, k, v.
+
     Args:
-        dim: width of the state; must be a multiple of ``heads``.
-        heads: number of heads.
-        dropout: rate on the attention probabilities.
+        dim: width of the state.
+        config: heads and dropout.
         dropout_policy: ``shared`` or ``independent`` (see :class:`SharedDropout`).
 
     Raises:
-        ValueError: ``heads`` does not divide ``dim``, or a rate or policy is impossible.
+        ValueError: the heads do not divide ``dim``, or a rate or policy is impossible.
     """
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, dropout_policy: str = "shared"):
+    def __init__(self, dim: int, config: AttentionConfig, dropout_policy: str = "shared"):
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"the number of attention heads must divide the width: {heads} heads, width {dim}")
-        self.heads = heads
-        self.dropout = SharedDropout(dropout, dropout_policy)
+        if config.heads < 1 or dim % config.heads:
+            raise ValueError(f"the number of attention heads must divide the width: {config.heads} heads, width {dim}")
+        self.heads = config.heads
+        self.dropout = SharedDropout(config.dropout, dropout_policy)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Attend:
-        """Fix one solve's visibility and noise.
+    def inner_projections(self) -> Iterator[nn.Linear]:
+        yield self.qkv
 
-        Args:
-            x: ``(batch, time, dim)``.
-            layout: of the batch.
+    def residual_projections(self) -> Iterator[nn.Linear]:
+        yield self.out
 
-        Returns:
-            ``attend(z, injection=None)``; ``injection``, ``(batch, time, 3 dim)``, is added to the projected q, k, v.
-        """
-        mix = self._mixing(x, layout)
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
+        attend = self._attending(x, layout)
 
-        def attend(z: Tensor, injection: Tensor | None = None) -> Tensor:
+        def mix(z: Tensor, added: Tensor | None = None) -> Tensor:
             batch, time, dim = z.shape
             projected = self.qkv(z)
-            if injection is not None:
-                projected = projected + injection
+            if added is not None:
+                projected = projected + added
             q, k, v = projected.view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.out(mix(q, k, v).transpose(1, 2).reshape(batch, time, dim))
+            return self.out(attend(q, k, v).transpose(1, 2).reshape(batch, time, dim))
 
-        return attend
+        return mix
 
-    def _mixing(self, x: Tensor, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    def _attending(self, x: Tensor, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """``(q, k, v) -> values``, all ``(batch, heads, time, dim / heads)``, with one solve's noise."""
         rate = self.dropout.rate if self.training else 0.0
         mask, causal = layout.visibility(x)
@@ -72,11 +94,11 @@ class MultiHeadAttention(nn.Module):
             return lambda q, k, v: drop(_probabilities(q, k, pairs)) @ v
         replay = ReplayedGenerator(x.device)
 
-        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with replay:
                 return functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
 
-        return mix
+        return attend
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
