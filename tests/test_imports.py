@@ -20,6 +20,8 @@ ALLOWED = {
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
+    "evaluation": {"solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "commands": {"solvers", "fields", "depth", "models", "text", "data", "compat", "corpora", "evaluation"},
     "compat": {"folder_lock"},
     "folder_lock": set(),
 }
