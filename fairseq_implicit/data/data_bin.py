@@ -65,10 +65,12 @@ def check_vocabulary_matches(symbols: Sequence[str], vocabulary: Vocabulary, fol
         ValueError: their pieces differ.
     """
     rows, pieces = (
-        [symbol for symbol, text in zip(each, are_text(each)) if text] for each in (symbols, vocabulary.symbols)
+        [symbol for symbol, text in zip(each, are_text(each), strict=True) if text]
+        for each in (symbols, vocabulary.symbols)
     )
     if rows != pieces:
-        row = next((i for i, (a, b) in enumerate(zip(rows, pieces)) if a != b), min(len(rows), len(pieces)))
+        pairs = enumerate(zip(rows, pieces, strict=False))
+        row = next((i for i, (a, b) in pairs if a != b), min(len(rows), len(pieces)))
         raise ValueError(
             f"{' and '.join(vocabulary.contents)} does not match the dict.txt beside it in {folder} "
             f"({len(pieces)} and {len(rows)} pieces, first difference at number {row}): put the {vocabulary.NAME} "

@@ -54,7 +54,7 @@ class VocabularyDictionary(Dictionary):
         line = line.rstrip("\n")
         ids = self.vocabulary.encode(line)
         if consumer is not None and (ids == self.unk()).any():
-            for surface, index in zip(self.vocabulary.split(line), ids.tolist()):
+            for surface, index in zip(self.vocabulary.split(line), ids.tolist(), strict=True):
                 if index == self.unk():
                     consumer(surface, index)
         line_ids = np.full(len(ids) + append_eos, self.eos(), dtype=np.int32)

@@ -52,7 +52,7 @@ def text_route(model: str, dictionary: VocabularyDictionary, lines):
 def test_awkward_lines_give_the_ids_of_the_text_route(toy_model):
     dictionary = dictionary_of(toy_model)
     direct = [dictionary.encode_line(line + "\n", add_if_not_exist=False).tolist() for line in AWKWARD]
-    for line, ours, theirs in zip(AWKWARD, direct, text_route(toy_model, dictionary, AWKWARD)):
+    for line, ours, theirs in zip(AWKWARD, direct, text_route(toy_model, dictionary, AWKWARD), strict=True):
         assert ours == theirs, line
 
 
