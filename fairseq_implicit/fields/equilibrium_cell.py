@@ -85,7 +85,9 @@ class CellLayer(TransformerField):
         # Not in the field's order: seeded runs of cells have always drawn both dropouts last.
         mix, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
         drop_mix, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
-        return self.config.residual(lambda y, added: drop_mix(mix(y, added)), lambda y: drop_feed(feed(y)), self.norms)
+        return self.config.residual(
+            lambda y, added: drop_mix(mix(y, added)), (lambda y: drop_feed(feed(y)),), self.norms
+        )
 
 
 class CellMap(StateMap):
@@ -210,5 +212,5 @@ class EquilibriumCell(nn.Module):
         if self.config.weight_norm and torch.is_grad_enabled():
             # Under parametrize.cached() the weight must be computed with its graph before a solve without one asks.
             for linear in self._matrices():
-                linear.weight
+                _ = linear.weight
         return CellMap(self, x, layout)

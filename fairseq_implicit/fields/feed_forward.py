@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.fields.shared_dropout import SharedDropout
+from fairseq_implicit.fields.sub_layer import SubLayer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -18,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FeedForward(nn.Module):
+class FeedForward(SubLayer):
     """``fc2(Drop(activation(fc1 z)))``.
 
     Args:
@@ -51,11 +52,9 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def inner_projections(self) -> Iterator[nn.Linear]:
-        """The linear maps whose output stays inside the sub-layer."""
         yield self.fc1
 
     def residual_projections(self) -> Iterator[nn.Linear]:
-        """The linear maps whose output is added to the state."""
         yield self.fc2
 
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:

@@ -80,6 +80,6 @@ class Injection(nn.Module):
         """What enters the residual stream, ``(batch, time, dim)``, and the mixer, ``(batch, time, added_width)``."""
         if self.norm is None:
             return NOTHING
-        normalised = self.norm(x)
-        residual = None if self.raw_gain is None else self.gain.to(normalised.dtype) * normalised
+        normalised, gain = self.norm(x), self.gain
+        residual = None if gain is None else gain.to(normalised.dtype) * normalised
         return residual, None if self.qkv is None else self.qkv(normalised)

@@ -35,18 +35,17 @@ class Residual:
     """One solve's layer.
 
     Attributes:
-        mix, feed: the sub-layers, with their noise.
-        norms: in the order in which a state meets them, ``norm_count`` of them.
-        first_feed: the feed-forward network before the mixer, where ``feed_forwards`` is 2.
+        mix: the mixer, with its noise.
+        feeds: feed-forward networks, ``feed_count`` in the order in which a state meets them, with theirs.
+        norms: ``norm_count`` in that order.
     """
 
     mix: Mix
-    feed: Branch
+    feeds: tuple[Branch, ...]
     norms: tuple[Branch, ...]
-    first_feed: Branch | None = None
 
+    feed_count = 1
     norm_count = 2
-    feed_forwards = 1
     #: Whether the layer's last operation is a norm: then no stack of them needs another at its end, and only the layer
     #: map, not ``y + F(y)``, is the published layer to the last bit.
     ends_in_norm = False
@@ -57,9 +56,10 @@ class Residual:
 
     def increment(self, y: Tensor) -> Tensor:
         """``Layer(y) - y``, ``(batch, time, dim)``."""
-        total = None
-        for branch in self.branches():
-            total = branch(y) if total is None else total + branch(y + total)
+        first, *others = self.branches()
+        total = first(y)
+        for branch in others:
+            total = total + branch(y + total)
         return total
 
     def layer(self, y: Tensor, injected: Injected = NOTHING) -> Tensor:
@@ -73,15 +73,15 @@ class Residual:
 
 class PreNorm(Residual):
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
-        mix_norm, feed_norm = self.norms
-        return (lambda y: self.mix(mix_norm(y), added)), (lambda y: self.feed(feed_norm(y)))
+        (feed,), (mix_norm, feed_norm) = self.feeds, self.norms
+        return (lambda y: self.mix(mix_norm(y), added)), (lambda y: feed(feed_norm(y)))
 
 
 class PostNorm(Residual):
     ends_in_norm = True
 
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
-        return (lambda y: self.mix(y, added)), self.feed
+        return (lambda y: self.mix(y, added)), *self.feeds
 
     def increment(self, y: Tensor) -> Tensor:
         return self.layer(y) - y
@@ -89,7 +89,7 @@ class PostNorm(Residual):
     def layer(self, y: Tensor, injected: Injected = NOTHING) -> Tensor:
         stream, added = injected
         total = y if stream is None else y + stream
-        for branch, norm in zip(self.branches(added), self.norms):
+        for branch, norm in zip(self.branches(added), self.norms, strict=True):
             y = total = norm(total + branch(y))
         return y
 
@@ -98,23 +98,25 @@ class Parallel(Residual):
     norm_count = 1
 
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
+        (feed,), (norm,) = self.feeds, self.norms
+
         def both(y: Tensor) -> Tensor:
-            normed = self.norms[0](y)
-            return self.mix(normed, added) + self.feed(normed)
+            normed = norm(y)
+            return self.mix(normed, added) + feed(normed)
 
         return (both,)
 
 
 class Macaron(Residual):
+    feed_count = 2
     norm_count = 3
-    feed_forwards = 2
 
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
-        first_norm, mix_norm, feed_norm = self.norms
+        (first_feed, feed), (first_norm, mix_norm, feed_norm) = self.feeds, self.norms
         return (
-            lambda y: self.first_feed(first_norm(y)) * 0.5,
+            lambda y: first_feed(first_norm(y)) * 0.5,
             lambda y: self.mix(mix_norm(y), added),
-            lambda y: self.feed(feed_norm(y)) * 0.5,
+            lambda y: feed(feed_norm(y)) * 0.5,
         )
 
 

@@ -101,7 +101,7 @@ class DepthEmbeddedField(TransformerField):
         like = z if self.attention_norm.weight is None else self.attention_norm.weight
         # (1 or batch, 1, norms * 2 * dim), split into scale and shift of each norm
         parts = self.depth_embedding(t, like).unsqueeze(1).chunk(2 * len(self.norms), dim=-1)
-        return tuple(partial(_modulated, *each) for each in zip(self.norms, parts[0::2], parts[1::2]))
+        return tuple(partial(_modulated, *each) for each in zip(self.norms, parts[0::2], parts[1::2], strict=True))
 
 
 def _modulated(norm: nn.LayerNorm, scale: Tensor, shift: Tensor, z: Tensor) -> Tensor:
@@ -196,7 +196,9 @@ class _Interpolation:
         continues = field.interpolation == "linear"
         # Each knot's weights hold on both ends of its piece: at the later one not yet its jump.
         positions = (partial(field.position, knot=knot) for knot in range(len(ends)))
-        return tuple(Piece(partial(self._each_time, at), end, continues) for at, end in zip(positions, ends))
+        return tuple(
+            Piece(partial(self._each_time, at), end, continues) for at, end in zip(positions, ends, strict=True)
+        )
 
     def _each_time(self, position: Callable[[float], tuple[int, float]], t: Time, z: Tensor) -> Tensor:
         """The increment of each sample with the weights of its own time."""
@@ -212,11 +214,11 @@ class _Interpolation:
         for row, place in enumerate(map(position, times)):
             rows_at.setdefault(place, []).append(row)
         found = []
-        for place, rows in rows_at.items():
-            rows = torch.tensor(rows, device=z.device)
+        for place, those in rows_at.items():
+            rows = torch.tensor(those, device=z.device)
             prepared = self._template.prepare(self._x[rows], self._layout.rows(rows))
             found.append(self._at(place, prepared, z[rows]))
-        order = torch.tensor([row for rows in rows_at.values() for row in rows], device=z.device)
+        order = torch.tensor([row for those in rows_at.values() for row in those], device=z.device)
         return torch.cat(found)[order.argsort()]
 
     def _at(self, place: tuple[int, float], prepared: VectorField, z: Tensor) -> Tensor:

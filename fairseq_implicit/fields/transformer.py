@@ -11,6 +11,7 @@ from fairseq_implicit.fields.mixers.mixer import MixerConfig
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.residual import RESIDUALS, Residual
 from fairseq_implicit.fields.shared_dropout import DropPath, SharedDropout
+from fairseq_implicit.fields.sub_layer import SubLayer
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.vector_field import Time
 
@@ -71,14 +72,14 @@ class TransformerField(Field):
         residual = config.residual
 
         def feed_forward() -> FeedForward:
-            hidden = config.ffn_dim // residual.feed_forwards
+            hidden = config.ffn_dim // residual.feed_count
             return FeedForward(config.dim, hidden, config.activation, config.activation_dropout, config.dropout_policy)
 
         self.attention = config.mixer.build(config.dim, config.dropout_policy)
         self.feed_forward = feed_forward()
         self.attention_norm = config.norm.build(config.dim)
         self.feed_forward_norm = config.norm.build(config.dim) if residual.norm_count > 1 else None
-        self.first_feed_forward = feed_forward() if residual.feed_forwards > 1 else None
+        self.first_feed_forward = feed_forward() if residual.feed_count > 1 else None
         self.first_feed_forward_norm = config.norm.build(config.dim) if residual.norm_count > 2 else None
         self.dropout = SharedDropout(config.dropout, config.dropout_policy)
         self.drop_path = DropPath(config.drop_path, config.dropout_policy)
@@ -89,8 +90,8 @@ class TransformerField(Field):
         norms = (self.first_feed_forward_norm, self.attention_norm, self.feed_forward_norm)
         return tuple(norm for norm in norms if norm is not None)
 
-    def sub_layers(self) -> Iterator[nn.Module]:
-        """Mixer and feed-forward networks, each with ``inner_projections()`` and ``residual_projections()``."""
+    def sub_layers(self) -> Iterator[SubLayer]:
+        """Mixer and feed-forward networks."""
         sub_layers = (self.attention, self.feed_forward, self.first_feed_forward)
         return (sub_layer for sub_layer in sub_layers if sub_layer is not None)
 
@@ -112,8 +113,9 @@ class TransformerField(Field):
 
         mix = dropped(self.attention.prepare(x, layout))
         feed = dropped(self.feed_forward.prepare(x))
-        first = None if self.first_feed_forward is None else dropped(self.first_feed_forward.prepare(x))
-        return self.config.residual(mix, feed, self.norms, first)
+        first = self.first_feed_forward
+        feeds = (feed,) if first is None else (dropped(first.prepare(x)), feed)
+        return self.config.residual(mix, feeds, self.norms)
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:
         residual, drop_path = self.residual(x, layout), self.drop_path.prepare(x)

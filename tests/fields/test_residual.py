@@ -20,7 +20,8 @@ def numbers(kind):
     """A residual whose sub-layers and norms are affine, on which every formula is a number."""
     norms = (lambda y: 2 * y, lambda y: 3 * y, lambda y: 5 * y)[: RESIDUALS[kind].norm_count]
     mix = lambda y, added=None: 10 * y + (0 if added is None else added)  # noqa: E731
-    return RESIDUALS[kind](mix, lambda y: 7 * y, norms, lambda y: 4 * y)
+    feeds = (lambda y: 4 * y, lambda y: 7 * y)[-RESIDUALS[kind].feed_count :]
+    return RESIDUALS[kind](mix, feeds, norms)
 
 
 def by_hand(kind, y, stream=0.0, added=0.0):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from fairseq_implicit.fields.sub_layer import SubLayer
 from fairseq_implicit.layout import UNPADDED, Layout
 
 #: ``mix(z, added=None) -> (batch, time, dim)``; ``added``, ``(batch, time, added_width)``, is added to the projected z.
 Mix = Callable[..., Tensor]
 
 
-class Mixer(nn.Module):
+class Mixer(SubLayer):
     """A sub-layer in which each token reads those that its layout lets it see."""
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
@@ -24,14 +25,6 @@ class Mixer(nn.Module):
             layout: of the batch.
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a mixer must return mix(z, added=None) there")
-
-    def inner_projections(self) -> Iterator[nn.Linear]:
-        """The linear maps whose output stays inside the sub-layer."""
-        return iter(())
-
-    def residual_projections(self) -> Iterator[nn.Linear]:
-        """The linear maps whose output is added to the state."""
-        return iter(())
 
 
 @dataclass(frozen=True)
