@@ -10,7 +10,10 @@ setup(
     description="BERT whose depth is an ODE solver or a fixed point: a plugin for fairseq",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
+    license="MIT",
     packages=find_packages(include=["fairseq_implicit", "fairseq_implicit.*"]),
+    package_data={"fairseq_implicit": ["py.typed"]},
+    entry_points={"console_scripts": ["fairseq-implicit = fairseq_implicit.commands:command_line"]},
     python_requires=">=3.11,<3.13",
     # torch is a range, so that pip keeps the one that is there. The rest is what this package and the parts of
     # fairseq that it uses import.

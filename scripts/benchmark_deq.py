@@ -8,13 +8,13 @@ initial     evaluations to a relative residual of 1e-3 at initialisation
 What is compared takes turns, one call each per round, so that whatever else the machine does hits all alike; the
 ratio of the medians is what counts.
 
-    python scripts/benchmark_deq.py --part overhead step
+    python -m scripts.benchmark_deq --part overhead step
 """
 
 import argparse
+import importlib.util
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -22,20 +22,21 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)
 
+from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell  # noqa: E402
 from fairseq_implicit.fields.injection import InjectionConfig  # noqa: E402
+from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.models.deq_bert import MATCHED_SIZES  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
-from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient  # noqa: E402
+from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient  # noqa: E402
 from fairseq_implicit.solvers.gradients.implicit import Implicit  # noqa: E402
 from fairseq_implicit.solvers.gradients.names import parse_gradient  # noqa: E402
 from fairseq_implicit.solvers.jacobian import spectral_radius  # noqa: E402
-from scripts.side_by_side import conditions, counted, median_seconds  # noqa: E402
+from scripts.side_by_side import median_seconds  # noqa: E402
 
 PARTS = ("overhead", "step", "gradients", "initial")
 SMALL = dict(batch=8, length=128, dim=256, ffn_dim=1024, heads=4)
@@ -62,7 +63,7 @@ class Bench:
 
     def cell(self, dim: int, ffn_dim: int, heads: int, kind: str = "post-norm", gain: float = 1.0, std: float = 0.02):
         torch.manual_seed(self.options.seed)
-        layer = TransformerFieldConfig(dim, ffn_dim, heads, kind)
+        layer = TransformerFieldConfig(dim, ffn_dim, AttentionConfig(heads), kind)
         return EquilibriumCell(CellConfig(layer, injection=InjectionConfig(gain=gain), initial_std=std)).to(self.device)
 
     def input(self, batch: int, length: int, dim: int) -> Tensor:
@@ -71,6 +72,22 @@ class Bench:
 
     def medians(self, calls: dict[str, Callable[[], None]]) -> dict[str, float]:
         return median_seconds(calls, self.options.rounds, warm_up=1)
+
+
+def solvers_and_bare_cell(f: Callable[[Tensor], Tensor], x: Tensor, budget: int) -> dict[str, Callable[[], None]]:
+    """So many evaluations of a prepared cell, by each solver and alone."""
+
+    def bare() -> None:
+        z = torch.zeros_like(x)
+        for _ in range(budget):
+            z = f(z)
+
+    def solved(method: str) -> Callable[[], None]:
+        # An absolute tolerance that nothing meets: every solver spends the whole budget.
+        config = FixedPointConfig(method, budget, 1e-30, "absolute")
+        return lambda: solve(f, torch.zeros_like(x), config)
+
+    return {"bare": bare, **{method: solved(method) for method in METHODS}}
 
 
 def overhead(bench: Bench) -> None:
@@ -92,63 +109,74 @@ def overhead(bench: Bench) -> None:
         cell = bench.cell(shape["dim"], shape["ffn_dim"], shape["heads"])
         x = bench.input(shape["batch"], shape["length"], shape["dim"])
         with torch.no_grad():
-            f = cell.prepare(x)
-
-            def bare() -> None:
-                z = torch.zeros_like(x)
-                for _ in range(budget):
-                    z = f(z)
-
-            def solved(method: str) -> Callable[[], None]:
-                # An absolute tolerance that nothing meets: every solver spends the whole budget.
-                config = FixedPointConfig(method, budget, 1e-30, "absolute")
-                return lambda: solve(f, torch.zeros_like(x), config)
-
-            found = bench.medians({"bare": bare, **{method: solved(method) for method in METHODS}})
+            found = bench.medians(solvers_and_bare_cell(cell.prepare(x), x, budget))
         print(f"{name:<32}" + "".join(f"{found[method] / found['bare']:>11.2f}x" for method in METHODS))
     print(f"{'goal at (8, 128, 256)':<32}" + "".join(f"{GOALS[method]:>11.2f}x" for method in METHODS))
 
 
+def steps_of_both(
+    cell: EquilibriumCell, x: Tensor, tol: float, spent: dict[str, float]
+) -> dict[str, Callable[[], None]]:
+    """A training step of torchdeq and ours, each of which notes its evaluations in ``spent``."""
+    from torchdeq import get_deq
+
+    budget = 40
+    target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.device)
+    deq = get_deq(
+        core="indexing", ift=True, f_solver="anderson", b_solver="anderson", f_max_iter=budget, b_max_iter=budget,
+        f_tol=tol, b_tol=tol, f_stop_mode="rel", b_stop_mode="rel",
+    )  # fmt: skip
+    config = FixedPointConfig("anderson", budget, tol)
+    gradient = Implicit(adjoint=FixedPointConfig("anderson", budget, tol))
+
+    def theirs() -> None:
+        cell.zero_grad()
+        states, info = deq(cell.prepare(x), torch.zeros_like(x))
+        spent["theirs"] = float(info["nstep"].float().mean())
+        (states[-1] * target).sum().backward()
+
+    def ours() -> None:
+        cell.zero_grad()
+        found = gradient.equilibrium(cell.prepare(x), torch.zeros_like(x), config)
+        spent["ours"] = float(found.solve.evaluations.float().mean())
+        (found.state * target).sum().backward()
+
+    return {"theirs": theirs, "ours": ours}
+
+
 def step(bench: Bench) -> None:
     """Forward and backward to the same tolerances, exact gradient, Anderson both ways."""
-    try:
-        from torchdeq import get_deq
-    except ImportError:
+    if importlib.util.find_spec("torchdeq") is None:
         print("\ntraining step: torchdeq is not installed, nothing to compare with")
         return
     heads = ("torchdeq", "ours", "speed-up", "evaluations (theirs, ours)")
-    print(f"\n{'training step':<32}" + "".join(f"{head:>{width}}" for head, width in zip(heads, (12, 12, 10, 30))))
+    print(
+        f"\n{'training step':<32}"
+        + "".join(f"{head:>{width}}" for head, width in zip(heads, (12, 12, 10, 30), strict=True))
+    )
     x = bench.input(SMALL["batch"], SMALL["length"], SMALL["dim"])
     for std, tol in ((0.02, 1e-3), (0.05, 1e-3), (0.02, 1e-4), (0.05, 1e-4), (0.02, 1e-5), (0.05, 1e-5)):
         cell = bench.cell(SMALL["dim"], SMALL["ffn_dim"], SMALL["heads"], std=std)
-        budget = 40
-        target = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x.device)
-        deq = get_deq(
-            core="indexing", ift=True, f_solver="anderson", b_solver="anderson", f_max_iter=budget, b_max_iter=budget,
-            f_tol=tol, b_tol=tol, f_stop_mode="rel", b_stop_mode="rel",
-        )  # fmt: skip
-        config = FixedPointConfig("anderson", budget, tol)
-        gradient = Implicit(adjoint=FixedPointConfig("anderson", budget, tol))
-        spent = {}
-
-        def theirs() -> None:
-            cell.zero_grad()
-            states, info = deq(cell.prepare(x), torch.zeros_like(x))
-            spent["theirs"] = float(info["nstep"].float().mean())
-            (states[-1] * target).sum().backward()
-
-        def ours() -> None:
-            cell.zero_grad()
-            found = gradient.equilibrium(cell.prepare(x), torch.zeros_like(x), config)
-            spent["ours"] = float(found.solve.evaluations.float().mean())
-            (found.state * target).sum().backward()
-
-        found = bench.medians({"theirs": theirs, "ours": ours})
+        spent: dict[str, float] = {}
+        found = bench.medians(steps_of_both(cell, x, tol, spent))
         counts = f"{spent['theirs']:.1f}, {spent['ours']:.1f}"
         speed = found["theirs"] / found["ours"]
         name = f"weights {std:g}, tolerance {tol:.0e}"
         print(f"{name:<32}{1.0:>12.2f}{1 / speed:>12.2f}{speed:>9.2f}x{counts:>30}", flush=True)
     print("goal: 1.30x")
+
+
+def gradient_of(
+    cell: EquilibriumCell, x: Tensor, gradient: EquilibriumGradient, solver: FixedPointConfig
+) -> tuple[Tensor, Equilibrium]:
+    """The gradient in all parameters and the input, flat, and the equilibrium that it was taken at."""
+    cell.zero_grad()
+    leaf = x.clone().requires_grad_()
+    f = cell.prepare(leaf)
+    result = gradient.equilibrium(f, torch.zeros_like(x), solver, depends_on=f.depends_on)
+    weight = torch.arange(x.numel(), dtype=x.dtype, device=x.device).view_as(x).sin()
+    (result.state * weight).sum().backward()
+    return torch.cat([p.grad.flatten() for p in cell.parameters()] + [leaf.grad.flatten()]), result
 
 
 def gradients(bench: Bench) -> None:
@@ -159,28 +187,19 @@ def gradients(bench: Bench) -> None:
         cell = bench.cell(64, 256, 4, gain=gain, std=std).double()
         x = bench.input(4, 16, 64).double()
 
-        def found(gradient: EquilibriumGradient, solver: FixedPointConfig):
-            cell.zero_grad()
-            leaf = x.clone().requires_grad_()
-            f = cell.prepare(leaf)
-            result = gradient.equilibrium(f, torch.zeros_like(x), solver, depends_on=f.depends_on)
-            weight = torch.arange(x.numel(), dtype=x.dtype, device=x.device).view_as(x).sin()
-            (result.state * weight).sum().backward()
-            return torch.cat([p.grad.flatten() for p in cell.parameters()] + [leaf.grad.flatten()]), result
-
         sharp = FixedPointConfig("broyden", 400, 1e-10)
-        exact, solved = found(Implicit(adjoint=FixedPointConfig("broyden", 600, 1e-10)), sharp)
+        exact, solved = gradient_of(cell, x, Implicit(adjoint=FixedPointConfig("broyden", 600, 1e-10)), sharp)
         radius = float(spectral_radius(cell.prepare(x), solved.solve.state, 60).max())
         row = []
         for mode in modes:
             if mode == "ift":
                 # As trained: tolerances of 1e-3 both ways and thirty evaluations.
                 loose = FixedPointConfig("anderson", 30, 1e-3)
-                candidate, _ = found(Implicit(adjoint=loose), loose)
+                candidate, _ = gradient_of(cell, x, Implicit(adjoint=loose), loose)
             elif mode == "reversible":
-                candidate, _ = found(parse_gradient(mode, damping=0.5), FixedPointConfig(max_iter=24))
+                candidate, _ = gradient_of(cell, x, parse_gradient(mode), FixedPointConfig(max_iter=24))
             else:
-                candidate, _ = found(parse_gradient(mode), sharp)
+                candidate, _ = gradient_of(cell, x, parse_gradient(mode), sharp)
             row.append(torch.nn.functional.cosine_similarity(candidate, exact, dim=0).item())
         print(f"{f'std {std:g}, gain {gain:g}':<30}{radius:>8.2f}" + "".join(f"{cosine:>12.4f}" for cosine in row))
     print("ift: Anderson, tolerances 1e-3, at most 30 evaluations each way; reversible: 24 evaluations, β 0.5")

@@ -4,7 +4,7 @@ All solve the same prepared transformer field over the same steps. They take tur
 that rotates, so that whatever else the machine does hits all alike; the ratios of the medians are what counts. With
 --memory the peak memory of the gradients is printed as well: reversible Heun, recomputation, plain autograd.
 
-    python scripts/benchmark_ode.py --rounds 30
+    python -m scripts.benchmark_ode --rounds 30
 """
 
 import argparse
@@ -14,22 +14,23 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 logging.disable(logging.WARNING)  # fairseq announces optional packages, the compiler its locks
 
+from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
+from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.layout import UNPADDED  # noqa: E402
 from fairseq_implicit.solvers.names import GRADIENTS  # noqa: E402
 from fairseq_implicit.solvers.reversible import ReversibleHeun  # noqa: E402
 from fairseq_implicit.solvers.runge_kutta import RungeKutta  # noqa: E402
 from fairseq_implicit.solvers.solver import Span  # noqa: E402
-from scripts.side_by_side import conditions, counted, peak_bytes  # noqa: E402
+from scripts.side_by_side import peak_bytes  # noqa: E402
 
 Solve = Callable[[Tensor], Tensor]
 
@@ -108,7 +109,11 @@ def alternate(solves: dict[str, Solve], y: Tensor, rounds: int, backward: bool) 
 
 def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
     """Median over the rounds of the ratio within a round: slow moments of the machine cancel."""
-    return statistics.median(one / other for one, other in zip(times[name], times[reference]))
+    return statistics.median(one / other for one, other in zip(times[name], times[reference], strict=True))
+
+
+def backward(solve: Callable[[int], Tensor], steps: int) -> None:
+    solve(steps).square().sum().backward()
 
 
 def report_memory(field: TransformerField, y: Tensor) -> None:
@@ -123,7 +128,7 @@ def report_memory(field: TransformerField, y: Tensor) -> None:
     }
     sys.stdout.write("\npeak memory of forward and backward, MiB    4 steps   16 steps   64 steps\n")
     for name, solve in ways.items():
-        sizes = [peak_bytes(lambda: solve(n).square().sum().backward()) / 2**20 for n in (4, 16, 64)]
+        sizes = [peak_bytes(partial(backward, solve, n)) / 2**20 for n in (4, 16, 64)]
         sys.stdout.write(f"  {name:<40} " + "".join(f"{size:>9.1f}  " for size in sizes) + "\n")
 
 
@@ -146,7 +151,7 @@ def main() -> None:
     for size in options.sizes:
         batch, length, dim, heads = SHAPES[size]
         torch.manual_seed(options.seed)
-        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, heads)).to(options.device)
+        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, AttentionConfig(heads))).to(options.device)
         y = torch.randn(batch, length, dim, device=options.device, requires_grad=True)
         for steps in options.steps:
             found = solvers(field, steps, y)

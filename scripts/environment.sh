@@ -1,5 +1,5 @@
 # Makes the project's environment, or reuses it: `.venv` in the checkout, with the versions of requirements.txt.
-# quickstart.sh and test.sh source this file; `bash scripts/environment.sh` runs it alone.
+# quickstart.sh, test.sh and check.sh source this file; `bash scripts/environment.sh` runs it alone.
 #
 # PYTHON   interpreter for a new environment (Python 3.11 or 3.12; by default the first of these on the PATH)
 
@@ -101,14 +101,14 @@ fairseq_wheel() { # the path of a built wheel of requirement $1 for this interpr
 }
 
 set_up() {
-    local wanted python foundation fairseq packages undeclared
+    local wanted python foundation fairseq packages tools undeclared
     wanted="$(cksum <"$requirements")"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && supported_python "$venv/bin/python"; then
         echo "environment: $venv is ready"
         return
     fi
     foundation=$(section foundation) fairseq=$(section fairseq) packages=$(section packages)
-    undeclared=$(section undeclared)
+    tools=$(section tools) undeclared=$(section undeclared)
     if ! supported_python "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python) || exit 1
         echo "environment: making $venv with $("$python" -V) ($python)"
@@ -129,6 +129,7 @@ set_up() {
         fi
         watched "fairseq" "$logs/fairseq.log" pip_install --no-deps "$(fairseq_wheel $fairseq)"
         watched "packages" "$logs/packages.log" pip_install $packages
+        watched "linter and type checker" "$logs/tools.log" pip_install $tools
         watched "ODE and equilibrium packages" "$logs/undeclared.log" pip_install --no-deps $undeclared
     }
     watched "trying fairseq and torch" "$logs/trial.log" run "$venv/bin/python" -c \

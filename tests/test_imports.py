@@ -1,4 +1,4 @@
-"""Imports point one way: layout ← solvers ← fields ← depth ← models ← criterions ← tasks; corpora stands alone."""
+"""Imports point one way: layout ← solvers ← fields ← depth ← models ← criterions ← tasks; text ← data, corpora."""
 
 import ast
 import sys
@@ -15,20 +15,24 @@ ALLOWED = {
     "solvers": {"layout", "options"},
     "fields": {"layout", "options", "solvers"},
     "depth": {"layout", "options", "solvers", "fields"},
-    "models": {"layout", "options", "solvers", "fields", "depth", "data", "compat"},
-    "data": {"compat"},
-    "tasks": {"solvers", "fields", "depth", "models", "data", "criterions", "compat"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "text", "data", "compat"},
+    "text": set(),
+    "data": {"text", "compat"},
+    "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
-    "corpora": {"folder_lock"},
+    "corpora": {"text", "folder_lock"},
+    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "commands": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat", "corpora", "evaluation"},
     "compat": {"folder_lock"},
     "folder_lock": set(),
 }
-WITHOUT_FAIRSEQ = {"layout", "options", "solvers", "fields", "depth", "corpora", "folder_lock"}
-# Numerics are torch and the standard library; the optional back ends are for adaptive steps.
-ONLY_TORCH = {
+WITHOUT_FAIRSEQ = {"layout", "options", "solvers", "fields", "depth", "text", "corpora", "folder_lock"}
+# What a folder may import beside the standard library. The optional back ends are for adaptive steps.
+ONLY = {
     "options": set(),
     "layout": {"torch"},
     "solvers": {"torch", "torchdyn", "torchdiffeq"},
+    "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
 }
 FILES = sorted(ROOT.rglob("*.py"))
@@ -60,7 +64,7 @@ def offence(folder, module):
             return f"{folder} must not import {PACKAGE}.{parts[1]}"
     elif parts[0] == "fairseq" and folder in WITHOUT_FAIRSEQ:
         return f"{folder} must not import fairseq"
-    elif folder in ONLY_TORCH and parts[0] not in ONLY_TORCH[folder] | set(sys.stdlib_module_names) | {PACKAGE}:
+    elif folder in ONLY and parts[0] not in ONLY[folder] | set(sys.stdlib_module_names) | {PACKAGE}:
         return f"{folder} must not import {parts[0]}"
     return None
 
@@ -82,7 +86,7 @@ def test_imports_point_one_way(path):
     "folder, module, refused",
     [
         ("layout", "fairseq_implicit.solvers.status", True),
-        ("solvers", "fairseq_implicit.fields.attention", True),
+        ("solvers", "fairseq_implicit.fields.mixers.attention", True),
         ("solvers", "fairseq_implicit.solvers.status.SolveResult", False),
         ("solvers", "scipy.linalg", True),
         ("solvers", "torch.nn", False),
@@ -92,6 +96,9 @@ def test_imports_point_one_way(path):
         ("models", "fairseq.models", False),
         ("models", "fairseq_implicit.tasks", True),
         ("corpora", "fairseq_implicit.data.masking", True),
+        ("corpora", "fairseq_implicit.text.token_files.MappedTokens", False),
+        ("text", "fairseq_implicit.corpora.durable", True),
+        ("text", "torch", True),
     ],
 )
 def test_the_rule_itself(folder, module, refused):

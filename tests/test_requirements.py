@@ -16,8 +16,8 @@ DISTRIBUTIONS = {"hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "PyYA
 BESIDE = {"fairseq", "fairseq_cli", "torchdyn", "torchdeq"}
 #: The extras that the files of a folder may need.
 EXTRAS = {
-    "fairseq_implicit": ["adaptive", "hub", "parquet", "quality", "tensorboard"],
-    "scripts": ["adaptive", "hub", "parquet", "plots", "transformers"],
+    "fairseq_implicit": ["adaptive", "hub", "parquet", "plots", "quality", "tensorboard"],
+    "scripts": ["adaptive", "transformers"],
     "examples/study": ["study"],
     "examples/glue": [],
 }
@@ -72,6 +72,19 @@ def test_every_requirement_of_the_package_is_pinned_for_the_checkout(described):
     )
     # PyYAML comes with omegaconf, which pins nothing narrower
     assert asked - pinned == {"PyYAML"}
+
+
+def test_the_set_up_installs_every_section_of_the_pins():
+    sections = re.findall(r"^# --- (\w+):", (ROOT / "requirements.txt").read_text(), re.M)
+    script = (ROOT / "scripts/environment.sh").read_text()
+    assert len(sections) == 5
+    for section in sections:
+        assert re.search(rf"^ *watched .* pip_install .*\${section}\b", script, re.M), section
+
+
+def test_the_annotations_are_packaged(described):
+    assert all((ROOT / folder / name).is_file() for folder, [name] in described["package_data"].items())
+    assert described["package_data"] == {"fairseq_implicit": ["py.typed"]}
 
 
 def test_the_readme_names_every_extra(described):

@@ -133,8 +133,8 @@ def test_half_precision_interrupted_at_random(toy_flags, fairseq_train, fork, tm
     """As often as INTERRUPTIONS says (2): ``INTERRUPTIONS=10 bash scripts/test.sh tests/test_resume.py``."""
     times, end = int(os.environ.get("INTERRUPTIONS", "2")), 60
     flags = toy_flags + (
-        "--arch ode_bert_gated_tiny --bf16 --dropout 0.1 --batch-size 16 --save-interval-updates 2 --disable-validation "
-        "--keep-interval-updates 1 --save-on-signal"
+        "--arch ode_bert_gated_tiny --bf16 --dropout 0.1 --batch-size 16 --save-interval-updates 2 "
+        "--disable-validation --keep-interval-updates 1 --save-on-signal"
     ).split() + ["--max-update", end]  # fmt: skip
     folder, log = tmp_path / "interrupted", tmp_path / "log"
     for seed in range(times):

@@ -19,9 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
 from fairseq.data import Dictionary, indexed_dataset  # noqa: E402
 
-import fairseq_implicit  # noqa: E402, F401  (registers the models)
 from fairseq_implicit.data.pairs import shorten_segments  # noqa: E402
-from fairseq_implicit.data.pieces import FILES  # noqa: E402
 from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 
 
@@ -61,7 +59,7 @@ def write_sentences(bert, folder: str, split: str, inputs: list[str], out: str) 
     for *texts, _ in lines(folder, split, [*inputs, "label"]):
         whole = [bert.ids(text) for text in texts]
         kept = shorten_segments(whole, room)
-        for output, ids in zip(outputs, kept):
+        for output, ids in zip(outputs, kept, strict=True):
             output.add([*ids, dictionary.eos()])
         examples += 1
         length = sum(map(len, whole))
@@ -116,8 +114,9 @@ def main() -> None:
         for part in inputs:
             bert.dictionary.save(os.path.join(arguments.out, part, "dict.txt"))
         write_labels(folder, splits, os.path.join(arguments.out, "label"))
-        for flag, name in FILES[bert.cfg.bpe._name].items():  # so that the hub finds the tokenizer beside its data
-            shutil.copy(bert.cfg.bpe[flag], os.path.join(arguments.out, name))
+        for name, content in bert.vocabulary.contents.items():  # so that the hub finds the tokenizer beside its data
+            with open(os.path.join(arguments.out, name), "wb") as file:
+                file.write(content)
     except (OSError, ValueError) as error:
         sys.exit(f"binarise: {error}")
 

@@ -85,7 +85,7 @@ def write_split(path: str, table: Table, out: str, split: str) -> tuple[int, int
                 raise ValueError(f"{path}, line {number}: {error}: is it the table of another --task?") from None
             if header:
                 raise ValueError(f"{path} starts without a header: is it the table of another --task?")
-            for file, text in zip(files, [row[column] for column in table.sentences] + [target]):
+            for file, text in zip(files, [*(row[column] for column in table.sentences), target], strict=True):
                 file.write(" ".join(text.split()) + "\n")
             written += 1
     finally:

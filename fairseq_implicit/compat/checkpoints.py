@@ -260,5 +260,5 @@ def _load_masters(original, optimizer, state, *args, **kwargs):
     # Flat or not may differ from the run that saved them: their order is that of the parameters in both.
     everything = torch.cat([weights.flatten().to(masters[0]) for weights in saved])
     with torch.no_grad():
-        for weights, values in zip(masters, everything.split([weights.numel() for weights in masters])):
+        for weights, values in zip(masters, everything.split([weights.numel() for weights in masters]), strict=True):
             weights.copy_(values.view_as(weights))

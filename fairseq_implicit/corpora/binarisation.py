@@ -8,6 +8,7 @@ one step, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import shutil
@@ -21,13 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from fairseq_implicit.corpora.durable import publish_folder, read_json, write_json, write_text
-from fairseq_implicit.corpora.encoding import LineEncoder
 from fairseq_implicit.corpora.manifest import MANIFEST, read_manifest
-from fairseq_implicit.corpora.mmap_format import HEADER_SIZE, INDEX_ENTRY_SIZE, PartWriter, join_parts
 from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError
-from fairseq_implicit.corpora.vocabulary import MODEL_FILE_NAME, Vocabulary
+from fairseq_implicit.corpora.token_parts import PartWriter, join_parts
 from fairseq_implicit.corpora.workers import advance, run_tasks
+from fairseq_implicit.text import kind_of_file
+from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
+from fairseq_implicit.text.token_files import MappedTokens
+from fairseq_implicit.text.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class ShardText:
 
 
 def shards_of_folder(folder: Path) -> list[ShardText]:
-    """The shards of a folder that ``prepare_corpus.py`` has finished.
+    """The shards of a folder that ``prepare-corpus`` has finished.
 
     Raises:
         CorpusError: the folder is no finished corpus.
@@ -64,7 +67,7 @@ def shards_of_folder(folder: Path) -> list[ShardText]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise CorpusError(
-            f"{folder} has no manifest.json, so it is no finished corpus; finish it with prepare_corpus.py (--merge), "
+            f"{folder} has no manifest.json, so it is no finished corpus; finish it with prepare-corpus (--merge), "
             "or name text files with --train and --valid."
         )
     names = sorted(manifest["files"])
@@ -103,7 +106,7 @@ def line_ranges(path: Path, size: int) -> list[tuple[int, int]]:
             bounds.append(file.tell())
     if bounds[-1] < total or total == 0:
         bounds.append(total)
-    return list(zip(bounds, bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 def lines_of_range(path: Path, first: int, last: int, block: int = _BLOCK) -> Iterator[list[bytes]]:
@@ -124,7 +127,7 @@ def lines_of_range(path: Path, first: int, last: int, block: int = _BLOCK) -> It
             except UnicodeDecodeError as error:
                 raise CorpusError(
                     f"{path} is not UTF-8 at byte {start + error.start} ({error.reason}); clean it with "
-                    "prepare_corpus.py first."
+                    "prepare-corpus first."
                 ) from error
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -135,7 +138,19 @@ def lines_of_range(path: Path, first: int, last: int, block: int = _BLOCK) -> It
             yield lines
 
 
-_encoders: dict[str, LineEncoder] = {}
+def open_tokenizer(path: Path) -> Vocabulary:
+    """The vocabulary of a tokenizer's file, whose suffix says its kind; of another one it must be sentencepiece's.
+
+    Raises:
+        CorpusError: the file is missing, is no tokenizer, or has a piece that dict.txt cannot hold.
+    """
+    try:
+        return (kind_of_file(path) or SentencePieceVocabulary).open(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise CorpusError(f"--tokenizer {error}") from error
+
+
+_vocabularies: dict[str, Vocabulary] = {}
 
 
 def encode_range(path: Path, first: int, last: int, part: Path, model: Path, digest: str, dtype: np.dtype) -> Path:
@@ -144,12 +159,12 @@ def encode_range(path: Path, first: int, last: int, part: Path, model: Path, dig
         advance(consumed=last - first)
         return part
     # Loading a model takes as long as encoding a megabyte: each worker keeps its last one.
-    if digest not in _encoders:
-        _encoders.clear()
-        _encoders[digest] = LineEncoder(Vocabulary.from_model(model))
+    if digest not in _vocabularies:
+        _vocabularies.clear()
+        _vocabularies[digest] = open_tokenizer(model)
     writer = PartWriter(part, f".part-{os.getpid()}")
     for lines in lines_of_range(path, first, last):
-        writer.write(*_encoders[digest].encode(lines))
+        writer.write(*_vocabularies[digest].encode_lines(lines))
     writer.close()
     return part
 
@@ -190,8 +205,8 @@ class Binarisation:
                 f"--output {self.output} contains '{os.pathsep}', which separates the data folders of fairseq-train; "
                 "choose another folder."
             )
-        vocabulary = Vocabulary.from_model(self.model)
-        digest = hashlib.sha256(vocabulary.model).hexdigest()
+        vocabulary = open_tokenizer(self.model)
+        digest = hashlib.sha256(b"".join(vocabulary.contents.values())).hexdigest()
         mine = [shard for shard in self.shards if shard.number % parts == part]
         with own_folder(self.output, LOCK, part, parts):
             todo = [shard for shard in mine if not self._is_done(shard, digest)]
@@ -253,7 +268,7 @@ class Binarisation:
                 names = [folder / f"{split}.{first}-{last}" for first, last in ranges]
                 parts[shard.number, split] = names
                 common = (self.model, digest, vocabulary.dtype)
-                tasks += [(path, first, last, name, *common) for (first, last), name in zip(ranges, names)]
+                tasks += [(path, first, last, name, *common) for (first, last), name in zip(ranges, names, strict=True)]
         total = sum(last - first for _, first, last, *_ in tasks)
         waiting = {shard.number: sum(len(parts[shard.number, split]) for split in shard.files) for shard in shards}
         by_part = {name: shard for shard in shards for split in shard.files for name in parts[shard.number, split]}
@@ -274,7 +289,8 @@ class Binarisation:
             lines, tokens = join_parts(names, temporary / split, vocabulary.dtype)
             counts[split] = {"lines": lines, "tokens": tokens}
         (temporary / "dict.txt").write_text(vocabulary.dictionary_text(), encoding="utf-8")
-        (temporary / MODEL_FILE_NAME).write_bytes(vocabulary.model)
+        for name, content in vocabulary.contents.items():
+            (temporary / name).write_bytes(content)
         self._publish(shard, temporary, counts, digest)
         for names in parts.values():
             shutil.rmtree(names[0].parent, ignore_errors=True)
@@ -300,7 +316,6 @@ class Binarisation:
 
     def _preprocess(self, shard: ShardText, workers: int, digest: str) -> None:
         temporary = self._temporary(shard)
-        item_size = Vocabulary.from_model(self.model).dtype.itemsize
         package = Path(__file__).resolve().parents[1]
         command = [sys.executable, "-m", "fairseq_cli.preprocess", "--user-dir", str(package)]
         command += ["--task", "implicit_masked_lm", "--only-source", "--srcdict", str(self.model)]
@@ -313,6 +328,6 @@ class Binarisation:
             raise CorpusError(f"fairseq-preprocess failed on {shard.files['train']}: {lines[-1]}")
         counts = {}
         for split in shard.files:
-            lines = ((temporary / f"{split}.idx").stat().st_size - HEADER_SIZE) // INDEX_ENTRY_SIZE
-            counts[split] = {"lines": lines, "tokens": (temporary / f"{split}.bin").stat().st_size // item_size}
+            written = MappedTokens(str(temporary / split))
+            counts[split] = {"lines": len(written.line_lengths), "tokens": written.token_count}
         self._publish(shard, temporary, counts, digest)

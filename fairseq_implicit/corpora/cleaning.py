@@ -21,6 +21,7 @@ _ASCII_REMOVED = bytes(code for code in [*range(0x20), 0x7F] if chr(code) not in
 # Two patterns of a literal beginning: together in one they would take ten times as long.
 _C1_CONTROLS = re.compile(b"\xc2[\x80-\x9f]")
 _SEPARATORS = re.compile(b"\xe2\x80[\xa8\xa9]")
+_ASCII = bytes(range(0x80))
 _NEXT_LINE = "\x85".encode()
 
 # Normalising takes time that is quadratic in the length of a run of combining marks. Unicode's stream-safe text has no
@@ -30,6 +31,7 @@ _MARKS = frozenset([*filter(unicodedata.combining, map(chr, range(0x300, 0x1F000
 _MARK = f"[{''.join(_MARKS)}]"
 # A character class is a table up to U+FFFF and a slow list beyond: looking ahead with a coarser one spares the list.
 _PERHAPS_MARK = "[{}\U00010000-\U0010ffff]".format("".join(mark for mark in _MARKS if len(mark.encode()) < 4))
+_SOME_MARK = re.compile(_PERHAPS_MARK)
 _LONG_RUN = re.compile(f"(?={_PERHAPS_MARK}{{31}})({_MARK}{{30}})(?={_MARK})")
 _JOINER = "\u034f"
 
@@ -63,7 +65,6 @@ def clean_utf8(text: str) -> tuple[str, bytes, int, list[str]]:
     if not text:
         return "", b"", 0, []
     changes: list[str] = []
-    ascii_only = text.isascii()
     try:
         read = text.encode("utf-8")
     except UnicodeEncodeError:
@@ -78,15 +79,19 @@ def clean_utf8(text: str) -> tuple[str, bytes, int, list[str]]:
             data = data.replace(b"\r", b"\n")
             changes.append("lone carriage returns")
     visible = data.translate(_ASCII_REPLACED, _ASCII_REMOVED)
-    if not ascii_only:
-        visible = _C1_CONTROLS.sub(lambda found: b" " if found[0] == _NEXT_LINE else b"", visible)
+    # Of a text in a Latin script the few characters beyond ASCII are looked at, of any other one all.
+    is_latin = len(read) < 1.25 * len(text)
+    others = b"" if len(read) == len(text) else visible.translate(None, _ASCII) if is_latin else visible
+    if b"\xc2" in others and _C1_CONTROLS.search(others):
+        others = visible = _C1_CONTROLS.sub(lambda found: b" " if found[0] == _NEXT_LINE else b"", visible)
+    if _SEPARATORS.search(others):
         visible = _SEPARATORS.sub(b"\n", visible)
     if visible != data:
         changes.append("control characters removed")
     if changes:
         text = visible.decode("utf-8")
     changes_of_bytes = len(changes)
-    if not ascii_only:
+    if not (is_latin and _is_stable(others.decode("utf-8"))):
         text = _normalised(text, changes)
     if b"\n" in visible or not text or text[0] in _BLANK:
         folded, blank_lines = _BLANK_LINE.subn("", f"\n{text}\n")
@@ -97,6 +102,14 @@ def clean_utf8(text: str) -> tuple[str, bytes, int, list[str]]:
         text = text.lstrip("\ufeff")
         changes.append("byte order mark removed")
     return text, visible if len(changes) == changes_of_bytes else text.encode("utf-8"), len(read), changes
+
+
+def _is_stable(others: str) -> bool:
+    """Whether a text, of which these are the characters beyond ASCII, is stream-safe NFC; False where that is unsure.
+
+    Nothing but marks composes with ASCII, so that without any of them what is left out makes no difference.
+    """
+    return not others or _SOME_MARK.search(others) is None and unicodedata.is_normalized("NFC", others)
 
 
 def _normalised(text: str, changes: list[str]) -> str:
@@ -113,7 +126,8 @@ def _normalised(text: str, changes: list[str]) -> str:
 
 def _stream_safe(text: str) -> str:
     # Every run of more than 30 marks has one at a place that is a multiple of 31.
-    if _MARKS.isdisjoint(text[::31]):
+    sample = text[::31]
+    if _SOME_MARK.search(sample) is None or _MARKS.isdisjoint(sample):
         return text
     return _LONG_RUN.sub(rf"\1{_JOINER}", text)
 

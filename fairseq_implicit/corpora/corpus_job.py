@@ -144,11 +144,11 @@ class CorpusJob:
         # Another run's pipe may have been another text.
         todo = [s for s in mine if s.is_pipe or not is_prepared(s, self.settings, self.work)]
         logger.info("part %d/%d: %d files, %d of them already read", part, parts, len(mine), len(mine) - len(todo))
-        # Pipes are read in this process, since workers have no standard input. Of the files the largest come first: a
-        # long last one would leave the other workers idle.
+        # Pipes are read side by side: a command that feeds two of them (`tee`) goes on when both are read. Of the files
+        # the largest come first: a long last one would leave the other workers idle.
         pipes, files = [s for s in todo if s.is_pipe], [s for s in todo if not s.is_pipe]
         written: set[SourceFiles] = set()
-        for sources, workers in ((pipes, 1), (sorted(files, key=lambda s: -_size(s)), self.workers)):
+        for sources, workers in ((pipes, len(pipes)), (sorted(files, key=lambda s: -_size(s)), self.workers)):
             tasks = [(source, self.settings, self.work) for source in sources]
             written |= set(run_tasks(prepare_source, tasks, workers, sum(map(_size, sources)), "reading"))
         return written
@@ -173,7 +173,7 @@ class CorpusJob:
             )
         files = [SourceFiles.of(source, self.work) for source in self.sources]
         counts, problems, problems_total, damaged = Counts(), [], 0, []
-        for source, file in zip(self.sources, files):
+        for source, file in zip(self.sources, files, strict=True):
             record = file.read_record()
             counts.add(Counts.from_dict(record["counts"]))
             problems += record["problems"][: max(0, _REPORTED_PROBLEMS - len(problems))]
@@ -181,8 +181,8 @@ class CorpusJob:
             if record["problems_total"]:
                 damaged.append([source.name, source.split])
         self._check_losses(counts, problems, problems_total)
-        # Shards of an interrupted merge are only reused for the very same intermediate files.
-        folder = self.work / f"merge-{inputs_digest(files)}"
+        # Shards of an interrupted merge are only reused for the very same intermediate files, made in the same way.
+        folder = self.work / f"merge-{inputs_digest(files)}-{self.settings.fingerprint()[:8]}"
         folder.mkdir(exist_ok=True)
         mine = [file for number, file in enumerate(files) if number % parts == part and file not in fresh]
         total = sum(file.segments.stat().st_size for file in mine)

@@ -13,7 +13,8 @@ class Counts:
     Attributes:
         documents_read, bytes_read: everything in the input, unreadable records included.
         documents_lost, bytes_lost: unreadable records; they are among the dropped as well.
-        input_size, input_lost: bytes of the input files, and those of them behind damage that no reader can pass.
+        input_size, input_lost: bytes of the input files (pipes have none), and those of refused files, of lost members
+            of archives and behind damage that no reader can pass.
         dropped, dropped_bytes: by reason, as read for reasons of the reading step, as cleaned for duplicates.
         changed: documents by kind of change.
         pieces_added: documents that splitting long ones added.

@@ -39,8 +39,8 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small text file atomically."""
-    # File names that are not UTF-8 and strings from damaged records may hold unpaired surrogates. Escaped like this they
-    # are valid JSON too, and come back from it as they were.
+    # File names that are not UTF-8 and strings from damaged records may hold unpaired surrogates. Escaped like this
+    # they are valid JSON too, and come back from it as they were.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 

@@ -17,6 +17,8 @@ import zlib
 
 import numpy as np
 
+#: Raise it with every change of `band_hashes`: signatures of two versions cannot be compared.
+VERSION = 2
 BANDS, ROWS, SHINGLE = 14, 8, 5
 # Documents with fewer words have no meaningful resemblance; exact deduplication takes care of them.
 SHORTEST = 20

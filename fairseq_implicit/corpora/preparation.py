@@ -14,7 +14,7 @@ from fairseq_implicit.corpora.durable import HashedFile, publish, read_json, tem
 from fairseq_implicit.corpora.filters import component_of, reason_to_drop
 from fairseq_implicit.corpora.near_duplicates import band_hashes, signature
 from fairseq_implicit.corpora.problems import CorpusError, ReadNote, ReadProblem
-from fairseq_implicit.corpora.quality import quality_check
+from fairseq_implicit.corpora.quality import FilterFailed, quality_check
 from fairseq_implicit.corpora.readers import ReadOptions, read_source
 from fairseq_implicit.corpora.records import TEXT_FIELDS, Document
 from fairseq_implicit.corpora.segments import (
@@ -143,18 +143,23 @@ class _Step:
 
     def run(self) -> None:
         limit = self._settings.documents_per_file
-        consumed = 0
+        consumed, without_text = 0, 0.0
 
         def consume(size: int) -> None:
             nonlocal consumed
             consumed += size
             advance(consumed=size)
 
+        def lose(share: float) -> None:
+            nonlocal without_text
+            without_text = min(without_text + share, 1.0)
+
         options = ReadOptions(
             boundary=self._settings.boundary,
             encoding=self._settings.encoding,
             text_fields=self._settings.text_fields or TEXT_FIELDS,
             on_compressed=consume,
+            on_lost=lose,
         )
         for item in read_source(self._source, options):
             if isinstance(item, ReadProblem):
@@ -168,17 +173,20 @@ class _Step:
                 self.counts.changed["file not read beyond --documents-per-file"] += 1
                 return
         if self.problems_total:
-            self.counts.input_lost = max(self.counts.input_size - consumed, 0)
+            self.counts.input_lost = max(self.counts.input_size - round((1 - without_text) * consumed), 0)
 
     def _take_problem(self, problem: ReadProblem) -> None:
+        self.counts.documents_read += problem.lost_documents
+        self.counts.bytes_read += problem.lost_bytes
+        self._lose(problem)
+
+    def _lose(self, problem: ReadProblem) -> None:
         if self._settings.strict:
             raise CorpusError(f"{problem.sentence} (--strict stops here; without it the rest of the corpus is read.)")
         self.problems_total += 1
         if len(self.problems) < _REPORTED_PROBLEMS:
             self.problems.append(problem)
             logger.warning("%s", problem.sentence)
-        self.counts.documents_read += problem.lost_documents
-        self.counts.bytes_read += problem.lost_bytes
         self.counts.documents_lost += problem.lost_documents
         self.counts.bytes_lost += problem.lost_bytes
         if problem.lost_documents:
@@ -205,7 +213,12 @@ class _Step:
         if len(data) < settings.min_document_size:
             counts.drop("shorter than --min-document-size", size)
             return
-        reason = self._quality(text)
+        try:
+            reason = self._quality(text)
+        except FilterFailed as error:
+            sentence = f"{document.path}: the document at byte {document.offset} is not kept: {error}."
+            self._lose(ReadProblem("quality filter failed", document.path, document.offset, sentence, 1, size))
+            return
         if reason is not None:
             counts.drop(reason, size)
             return

@@ -74,12 +74,15 @@ class ReadOptions:
         encoding: of text and JSON lines; "" reads UTF-8, and UTF-16 and UTF-32 where a byte order mark says so.
         text_fields: names of the field with the text in JSON and parquet; the first one that is there counts.
         on_compressed: called with numbers of consumed file bytes.
+        on_lost: called with shares of the consumed bytes that gave nothing: 1 for a file that is refused, the share of
+            the members without text for an archive.
     """
 
     boundary: str = "auto"
     encoding: str = ""
     text_fields: tuple[str, ...] = TEXT_FIELDS
     on_compressed: Callable[[int], None] | None = None
+    on_lost: Callable[[float], None] = lambda share: None
 
 
 def read_source(source: Source, options: ReadOptions = ReadOptions()) -> Iterator[Item]:
@@ -129,6 +132,8 @@ def _read_stream(
     try:
         yield from _read_recognised(file, name, options, path, seekable)
     except StreamDamage as error:
+        if isinstance(file, TarMember) and not file.is_cut:  # the archive goes on behind it
+            options.on_lost(1 - error.compressed_offset / max(file.size, 1))
         yield ReadProblem(
             "truncated file" if error.truncated else "corrupt compressed data",
             name,
@@ -137,6 +142,7 @@ def _read_stream(
             "are kept, fetch the file again for the rest.",
         )
     except CorpusError as error:
+        options.on_lost(1.0)
         yield ReadProblem("no corpus file", name, 0, str(error))
     except (OSError, MemoryError):
         raise
@@ -181,7 +187,7 @@ def _read_recognised(
     if suffix == ".tar" or is_tar(head):
         if is_member:
             raise CorpusError(f"{name} is an archive inside an archive, which is not read: unpack it.")
-        yield from _read_tar(blocks, name, replace(options, on_compressed=None))
+        yield from _read_tar(blocks, name, options)
         return
     encoding = options.encoding or encoding_of(head)
     if encoding:
@@ -205,8 +211,8 @@ def _read_recognised(
                 yield ReadNote(
                     "compressed text read line by line",
                     name,
-                    f"{name} has no blank line in its first {LOOK_AHEAD} bytes: every line is read as a document (as in "
-                    "OSCAR 2019; --document-boundary decides otherwise).",
+                    f"{name} has no blank line in its first {LOOK_AHEAD} bytes: every line is read as a document (as "
+                    "in OSCAR 2019; --document-boundary decides otherwise).",
                 )
     documents = _read_text(blocks, name, boundary, encoding, watched)
     metadata = oscar_metadata_beside(path) if path is not None and boundary == "blank-line" else None
@@ -214,25 +220,37 @@ def _read_recognised(
 
 
 def _read_tar(blocks: Iterator[bytes], path: str, options: ReadOptions) -> Iterator[Item]:
-    read, passed_over = 0, 0
-    for member in tar_members(BlockReader(blocks), path):
-        if isinstance(member, ReadProblem):
-            yield member
-            continue
-        name = f"{path}!{member.name}"
-        if not is_archived_corpus_file(member.name):
-            passed_over += 1
-            yield ReadNote("archive member passed over", name, f"{name} is no corpus file and is not read")
-        elif member.kind == "a hard link":
-            sentence = f"{name} is a hard link to {member.linkname}, which is read under that name"
-            yield ReadNote("archive member passed over", name, sentence)
-        elif member.kind:
-            sentence = f"{name} is {member.kind}, whose text cannot be read from the archive; add the file itself."
-            lost = 1 if member.size else 0
-            yield ReadProblem("archive member without text", name, 0, sentence, lost, member.size)
-        else:
-            read += 1
-            yield from _read_stream(member, name, options)
+    read, passed_over, lost = 0, 0, 0.0
+    stream = BlockReader(blocks)
+
+    def lose(share: float) -> None:
+        nonlocal lost
+        lost += share * member.size
+
+    of_members = replace(options, on_compressed=None, on_lost=lose)
+    try:
+        for member in tar_members(stream, path):
+            if isinstance(member, ReadProblem):
+                lost += member.lost_bytes
+                yield member
+                continue
+            name = f"{path}!{member.name}"
+            if not is_archived_corpus_file(member.name):
+                passed_over += 1
+                yield ReadNote("archive member passed over", name, f"{name} is no corpus file and is not read")
+            elif member.kind == "a hard link":
+                sentence = f"{name} is a hard link to {member.linkname}, which is read under that name"
+                yield ReadNote("archive member passed over", name, sentence)
+            elif member.kind:
+                lose(1.0)
+                sentence = f"{name} is {member.kind}, whose text cannot be read from the archive; add the file itself."
+                documents = 1 if member.size else 0
+                yield ReadProblem("archive member without text", name, 0, sentence, documents, member.size)
+            else:
+                read += 1
+                yield from _read_stream(member, name, of_members)
+    finally:  # also of an archive that ends in damage
+        options.on_lost(lost / max(stream.position, 1))
     if passed_over and not read:
         raise CorpusError(
             f"None of the {passed_over} members of the archive {path} has the name of a corpus file (.jsonl, .json, "
@@ -410,9 +428,9 @@ def _read_text(
             if watched and not blank and blank_at >= 0:
                 watched = False
                 sentence = (
-                    f"{name} was read as one document per line, as its first {LOOK_AHEAD} bytes have no blank line, but "
-                    f"there is one at byte {blank_at}; when blank lines separate its documents, prepare it again with "
-                    "--document-boundary blank-line, else with --document-boundary line."
+                    f"{name} was read as one document per line, as its first {LOOK_AHEAD} bytes have no blank line, "
+                    f"but there is one at byte {blank_at}; when blank lines separate its documents, prepare it again "
+                    "with --document-boundary blank-line, else with --document-boundary line."
                 )
                 yield ReadProblem("document boundary contradicted", name, blank_at, sentence)
             if not blank:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 
+from fairseq_implicit.corpora import near_duplicates
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.sources import BOUNDARIES
 
@@ -166,4 +167,6 @@ class PrepareSettings:
         """Hash of everything that decides the output, input names excepted."""
         values = {name: value for name, value in self.as_dict().items() if name not in _WITHOUT_EFFECT}
         values["intermediate files"] = 2  # their format: those of another one are made again
+        if self.drop_near_duplicates:
+            values["near-duplicate signatures"] = near_duplicates.VERSION
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

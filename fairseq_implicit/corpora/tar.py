@@ -1,8 +1,8 @@
 """Tar archives as streams, in which a damaged header costs its own member.
 
 Python's ``tarfile`` ends an archive without a word at any bad or missing header but the first, and at the end mark of
-the first of several concatenated archives. Here the reading goes on at the next good header, and what was passed over is
-a `ReadProblem`. Formats: POSIX.1-2008 (ustar, pax) and GNU tar.
+the first of several concatenated archives. Here the reading goes on at the next good header, and what was passed over
+is a `ReadProblem`. Formats: POSIX.1-2008 (ustar, pax) and GNU tar.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
 import random
 import re
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from pathlib import Path
 import sentencepiece
 
 from fairseq_implicit.corpora.cleaning import wrap_line
-from fairseq_implicit.corpora.durable import write_text
+from fairseq_implicit.corpora.durable import write_bytes, write_text
 from fairseq_implicit.corpora.manifest import read_manifest
-from fairseq_implicit.corpora.vocabulary import Vocabulary
+from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
 
 # sentencepiece's <unk>, <s>, </s> fall away in fairseq's dictionary; <s>, <pad>, </s>, <unk> and <mask> are added.
 _ADDED_BY_FAIRSEQ = 5
@@ -75,7 +75,7 @@ PRESETS = {
 
 
 def text_files(inputs: list[Path]) -> list[Path]:
-    """Expands folders of ``prepare_corpus.py`` to their train shards.
+    """Expands folders of ``prepare-corpus`` to their train shards.
 
     Raises:
         FileNotFoundError: an input is missing, or a folder holds no finished corpus.
@@ -85,7 +85,7 @@ def text_files(inputs: list[Path]) -> list[Path]:
         if path.is_dir():
             manifest = read_manifest(path)
             if manifest is None:
-                raise FileNotFoundError(f"{path} has no manifest.json: it is no finished corpus of prepare_corpus.py")
+                raise FileNotFoundError(f"{path} has no manifest.json: it is no finished corpus of prepare-corpus")
             files += [path / name for name in sorted(manifest["files"]) if name.startswith("train.")]
         elif path.is_file():
             files.append(path)
@@ -142,6 +142,21 @@ def _advice(error: str) -> str:
     return error.rsplit("] ", 1)[-1].strip() or error  # what follows the C++ condition
 
 
+def _refuse_second_model(out: Path) -> None:
+    """Raises FileExistsError where ``dict.txt`` beside ``out`` is that of another model."""
+    dictionary = out.with_name("dict.txt")
+    if not dictionary.is_file():
+        return
+    rows = dictionary.read_bytes()
+    for other in sorted(set(out.parent.glob("*.model")) - {out}):
+        with contextlib.suppress(ValueError):  # no model
+            if SentencePieceVocabulary.open(other).dictionary_text().encode() == rows:
+                raise FileExistsError(
+                    f"{dictionary} belongs to {other.name}: give --out another folder, for each model has its dict.txt "
+                    "beside it"
+                )
+
+
 def train_tokenizer(
     inputs: list[Path],
     out: Path,
@@ -151,12 +166,12 @@ def train_tokenizer(
     seed: int = 1,
     threads: int = 4,
 ) -> None:
-    """Writes a sentencepiece model to ``out`` and fairseq's ``dict.txt`` beside it.
+    """Writes a sentencepiece model to ``out`` and fairseq's ``dict.txt`` beside it, both durably.
 
     The same text gives the same bytes, wherever the files lie.
 
     Args:
-        inputs: text files, or folders of ``prepare_corpus.py``.
+        inputs: text files, or folders of ``prepare-corpus``.
         out: the ``.model`` file.
         dictionary_size: rows of the embedding.
         options: sentencepiece options, as in `PRESETS`.
@@ -166,8 +181,10 @@ def train_tokenizer(
 
     Raises:
         FileNotFoundError: an input is missing.
+        FileExistsError: the ``dict.txt`` of another model lies beside ``out``.
         ValueError: the text does not suffice for so many pieces.
     """
+    _refuse_second_model(out)
     files = text_files(inputs)
     pieces = dictionary_size - _ADDED_BY_FAIRSEQ + _DROPPED_BY_FAIRSEQ
     if pieces <= _DROPPED_BY_FAIRSEQ:
@@ -189,10 +206,8 @@ def train_tokenizer(
         raise ValueError(
             f"{', '.join(map(str, inputs))} gives no dictionary of {dictionary_size} symbols: {_advice(str(error))}"
         ) from None
+    # Refuses a model that fairseq's dictionary could not hold before anything is written.
+    vocabulary = SentencePieceVocabulary(model.getvalue())
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_bytes(model.getvalue())
-    # Refuses a model that fairseq's dictionary could not hold before the file gets its name.
-    vocabulary = Vocabulary.from_model(partial)
     write_text(out.with_name("dict.txt"), vocabulary.dictionary_text())
-    os.replace(partial, out)
+    write_bytes(out, model.getvalue())

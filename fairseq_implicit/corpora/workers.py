@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -52,9 +53,12 @@ def _call(function: Callable, task: tuple) -> object:
         _report()
 
 
-def _start_worker(consumed, text, parent: int) -> None:
+def _start_worker(consumed, text, parent: int, standard_input: int | None) -> None:
     global _consumed, _text
     _consumed, _text = consumed, text
+    if standard_input is not None:
+        os.dup2(standard_input, 0)
+        sys.stdin = open(0, closefd=False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends its workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
@@ -84,6 +88,7 @@ def run_tasks(
     global _consumed, _text
     context = multiprocessing.get_context("fork")
     _consumed, _text = context.Value("q", 0), context.Value("q", 0)
+    standard_input = None
     bar = _Bar(label, total, unit)
     try:
         if workers == 1 or len(tasks) <= 1:
@@ -93,9 +98,10 @@ def run_tasks(
                 yield _call(function, task)
             return
         others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(
-            min(workers, len(tasks)), context, _start_worker, (_consumed, _text, os.getpid())
-        ) as pool:
+        with contextlib.suppress(OSError):  # a daemon has none
+            standard_input = os.dup(0)  # multiprocessing closes that of its processes
+        initial = (_consumed, _text, os.getpid(), standard_input)
+        with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, initial) as pool:
             waiting = {pool.submit(_call, function, task) for task in tasks}
             try:
                 while waiting:
@@ -115,6 +121,8 @@ def run_tasks(
                 raise
     finally:
         bar.close()
+        if standard_input is not None:
+            os.close(standard_input)
         _consumed = _text = None
 
 

@@ -101,7 +101,8 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
         if not logging_outputs:
             return
         names = list(logging_outputs[0])
-        sums = dict(zip(names, _to_numbers([sum(log.get(name, 0) for log in logging_outputs) for name in names])))
+        totals = _to_numbers([sum(log.get(name, 0) for log in logging_outputs) for name in names])
+        sums = dict(zip(names, totals, strict=True))
         sample_size = sums["sample_size"]
         tokens = max(sample_size, 1)
         metrics.log_scalar("loss", sums["loss"] / tokens / math.log(2), sample_size, round=3)
@@ -140,6 +141,8 @@ def _to_numbers(values: List[Any]) -> List[float]:
     numbers = [None if torch.is_tensor(value) else float(value) for value in values]
     for device in {value.device for value in values if torch.is_tensor(value)}:
         places = [i for i, value in enumerate(values) if torch.is_tensor(value) and value.device == device]
-        for place, number in zip(places, torch.stack([values[i].detach().double() for i in places]).tolist()):
+        for place, number in zip(
+            places, torch.stack([values[i].detach().double() for i in places]).tolist(), strict=True
+        ):
             numbers[place] = number
     return numbers

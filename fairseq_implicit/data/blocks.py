@@ -142,7 +142,7 @@ def _packed_lines(line_lengths: np.ndarray, block_size: int, by_document: bool) 
             line_starts, sizes, documents = line_starts[~blank], sizes[~blank], documents[~blank]
         part_starts, part_sizes = _cut_lines(line_starts, sizes, block_size, equal_parts=False)
         parts = (part_starts, part_sizes, np.repeat(documents, -(-sizes // block_size)))
-        parts = tuple(np.concatenate(pair) for pair in zip(carried, parts))
+        parts = tuple(np.concatenate(pair) for pair in zip(carried, parts, strict=True))
         last = first + _LINES_AT_ONCE >= len(line_lengths)
         begin, end, resume_at = _pack(parts[1], parts[2], block_size, last)
         ends = np.append(0, np.cumsum(parts[1]))

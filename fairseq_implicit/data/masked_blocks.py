@@ -8,14 +8,14 @@ import torch
 from fairseq.data import FairseqDataset
 
 from fairseq_implicit.data.blocks import BlockIndex
-from fairseq_implicit.data.mapped_tokens import MappedTokens
 from fairseq_implicit.data.masking import Masking
+from fairseq_implicit.text.token_files import MappedTokens
 
 
 def _padded(sequences: Sequence[torch.Tensor], width: int, pad: int) -> torch.Tensor:
     """Sequences as rows ``(batch, width)`` int64, padded on the right."""
     rows = torch.full((len(sequences), width), pad, dtype=torch.int64)
-    for row, sequence in zip(rows, sequences):
+    for row, sequence in zip(rows, sequences, strict=True):
         row[: len(sequence)] = sequence
     return rows
 
@@ -114,7 +114,7 @@ class MaskedBlockDataset(FairseqDataset):
         return np.append(self.masking.bos, text)
 
     def pieces_per_word(self, blocks: int = 64) -> float:
-        """Mean number of pieces from one ``▁`` to the next in blocks drawn evenly from all; the masking selects words."""
+        """Mean number of pieces of a word in blocks drawn evenly from all; the masking selects words."""
         counts = [self.masking.words(self.tokens(i)) for i in range(0, len(self), max(1, len(self) // blocks))]
         tokens, words = np.sum(counts, axis=0)
         return float(tokens / max(words, 1))

@@ -1,13 +1,14 @@
 """Masks for masked language modelling (Devlin et al. 2019, section 3.1), drawn without a loop over tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from fairseq.data import Dictionary
 
-from fairseq_implicit.data.sentencepiece_dictionary import MASK, word_starts
+from fairseq_implicit.text.vocabulary import MASK, are_text, word_starts
 
-# What stands between two '▁' is no word in a script without word spaces but a clause or a paragraph: one of more pieces
+# What stands between two spaces is no word in a script without them but a clause or a paragraph: one of more pieces
 # than this is cut into spans of 1 to 4 pieces, drawn anew with every mask in the shares of MacBERT's n-grams (Cui et
 # al. 2020, section 3.2). English words of so many pieces are addresses, numbers and misprints.
 LONGEST_WORD = 8
@@ -57,24 +58,32 @@ class Masking:
             )
 
     @classmethod
-    def for_dictionary(cls, dictionary: Dictionary, whole_words: bool = False, **shares: float) -> "Masking":
+    def for_dictionary(
+        cls, dictionary: Dictionary, surface: Callable[[str], str] | None = None, **shares: float
+    ) -> "Masking":
         """Masking over a dictionary to which ``<mask>`` has been added.
 
         Args:
             dictionary: with ``<mask>``.
-            whole_words: select whole words (pieces from one ``▁`` to the next); spans in text without word spaces.
+            surface: the text of a symbol (`Vocabulary.surface`), to select whole words: pieces from one that begins
+                with a space to the next, and spans in text without word spaces. None selects tokens.
             shares: ``probability``, ``leave_unmasked``, ``random``.
+
+        Raises:
+            ValueError: a share is impossible, or no symbol begins a word.
         """
-        made_up = np.array([symbol.startswith("madeupword") or symbol == MASK for symbol in dictionary.symbols])
-        made_up[: dictionary.nspecial] = True
+        try:
+            starts = None if surface is None else word_starts(dictionary.symbols, surface)
+        except ValueError as error:
+            raise ValueError(f"--mask-whole-words: {error}") from None
         return cls(
             pad=dictionary.pad(),
             bos=dictionary.bos(),
             eos=dictionary.eos(),
             mask=dictionary.index(MASK),
-            replacements=np.flatnonzero(~made_up),
+            replacements=np.flatnonzero(are_text(dictionary.symbols)),
             vocabulary=len(dictionary),
-            word_starts=word_starts(dictionary) if whole_words else None,
+            word_starts=starts,
             **shares,
         )
 
@@ -111,7 +120,7 @@ class Masking:
         return source, target
 
     def words(self, tokens: np.ndarray) -> tuple[int, int]:
-        """Number of text tokens, and of the words that they make up (with `word_starts`): from one ``▁`` to the next."""
+        """Number of text tokens, and of the words that they make up (with `word_starts`)."""
         maskable = self._maskable(tokens)
         return int(np.count_nonzero(maskable)), int(np.count_nonzero(self._word_begins(tokens, maskable)))
 

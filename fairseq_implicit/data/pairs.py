@@ -26,4 +26,4 @@ def shorten_segments(segments: Sequence[Sequence[int]], room: int) -> list[Seque
     lengths = [len(segment) for segment in segments]
     for _ in range(sum(lengths) - room):
         lengths[max(range(len(lengths)), key=lambda index: (lengths[index], index))] -= 1
-    return [segment[:length] for segment, length in zip(segments, lengths)]
+    return [segment[:length] for segment, length in zip(segments, lengths, strict=True)]

@@ -5,15 +5,17 @@ to solve, the local error (Pal et al., arXiv 2105.03918) keeps it easy for the v
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_implicit.depth.convergence import BudgetAlarm, per_sample_mean, refuse_failure
-from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import STEP_CONTROLS
@@ -40,6 +42,7 @@ class ContinuousConfig:
         noise: whether the field has dropout at all.
         independent_noise: whether that is drawn anew at each evaluation.
         final_norm: end with a layer norm.
+        norm: that norm.
 
     Raises:
         OptionError: an impossible combination, in one sentence that names the option.
@@ -57,6 +60,7 @@ class ContinuousConfig:
     noise: bool = False
     independent_noise: bool = False
     final_norm: bool = True
+    norm: NormConfig = NormConfig()
 
     def __post_init__(self):
         solver = self.solver
@@ -94,7 +98,7 @@ class ContinuousConfig:
         return self.kinetic_energy > 0 or self.jacobian > 0 or self.local_error > 0
 
 
-class ContinuousDepth(nn.Module):
+class ContinuousDepth(Depth):
     """The solve of one field over the whole depth.
 
     Statistics, see :mod:`fairseq_implicit.depth.convergence`: ``evaluations`` and ``evaluations_max`` per sample,
@@ -112,7 +116,7 @@ class ContinuousDepth(nn.Module):
         super().__init__()
         self.config = config
         self.field = field
-        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.final_norm = config.norm.build(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         if field.piecewise and config.step_control == "sample":
             raise OptionError(
@@ -128,6 +132,9 @@ class ContinuousDepth(nn.Module):
             )
         self.adjoint = AdjointRecord()
         self.budget_alarm = BudgetAlarm()
+
+    def layers(self) -> Iterator[Field]:
+        return self.field.layers()
 
     @property
     def step_control(self) -> str:
@@ -195,7 +202,7 @@ class ContinuousDepth(nn.Module):
             layout,
             parameters=tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad),
             record=self.adjoint,
-            pieces=self.field.pieces(f, self.config.duration),
+            pieces=f.pieces(self.config.duration),
             keep=keep,
         )
 

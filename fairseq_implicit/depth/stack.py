@@ -7,7 +7,7 @@ to a tolerance, or implicit ones.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,14 +22,16 @@ from fairseq_implicit.depth.convergence import (
     refuse_failure,
 )
 from fairseq_implicit.depth.history import LayerHistory
-from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
+from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.runge_kutta import RungeKutta
-from fairseq_implicit.solvers.solver import Field, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class StackConfig:
         final_norm: end with a layer norm, as pre-norm stacks need.
         random_steps: ``(low, high)``: in training the number of fixed steps per block is drawn at each update.
         seed: of ``random_steps``.
+        norm: all norms outside the fields.
 
     Raises:
         OptionError: a value or a combination that has no meaning, in one sentence.
@@ -76,6 +79,7 @@ class StackConfig:
     final_norm: bool = False
     random_steps: tuple[int, int] | None = None
     seed: int = 1
+    norm: NormConfig = NormConfig()
 
     def __post_init__(self):
         solver = self.solver
@@ -124,7 +128,7 @@ class StackConfig:
             raise OptionError("second_order_penalty", f"{solver.scheme!r} has one stage; take two stages or more.")
 
 
-class BlockStack(nn.Module):
+class BlockStack(Depth):
     """``layers`` blocks, each a field and its solve. The weights have the same names whatever the solver.
 
     Statistics, see :mod:`fairseq_implicit.depth.convergence`: ``evaluations``, summed over blocks. Of schemes with
@@ -140,7 +144,7 @@ class BlockStack(nn.Module):
         field_factory: makes the field of block ``l``; called once, with 0, when the weights are tied.
     """
 
-    def __init__(self, config: StackConfig, field_factory: Callable[[int], nn.Module]):
+    def __init__(self, config: StackConfig, field_factory: Callable[[int], Field]):
         super().__init__()
         self.config = config
         solver = config.solver
@@ -148,16 +152,21 @@ class BlockStack(nn.Module):
         self.combinations = nn.ModuleList()
         if not solver.implicit:
             shared = solver.combines and solver.scope == "model"
-            self.combinations.extend(solver.combination(config.dim) for _ in range(1 if shared else config.layers))
+            self.combinations.extend(
+                solver.combination(config.dim, config.norm.build) for _ in range(1 if shared else config.layers)
+            )
         mixes = solver.mixes_history
         keeps_history = mixes or config.history == "dlcl"
-        self.history = LayerHistory(config.layers, config.dim, not mixes) if keeps_history else None
-        self.predictor_history = LayerHistory(config.layers, config.dim, False) if mixes else None
-        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.history = LayerHistory(config.layers, config.dim, config.norm, not mixes) if keeps_history else None
+        self.predictor_history = LayerHistory(config.layers, config.dim, config.norm, False) if mixes else None
+        self.final_norm = config.norm.build(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         self.adjoints: list[AdjointRecord] = []
         self.residual_alarm, self.budget_alarm = ResidualAlarm(), BudgetAlarm()
         self.update = 0
+
+    def layers(self) -> Iterator[Field]:
+        return iter(self.fields)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called by fairseq before every update."""
@@ -211,7 +220,7 @@ class BlockStack(nn.Module):
     def _solve(
         self,
         solver: Solver,
-        f: Field,
+        f: Increment,
         state: Tensor,
         block: int,
         layout: Layout,
@@ -222,7 +231,7 @@ class BlockStack(nn.Module):
         """Pass one block: ``entries`` is the layer history, ``carried`` what the block before it handed on."""
         span = Span(float(block), self.config.total_time)
         layers = solver.plain_layers(span)
-        layer = getattr(f, "layer", None) if layers else None
+        layer = f.layer if layers else None
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
             if not solver.implicit:

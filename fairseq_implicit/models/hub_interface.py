@@ -10,10 +10,13 @@ from fairseq.tasks.sentence_prediction import SentencePredictionTask
 from torch import LongTensor, Tensor
 from torch.nn import functional
 
+from fairseq_implicit.data.byte_pairs import TOKENIZERS
 from fairseq_implicit.data.pairs import shorten_segments
-from fairseq_implicit.data.pieces import FILES, PIECES, Pieces
-from fairseq_implicit.data.sentencepiece_dictionary import MASK
 from fairseq_implicit.models.bert import ImplicitBertModel
+from fairseq_implicit.text.vocabulary import MASK, Vocabulary
+
+#: The files of each ``--bpe`` under the names that models are published with, by fairseq's flag.
+FILES = {bpe: kind.FILES for bpe, kind in TOKENIZERS.items()}
 
 #: Where a folder's checkpoint is looked for when none is named, in this order.
 CHECKPOINTS = ("checkpoint_best.pt", "model.pt", "checkpoint_last.pt")
@@ -36,7 +39,10 @@ class ImplicitBertHubInterface(RobertaHubInterface):
 
     def __init__(self, cfg, task, model):
         super().__init__(cfg, task, model)
-        self.pieces: Pieces = PIECES[cfg.bpe._name](self.bpe, self.dictionary)
+        kind = TOKENIZERS[cfg.bpe._name]
+        self.vocabulary: Vocabulary = kind.open(
+            *(cfg.bpe[flag] for flag in kind.FILES), symbols=self.dictionary.symbols
+        )
 
     @property
     def dictionary(self):
@@ -45,9 +51,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
 
     def ids(self, text: str, glued: bool = False) -> List[int]:
         """Ids of raw text without special symbols; ``glued`` text continues the word before it."""
-        # Text that merely looks like <s> or <pad> is text.
-        found = (self.dictionary.index(piece) for piece in self.pieces.split(text, glued))
-        return [index if index >= self.dictionary.nspecial else self.dictionary.unk() for index in found]
+        return self.vocabulary.encode(text, glued).tolist()
 
     def room(self, segments: int = 1, no_separator: bool = False) -> int:
         """Tokens of text that fit into the model's positions beside the special symbols of so many segments."""
@@ -98,7 +102,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
                 segments.append([])
             elif index not in (self.dictionary.bos(), self.dictionary.pad()):
                 segments[-1].append(index)
-        texts = [self.pieces.join([self.dictionary[index] for index in segment]) for segment in segments if segment]
+        texts = [self.vocabulary.decode(segment) for segment in segments if segment]
         return texts[0] if len(texts) == 1 else texts or ""
 
     def fill_mask(
@@ -148,7 +152,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
 
     def _filled(self, left: str, right: str, piece: str, probability: float) -> FilledMask:
         # The piece itself says whether it starts a word, whatever stood before the mask.
-        token = self.pieces.surface(piece)
+        token = self.vocabulary.surface(piece)
         return FilledMask((left.rstrip() + token + right).strip(), probability, token)
 
     def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Union[Tensor, List[Tensor]]:
@@ -189,7 +193,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
         return self.task.cfg.regression_target and self.task.cfg.classification_head_name == head
 
 
-class Vocabulary(NamedTuple):
+class VocabularyFiles(NamedTuple):
     """What a checkpoint needs besides its weights."""
 
     folder: str  # of dict.txt, or of input0/dict.txt
@@ -227,7 +231,7 @@ def load_hub_interface(
 def _other_family(path: str, found: type) -> str:
     """Why a checkpoint is not opened by the class that was asked, and what opens it."""
     if not issubclass(found, ImplicitBertModel):
-        return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with scripts/convert_roberta.py"
+        return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with fairseq-implicit convert"
     # A preset is made from its family's class, the one that builds a depth.
     right = next(base for base in found.__mro__ if "build_depth" in vars(base))
     return (
@@ -251,7 +255,7 @@ def find_checkpoint(folder: str, name: Optional[str] = None) -> str:
 
 def find_vocabulary(
     checkpoint: str, data: Optional[str] = None, bpe: Optional[str] = None, named: Optional[Dict[str, str]] = None
-) -> Vocabulary:
+) -> VocabularyFiles:
     """The dictionary and the tokenizer of a checkpoint.
 
     Args:
@@ -286,7 +290,7 @@ def find_vocabulary(
                 f"no {what} in {', '.join(folders)}: copy it beside the checkpoint or name its folder as "
                 "data_name_or_path"
             )
-    return Vocabulary(os.path.abspath(dictionary), *tokenizer)
+    return VocabularyFiles(os.path.abspath(dictionary), *tokenizer)
 
 
 def _find(folders: Sequence[str], kinds: Sequence[str], named: Dict[str, str]):

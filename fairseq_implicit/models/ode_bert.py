@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from fairseq.models import register_model
-from torch import Tensor, nn
+from torch import Tensor
 
+from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.depth.stack import HISTORIES, BlockStack, StackConfig
 from fairseq_implicit.fields.transformer import KINDS, TransformerField
 from fairseq_implicit.models.bert import ImplicitBertModel
@@ -276,13 +277,15 @@ class OdeBertConfig(ImplicitBertConfig):
         Raises:
             OptionError: an impossible value or combination, in one sentence.
         """
+        layer = self.transformer_field(self.ode_field)
         options = self.flags.options(StackConfig, self)
         options.update(
             layers=self.encoder_layers * self.ode_split,
             solver=self._implicit_solver() if self.is_implicit else self._explicit_solver(),
             total_time=self.ode_time / self.ode_split,
-            # Post-norm layers end in a norm of their own, as BERT's do.
-            final_norm=self.ode_field != "post-norm",
+            # Layers that end in a norm of their own, as BERT's do, need no other.
+            final_norm=not layer.residual.ends_in_norm,
+            norm=layer.norm,
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
         )
         return StackConfig(**options)
@@ -324,8 +327,8 @@ class OdeBertConfig(ImplicitBertConfig):
     def _implicit_solver(self) -> Theta:
         if self.ode_scheme == "implicit-midpoint" and self.ode_theta != 1.0:
             raise ValueError(f"--ode-theta {self.ode_theta}: the implicit midpoint rule has no theta; leave it out")
-        noisy = max(self.dropout, self.attention_dropout, self.activation_dropout, self.drop_path) > 0
-        if self.stage_dropout == "independent" and noisy:
+        layer = self.transformer_field(self.ode_field)
+        if self.stage_dropout == "independent" and layer.is_noisy:
             raise ValueError(
                 "--stage-dropout independent makes the field a different function at each evaluation, so an implicit "
                 "step has no solution: take shared"
@@ -344,7 +347,7 @@ class OdeBertModel(ImplicitBertModel):
     """A stack of Runge–Kutta blocks between RoBERTa's embeddings and heads."""
 
     @classmethod
-    def build_depth(cls, cfg: OdeBertConfig) -> nn.Module:
+    def build_depth(cls, cfg: OdeBertConfig) -> Depth:
         depth, config = cfg.check(), cfg.transformer_field(cfg.ode_field)
         return BlockStack(depth, lambda layer: TransformerField(config))
 

@@ -20,16 +20,17 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import entered_in, in_state_precision, state_dtype
-from fairseq_implicit.solvers.solver import Field, Keep, Piece, Solution, Solver, Span, Time
+from fairseq_implicit.solvers.solver import Keep, Piece, Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 PAIRS = ("bosh3", "dopri5", "tsit5")
 STEP_CONTROLS = ("sample", "batch")
@@ -92,13 +93,13 @@ class Adaptive(Solver):
     def state(self, x: Tensor) -> Tensor:
         return x.to(state_dtype(x.dtype)) if self.state_float32 else x
 
-    def combination(self, dim: int) -> Combination:
+    def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
         """The weights of the stages: always the tableau's b, whose error is estimated."""
         return Combination(embedded_pair(self.scheme)[0])
 
     def integrate(
         self,
-        f: Field,
+        f: VectorField,
         x: Tensor,
         span: Span,
         layout: Layout = UNPADDED,
@@ -182,7 +183,9 @@ def _advance(z: Tensor, k: Tensor, factor: Time) -> Tensor:
     return torch.add(z, k, alpha=factor)
 
 
-def embedded_step(g: Field, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def embedded_step(
+    g: VectorField, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One trial step of an embedded pair.
 
     Args:
@@ -302,7 +305,7 @@ class _Solve:
     def _mean_square(self, x: Tensor) -> Tensor:
         return self.layout.sample_mean(x.square())
 
-    def _trial(self, g: Field, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
+    def _trial(self, g: VectorField, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
         """New state, field there, scaled error ``(batch,)``; with penalties also their parts in this step."""
         config = self.config
         y_new, k_new, error = embedded_step(g, config.scheme, t, h, y, k1)
@@ -329,7 +332,7 @@ class _Solve:
         self.piece_states.append(self.y)
         self.start = piece.end
 
-    def _enter(self, g: Field, piece: Piece) -> None:
+    def _enter(self, g: VectorField, piece: Piece) -> None:
         """Evaluate the field where the piece begins, unless the step before has done it."""
         anew = self.k1 is None or not piece.continues
         for one in self.progress:

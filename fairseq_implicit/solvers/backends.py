@@ -33,8 +33,9 @@ from fairseq_implicit.solvers.adaptive import (
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import in_state_precision, state_dtype
-from fairseq_implicit.solvers.solver import Field, Keep, Piece, Span
+from fairseq_implicit.solvers.solver import Keep, Piece, Span
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Library(Adaptive):
 
     def integrate(
         self,
-        f: Field,
+        f: VectorField,
         x: Tensor,
         span: Span,
         layout: Layout = UNPADDED,
@@ -295,7 +296,7 @@ class TorchdynAdjoint(Direct):
     def solve(
         self,
         solver: Torchdyn,
-        f: Field,
+        f: VectorField,
         y: Tensor,
         span: Span,
         layout: Layout,

@@ -28,8 +28,9 @@ from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.gradients.accumulation import accumulate
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import Autocast, in_state_precision
-from fairseq_implicit.solvers.solver import Field, Keep, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import Keep, Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 # 64-bit integers in units of 2^-44: a resolution of 6e-14, and sums that wrap beyond 5.2e5. A step adds up to five
 # terms, so that none can wrap unnoticed while each of them stays below this.
@@ -80,7 +81,16 @@ class ReversibleHeun(Solver):
             )
 
     def integrate(
-        self, f: Field, x: Tensor, span: Span, layout=UNPADDED, *, dtype=None, pieces=(), keep=Keep(), parameters=()
+        self,
+        f: VectorField,
+        x: Tensor,
+        span: Span,
+        layout=UNPADDED,
+        *,
+        dtype=None,
+        pieces=(),
+        keep=Keep(),
+        parameters=(),
     ) -> Solution:
         """See :meth:`Solver.integrate`; magnitudes of ``x`` are below ``LARGEST_STATE``.
 

@@ -6,20 +6,21 @@ known before the solve: a solve can be captured by ``torch.compile(fullgraph=Tru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients, combine
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import entered_in, state_dtype
-from fairseq_implicit.solvers.solver import Field, Keep, Piece, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import Keep, Piece, Solution, Solver, Span
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
+from fairseq_implicit.solvers.vector_field import VectorField
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,10 @@ class RungeKutta(Solver):
         """Whether the weights of the stages are learned."""
         return self.coefficients != "fixed"
 
-    def combination(self, dim: int) -> Combination:
-        """The weights of the stages, for a state of width ``dim``."""
+    def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
+        """The weights of the stages, for a state of width ``dim``; ``norm`` makes a norm of a width."""
         channels = dim if self.scope == "channel" else None
-        return Combination(self.tableau, self.coefficients, self.start, channels, dim, self.stage_norm)
+        return Combination(self.tableau, self.coefficients, self.start, channels, dim, self.stage_norm, norm)
 
     def plain_layers(self, span: Span) -> int:
         plain = self.tableau.stages == 1 and not (self.learns or self.stage_norm or self.residual_in_field)
@@ -87,7 +88,7 @@ class RungeKutta(Solver):
         """``x`` in the dtype in which the solve accumulates, and a stack carries it from solve to solve."""
         return x.to(state_dtype(x.dtype)) if self.state_float32 else x
 
-    def field(self, f: Field, dtype: torch.dtype) -> Field:
+    def field(self, f: VectorField, dtype: torch.dtype) -> VectorField:
         """The field as it is evaluated: entered in ``dtype``, with the configured residual and recomputation."""
         if self.residual_in_field:
             f = with_residual(f)
@@ -95,7 +96,7 @@ class RungeKutta(Solver):
 
     def integrate(
         self,
-        f: Field,
+        f: VectorField,
         x: Tensor,
         span: Span,
         layout: Layout = UNPADDED,
@@ -148,7 +149,7 @@ class RungeKutta(Solver):
 
 
 def explicit_stages(
-    f: Field, tableau: Tableau, t: float, y: Tensor, h: float, required: Sequence[bool]
+    f: VectorField, tableau: Tableau, t: float, y: Tensor, h: float, required: Sequence[bool]
 ) -> list[Tensor | None]:
     """The increments ``F_i = f(t + c_i h, y + h Σ_j a_ij F_j)``; ``None`` for a stage that is not required.
 
@@ -167,7 +168,7 @@ def explicit_stages(
 
 
 def explicit_step(
-    f: Field, t: float, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
+    f: VectorField, t: float, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
 ) -> tuple[Tensor, tuple[Weight, ...]]:
     """One step: the new state ``(batch, time, dim)`` and the weights of its stages.
 
@@ -191,12 +192,12 @@ def embedded_error(tableau: Tableau, stages: Sequence[Tensor], h: float) -> Tens
     return combine(torch.zeros_like(stages[0]), stages, differences, h)
 
 
-def with_residual(f: Field) -> Field:
+def with_residual(f: VectorField) -> VectorField:
     """The field ``z + F(z)`` of the original ODE-Transformer code."""
     return lambda t, z: z + f(t, z)
 
 
-def _from_the_left(f: Field, pieces: Sequence[Piece], end: float, h: float) -> Field:
+def _from_the_left(f: VectorField, pieces: Sequence[Piece], end: float, h: float) -> VectorField:
     """``f`` for one step: weights that jump at its end are those before the jump for all its stages."""
     before = end - 1e-6 * h
     left = next(piece.field for piece in pieces if piece.end > before)

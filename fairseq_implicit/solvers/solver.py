@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,11 +12,7 @@ from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.status import SolveResult
-
-#: A float, or a ``(batch,)`` tensor where the samples differ.
-Time = float | Tensor
-#: ``f(t, z) -> dz`` of a prepared field: deterministic, zero at padding.
-Field = Callable[[Time, Tensor], Tensor]
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 
 class Span(NamedTuple):
@@ -47,7 +43,7 @@ class Piece(NamedTuple):
         continues: whether the field starts with the value that the piece before it ends with (a kink, not a jump).
     """
 
-    field: Field
+    field: VectorField
     end: float
     continues: bool = False
 
@@ -122,7 +118,7 @@ class Solver:
 
     def solve(
         self,
-        f: Field,
+        f: VectorField,
         x: Tensor,
         span: Span,
         layout: Layout = UNPADDED,
@@ -148,7 +144,7 @@ class Solver:
         """
         return self.gradient.solve(self, f, x, span, layout, parameters, record, **options)
 
-    def integrate(self, f: Field, x: Tensor, span: Span, layout: Layout = UNPADDED, **options) -> Solution:
+    def integrate(self, f: VectorField, x: Tensor, span: Span, layout: Layout = UNPADDED, **options) -> Solution:
         """The forward pass, whose operations autograd follows. Every solver takes
 
         Args:

@@ -25,8 +25,9 @@ from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
 from fairseq_implicit.solvers.gradients.implicit import Implicit
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
-from fairseq_implicit.solvers.solver import Field, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 SCHEMES = ("theta", "implicit-midpoint")
 
@@ -61,6 +62,8 @@ class Theta(Solver):
             raise OptionError("theta", f"{self.theta} is outside [0, 1] (0 the explicit layer, 1 backward Euler).")
         if self.steps < 1:
             raise OptionError("steps", f"{self.steps} steps per solve; give at least 1.")
+        if self.solver.compact:
+            raise OptionError("compact", "an implicit step keeps all samples of its batch; leave it out.")
         if self.gradient.reconstructs:
             raise OptionError("gradient", f"{self.gradient.name} solves no implicit step; take ift or phantom-K.")
 
@@ -74,7 +77,7 @@ class Theta(Solver):
 
     def solve(
         self,
-        f: Field,
+        f: VectorField,
         x: Tensor,
         span: Span,
         layout: Layout = UNPADDED,
@@ -113,7 +116,7 @@ class Theta(Solver):
         return Solution(z, evaluations, residual, status, converged=converged)
 
 
-def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: Theta, layout: Layout, record: AdjointRecord):
+def _implicit_step(f: VectorField, x: Tensor, t: float, h: float, config: Theta, layout: Layout, record: AdjointRecord):
     """One step: the equilibrium and the evaluations spent on its explicit half."""
     if config.scheme == "implicit-midpoint":
 

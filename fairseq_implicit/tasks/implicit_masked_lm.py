@@ -18,9 +18,11 @@ from fairseq_implicit.compat.training import ComparesCheckpoints
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 from fairseq_implicit.data import data_bin
 from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
+from fairseq_implicit.data.dictionary import VocabularyDictionary
 from fairseq_implicit.data.masked_blocks import InferenceDataset, MaskedBlockDataset
 from fairseq_implicit.data.masking import LONGEST_WORD, Masking
-from fairseq_implicit.data.sentencepiece_dictionary import MASK, SentencePieceDictionary
+from fairseq_implicit.text import kind_of_file
+from fairseq_implicit.text.vocabulary import MASK
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,9 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             )
         self.dictionary = dictionary
         self.mask_idx = dictionary.add_symbol(MASK)
+        self.surface = None
+        if cfg.mask_whole_words:
+            self.surface = data_bin.surface_of_symbols(data_bin.data_folders(cfg.data)[0])
         self.masking = self._masking(cfg.mask_prob)
         self.evaluation_masking = self.masking
         if cfg.valid_mask_prob is not None:
@@ -102,7 +107,7 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
     def _masking(self, probability: float) -> Masking:
         return Masking.for_dictionary(
             self.dictionary,
-            whole_words=self.cfg.mask_whole_words,
+            surface=self.surface,
             probability=probability,
             leave_unmasked=self.cfg.leave_unmasked_prob,
             random=self.cfg.random_token_prob,
@@ -116,9 +121,16 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
 
     @classmethod
     def load_dictionary(cls, filename: str) -> Dictionary:
-        """Dictionary of ``fairseq-preprocess --srcdict``: a sentencepiece ``.model`` (raw text) or a ``dict.txt``."""
-        if filename.endswith(".model"):
-            return SentencePieceDictionary.from_model(filename)
+        """Dictionary of ``fairseq-preprocess --srcdict``: a sentencepiece ``.model`` (raw text) or a ``dict.txt``.
+
+        Raises:
+            FileNotFoundError, ValueError: the file is missing, damaged or holds what ``dict.txt`` cannot.
+        """
+        if kind := kind_of_file(filename):
+            try:
+                return VocabularyDictionary(kind.open(filename))
+            except (FileNotFoundError, ValueError) as error:
+                raise type(error)(f"--srcdict {error}") from None
         if not os.path.isfile(filename):
             raise FileNotFoundError(f"--srcdict {filename}: there is no such dict.txt or sentencepiece .model.")
         return Dictionary.load(filename)

@@ -1,5 +1,8 @@
 """One corpus of several files and its preparation, which many tests compare theirs with."""
 
+import sys
+import types
+
 import pytest
 
 from tests.corpora.formats import NAUGHTY, made_up_texts, pile_lines, prepare, write_gz, write_zst
@@ -32,3 +35,18 @@ def reference(corpus, flags, tmp_path_factory):
     output = tmp_path_factory.mktemp("reference") / "out"
     assert prepare(corpus, "--output", output, *flags) == 0
     return output
+
+
+@pytest.fixture
+def datatrove(monkeypatch):
+    """Stands in for datatrove, whose filters are the classes that it is given by their names there."""
+
+    def install(**filters):
+        data = types.ModuleType("datatrove.data")
+        data.Document = lambda text, id: types.SimpleNamespace(text=text, id=id)
+        room = types.ModuleType("datatrove.pipeline.filters")
+        vars(room).update(filters)
+        for module in (types.ModuleType("datatrove"), types.ModuleType("datatrove.pipeline"), room, data):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return install

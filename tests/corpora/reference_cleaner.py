@@ -13,6 +13,7 @@ import argparse
 import bz2
 import gzip
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -75,7 +76,7 @@ def troubled(text, rng, surrogates):
     """The text with some of `TROUBLE` at random places."""
     places = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(2, 12)))
     trouble = [*TROUBLE, "\ud800", "\udfff"] if surrogates else TROUBLE
-    pieces = [text[start:end] for start, end in zip([0, *places], [*places, len(text)])]
+    pieces = [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
     text = "".join(piece + rng.choice(trouble) for piece in pieces[:-1]) + pieces[-1]
     # two halves that happen to meet are one character
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")

@@ -16,15 +16,22 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 
 from fairseq_implicit.corpora import binarisation, tokenizer_training
-from fairseq_implicit.corpora.binarise_command import build_parser, run
 from fairseq_implicit.corpora.durable import sha256_of
-from fairseq_implicit.corpora.encoding import LineEncoder
-from fairseq_implicit.corpora.mmap_format import PartWriter, join_parts
 from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.corpora.token_parts import PartWriter, join_parts
 from fairseq_implicit.corpora.tokenizer_training import PRESETS, sampled_lines, train_tokenizer
-from fairseq_implicit.corpora.vocabulary import Vocabulary
-from tests.corpora.formats import NAUGHTY, kill_group, pile_lines, prepare, start_function_in_own_group, write_zst
+from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
+from fairseq_implicit.text.token_files import index_header
+from tests.corpora.formats import (
+    NAUGHTY,
+    kill_group,
+    pile_lines,
+    prepare,
+    run_command,
+    start_function_in_own_group,
+    write_zst,
+)
 
 
 def made_up_documents(number, seed):
@@ -95,13 +102,13 @@ def test_fast_route_gives_the_bytes_of_fairseq_preprocess(
 
 
 def fast(arguments):
-    return run(build_parser().parse_args([*map(str, arguments), "--fast"]))
+    return run_command("binarise", *arguments, "--fast")
 
 
 def test_fairseq_route_of_the_script(prepared, models, tmp_path):
     train, valid = sorted(prepared.glob("train.*.txt"))[0], prepared / "valid.txt"
     arguments = ["--train", train, "--valid", valid, "--tokenizer", models["unigram"], "--output"]
-    run(build_parser().parse_args([str(argument) for argument in [*arguments, tmp_path / "slow"]]))
+    run_command("binarise", *arguments, tmp_path / "slow")
     fast([*arguments, tmp_path / "fast"])
     for name in ("train.bin", "train.idx", "valid.bin", "dict.txt"):
         assert (tmp_path / "fast/shard0" / name).read_bytes() == (tmp_path / "slow/shard0" / name).read_bytes()
@@ -110,9 +117,10 @@ def test_fairseq_route_of_the_script(prepared, models, tmp_path):
 
 
 def test_large_vocabulary_is_stored_in_32_bits(models, tmp_path):
-    vocabulary = Vocabulary.from_model(models["unigram"])
-    assert vocabulary.dtype == np.uint16 and LineEncoder(vocabulary).encode([b"kato"])[0].dtype == np.uint16
-    assert Vocabulary(vocabulary.model, vocabulary.symbols * 400, vocabulary.ids, 0).dtype == np.uint32
+    model = models["unigram"].read_bytes()
+    vocabulary = SentencePieceVocabulary(model)
+    assert vocabulary.dtype == np.uint16 and vocabulary.encode_lines([b"kato"])[0].dtype == np.uint16
+    assert SentencePieceVocabulary(model, vocabulary.symbols * 400).dtype == np.uint32
 
     lines = [[70_000, 2], [2], [5, 65_536, 2]]
     builder = indexed_dataset.make_builder(str(tmp_path / "fairseq.bin"), "mmap", vocab_size=100_000)
@@ -249,9 +257,10 @@ def test_damaged_parts_are_encoded_again_and_never_joined(prepared, models, tmp_
         assert all_checksums(output / "shard0") == all_checksums(tmp_path / "reference" / "shard0")
 
 
-@pytest.mark.parametrize("flags", [["--fast"], []], ids=["fast", "fairseq-preprocess"])
-def test_what_gets_its_name_is_on_the_disk(prepared, models, tmp_path, monkeypatch, flags):
-    synchronised, fsync, replace = set(), os.fsync, os.replace
+@pytest.fixture
+def named(monkeypatch):
+    """The names that files and folders get, each of which must be on the disk by then."""
+    names, synchronised, fsync, replace = [], set(), os.fsync, os.replace
 
     def spying_fsync(descriptor):
         synchronised.add(os.fstat(descriptor).st_ino)
@@ -261,24 +270,28 @@ def test_what_gets_its_name_is_on_the_disk(prepared, models, tmp_path, monkeypat
         files = [*os.scandir(source)] if os.path.isdir(source) else []
         unsafe = [file.name for file in files if file.inode() not in synchronised]
         assert unsafe == [] and os.stat(source).st_ino in synchronised, (source, unsafe)
-        named.append(os.path.basename(target))
+        names.append(os.path.basename(target))
         replace(source, target)
 
+    monkeypatch.setattr(os, "fsync", spying_fsync)
+    monkeypatch.setattr(os, "replace", checking_replace)
+    return names
+
+
+@pytest.mark.parametrize("flags", [["--fast"], []], ids=["fast", "fairseq-preprocess"])
+def test_what_gets_its_name_is_on_the_disk(prepared, models, tmp_path, monkeypatch, named, flags):
     def preprocess(command, **options):
         folder = command[command.index("--destdir") + 1]
         os.makedirs(folder)
-        for name in ("train.bin", "train.idx"):
+        for name, content in (("train.bin", b""), ("train.idx", index_header(np.uint16, 0))):
             with open(os.path.join(folder, name), "wb") as file:
-                file.write(b"0" * 38)
+                file.write(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    named = []
-    monkeypatch.setattr(os, "fsync", spying_fsync)
-    monkeypatch.setattr(os, "replace", checking_replace)
     monkeypatch.setattr(binarisation.subprocess, "run", preprocess)
     train = sorted(prepared.glob("train.*.txt"))[0]
     arguments = ["--train", train, "--tokenizer", models["unigram"], "--output", tmp_path / "bin", *flags]
-    run(build_parser().parse_args([str(argument) for argument in arguments]))
+    run_command("binarise", *arguments)
     assert {"shard0", "data-bin.txt", "binarised.json"} <= set(named)
     assert not flags or any(name.endswith(".ids") for name in named) and any(n.endswith(".lengths") for n in named)
 
@@ -315,7 +328,7 @@ def test_failure_of_fairseq_preprocess_is_reported(prepared, models, tmp_path, m
     monkeypatch.setattr(binarisation.subprocess, "run", lambda *arguments, **keywords: failed)
     arguments = [prepared, "--tokenizer", models["unigram"], "--output", tmp_path / "l"]
     with pytest.raises(CorpusError, match="fairseq-preprocess failed on .*train.00000.txt: MemoryError: no room"):
-        run(build_parser().parse_args([str(argument) for argument in arguments]))
+        run_command("binarise", *arguments)
     assert not (tmp_path / "l" / "shard0").exists()
 
 
@@ -330,7 +343,7 @@ def test_damaged_models_end_with_one_sentence(models, tmp_path):
     for number, content in enumerate(damaged):
         (tmp_path / "m.model").write_bytes(content)
         try:
-            LineEncoder(Vocabulary.from_model(tmp_path / "m.model")).encode([b"kato"])
+            binarisation.open_tokenizer(tmp_path / "m.model").encode_lines([b"kato"])
         except CorpusError as error:
             assert "\n" not in str(error)
             refused += 1
@@ -351,7 +364,7 @@ def test_pieces_that_fairseq_cannot_hold_are_refused(tmp_path):
             num_threads=1,
         )
         with pytest.raises(CorpusError, match=sentence):
-            Vocabulary.from_model(tmp_path / "m.model")
+            binarisation.open_tokenizer(tmp_path / "m.model")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -359,7 +372,7 @@ def test_tokenizer_dictionary_is_padded_and_free_of_white_space(models, kind):
     dictionary = Dictionary.load(str(models[kind].with_name("dict.txt")))
     assert (len(dictionary) + 1) % 64 == 0
     assert not any(re.search(r"\s", symbol) for symbol in dictionary.symbols)
-    assert dictionary.symbols == Vocabulary.from_model(models[kind]).symbols
+    assert dictionary.symbols == SentencePieceVocabulary.open(models[kind]).symbols
 
 
 def test_presets_are_multiples_of_64_and_known_to_sentencepiece(prepared, tmp_path):
@@ -386,6 +399,25 @@ def test_sample_is_seeded_and_of_the_size_asked_for(prepared, tmp_path, monkeypa
     some = list(sampled_lines(files, 8 * 512, 1))
     assert some == list(sampled_lines(files, 8 * 512, 1)) != list(sampled_lines(files, 8 * 512, 2))
     assert set(some) <= set(whole) and 6 * 512 < sum(len(line.encode()) + 1 for line in some) < 10 * 512
+
+
+def test_a_tokenizer_is_on_the_disk_when_it_gets_its_name(prepared, tmp_path, named):
+    train_tokenizer([prepared], tmp_path / "spm.model", 192, KINDS["unigram"], threads=1)
+    assert named == ["dict.txt", "spm.model"]  # recipes go by the model
+
+
+def test_the_dictionary_of_another_model_is_not_overwritten(prepared, models, tmp_path):
+    first, dictionary = tmp_path / "first.model", tmp_path / "dict.txt"
+    shutil.copy(models["unigram"], first)
+    shutil.copy(models["unigram"].with_name("dict.txt"), dictionary)
+    before = dictionary.read_bytes()
+    with pytest.raises(FileExistsError, match="dict.txt belongs to first.model: give --out another folder"):
+        train_tokenizer([prepared], tmp_path / "second.model", 256, KINDS["unigram"], threads=1)
+    assert dictionary.read_bytes() == before and not (tmp_path / "second.model").exists()
+    (tmp_path / "no.model").write_bytes(b"something else")
+    train_tokenizer([prepared], first, 256, KINDS["unigram"], threads=1)  # its own may be replaced
+    assert dictionary.read_text(encoding="utf-8") == SentencePieceVocabulary.open(first).dictionary_text()
+    assert dictionary.read_bytes() != before
 
 
 def test_unfinished_corpus_is_no_input_of_the_tokenizer(tmp_path):

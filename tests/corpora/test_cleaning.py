@@ -3,9 +3,7 @@
 import io
 import random
 import re
-import sys
 import time
-import types
 import unicodedata
 
 import pytest
@@ -117,7 +115,7 @@ def test_no_line_of_a_clean_text_encodes_to_nothing():
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     characters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]
     lines = [line for character in characters for line in clean(f"a\n{character}\nb")[0].split("\n")]
-    assert [line for line, ids in zip(lines, processor.encode(lines)) if not ids] == []
+    assert [line for line, ids in zip(lines, processor.encode(lines), strict=True) if not ids] == []
 
 
 def test_splitting_loses_only_line_feeds_and_spaces_at_cuts():
@@ -141,8 +139,8 @@ def test_wrapping_prefers_spaces_and_keeps_characters_whole():
     assert " ".join(pieces).rstrip() == long.rstrip() and max(map(len, pieces)) <= 64
 
 
-def test_quality_filters_are_datatroves_and_name_themselves(monkeypatch):
-    """The wiring, with a stand-in for datatrove: a verdict is a truth value or a pair of it and a reason."""
+def test_quality_filters_are_datatroves_and_name_themselves(datatrove):
+    """The wiring: a verdict is a truth value or a pair of it and a reason."""
 
     class Short:
         def filter(self, document):
@@ -152,13 +150,18 @@ def test_quality_filters_are_datatroves_and_name_themselves(monkeypatch):
         def filter(self, document):
             return "{" not in document.text
 
-    filters = types.ModuleType("datatrove.pipeline.filters")
-    filters.GopherQualityFilter, filters.C4QualityFilter = Short, NoBraces
-    data = types.ModuleType("datatrove.data")
-    data.Document = lambda text, id: types.SimpleNamespace(text=text, id=id)
-    for module in (types.ModuleType("datatrove"), types.ModuleType("datatrove.pipeline"), filters, data):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    datatrove(GopherQualityFilter=Short, C4QualityFilter=NoBraces)
     check = quality_check(("gopher-quality", "c4"))
     assert [check(text) for text in ("fine", "x" * 30, "a { b")] == [None, "quality gopher-quality", "quality c4"]
     with pytest.raises(CorpusError, match="--quality-filter best is unknown; choose from gopher-quality"):
         quality_check(("best",))
+
+
+def test_quality_filter_that_fails_on_any_text_is_refused_at_the_start(datatrove):
+    class WithoutModel:
+        def filter(self, document):
+            raise LookupError("no model\nof sentences")
+
+    datatrove(C4QualityFilter=WithoutModel)
+    with pytest.raises(CorpusError, match=r"--quality-filter c4: .* plain sentence already \(LookupError: no model"):
+        quality_check(("c4",))

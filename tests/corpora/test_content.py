@@ -197,7 +197,7 @@ def test_expansion_is_bounded_by_piece(kind):
 
 
 def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
-    """400 MB in one JSON line that is too long, out of 12 kB; the part that may still be a record is kept compressed."""
+    """400 MB in one JSON line that is too long, out of 12 kB; what may still be a record is kept compressed."""
     monkeypatch.setattr(readers, "LONGEST_LINE", 300 * 2**20)
     bomb = zstandard.ZstdCompressor().compressobj()
     data = bomb.compress(b'{"text": "') + compressed(bomb, b"a" * 2**20, 400)
@@ -238,7 +238,7 @@ def test_fields_of_other_corpora(tmp_path):
 
 
 def test_settings_of_earlier_releases_still_go_on(tmp_path):
-    """Folders whose settings knew no encoding and no text fields: unfinished ones are read again, finished ones are the same."""
+    """Folders whose settings knew no encoding and no text fields: unfinished ones are read again, finished ones not."""
     (tmp_path / "a.jsonl").write_text("\n".join(pile_lines(["a"])))
     flags = [tmp_path / "a.jsonl", "--output", tmp_path / "out"]
     prepare(*flags, "--part", "0/2")

@@ -9,6 +9,7 @@ import tarfile
 import pytest
 
 from fairseq_implicit.corpora import preparation, readers, records
+from fairseq_implicit.corpora.counts import Counts
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.sources import find_sources
 from tests.corpora.formats import documents_of, oscar_22, pile_lines, prepare, read, write_tar
@@ -331,3 +332,28 @@ def test_fuzzed_parquet_never_raises(tmp_path):
         path.write_bytes(fuzzed)
         documents, problems = read(path)
         assert len(documents) == 60 or problems
+
+
+def test_document_on_which_a_quality_filter_fails_is_lost_alone(tmp_path, datatrove):
+    class ShortTexts:
+        def filter(self, document):
+            return len(document.text) / (0 if "zero" in document.text else 1) < 20
+
+    datatrove(FineWebQualityFilter=ShortTexts)
+    texts = ["one", "zero", "two", "much too long for this filter"]
+    (tmp_path / "a.jsonl").write_text("\n".join(pile_lines(texts)))
+    arguments = [tmp_path / "a.jsonl", "--quality-filter", "fineweb", "--valid-fraction", "0", "--output"]
+    assert prepare(*arguments, tmp_path / "out") == 0
+    assert sorted(documents_of(tmp_path / "out")) == ["one", "two"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    counts = Counts.from_dict(report["counts"])
+    assert counts.dropped == {"quality filter failed": 1, "quality fineweb": 1}
+    assert (counts.documents_read, counts.documents_lost, counts.bytes_lost) == (4, 1, len("zero"))
+    assert counts.documents_missing() == counts.bytes_missing() == 0
+    [problem] = report["problems"]
+    assert (
+        "a.jsonl: the document at byte 54 is not kept: --quality-filter fineweb failed on it (Zero"
+        in problem["sentence"]
+    )
+    with pytest.raises(CorpusError, match="--quality-filter fineweb failed .*--strict stops here"):
+        prepare(*arguments, tmp_path / "strict", "--strict")

@@ -12,6 +12,7 @@ from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.sources import Source, find_sources
 from tests.corpora.formats import (
     documents_of,
+    kill_group,
     pile_lines,
     prepare,
     read,
@@ -98,7 +99,7 @@ def test_parquet_in_a_pipe_is_refused(pipe):
 
 @pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0"])
 def test_standard_input_is_read_beside_files_with_several_workers(tmp_path, name):
-    """Worker processes have no standard input."""
+    """Worker processes do not take it away from the one that reads it."""
     for number in range(2):
         (tmp_path / f"{number}.jsonl").write_text("\n".join(pile_lines([f"file {number}"])))
     (tmp_path / "input").write_bytes(LINES)
@@ -114,6 +115,38 @@ def test_standard_input_is_read_beside_files_with_several_workers(tmp_path, name
     process.join(60)
     assert process.exitcode == 0
     assert sorted(documents_of(tmp_path / "out")) == sorted(TEXTS) + ["file 0", "file 1"]
+
+
+@pytest.mark.parametrize("first", ["named pipe", "standard input"])
+def test_pipes_that_one_command_feeds_are_read_side_by_side(tmp_path, first):
+    """As `tee` does, the writer opens one after the other, and waits for the reader of each as soon as it is full."""
+    pipes = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in pipes:
+        os.mkfifo(path)
+    lines = [("\n".join(pile_lines([f"{name} {text}" for text in TEXTS])) + "\n").encode() for name in "ab"]
+    assert min(map(len, lines)) > 65536, "a pipe would hold it"
+
+    def tee():
+        with open(pipes[0], "wb") as a, open(pipes[1], "wb") as b:
+            for k in range(0, max(map(len, lines)), 4096):
+                for file, data in zip((a, b), lines, strict=True):
+                    file.write(data[k : k + 4096])
+
+    def run():
+        name = pipes[0]
+        if first == "standard input":
+            os.dup2(os.open(name, os.O_RDONLY), 0)
+            sys.stdin = open(0)
+            name = "-"
+        prepare(name, "--valid-input", pipes[1], "--output", tmp_path / "out")
+
+    threading.Thread(target=tee, daemon=True).start()
+    process = start_function_in_own_group(run, [])
+    process.join(20)
+    kill_group(process)
+    assert process.exitcode == 0, "it waits for ever"
+    assert sorted(documents_of(tmp_path / "out")) == sorted(f"a {text}" for text in TEXTS)
+    assert sorted(documents_of(tmp_path / "out", "valid")) == sorted(f"b {text}" for text in TEXTS)
 
 
 def test_fifo_in_a_folder_is_named_and_does_not_hang(tmp_path):

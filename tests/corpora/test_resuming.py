@@ -8,12 +8,13 @@ import time
 
 import pytest
 
-from fairseq_implicit.corpora import merging, workers
+from fairseq_implicit.corpora import merging, near_duplicates, preparation, workers
 from fairseq_implicit.corpora.problems import CorpusError
 from tests.corpora.formats import (
     checksums,
     documents_of,
     kill_group,
+    made_up_texts,
     pile_lines,
     prepare,
     start_in_own_group,
@@ -119,9 +120,9 @@ WEIGHTS = ["--component-weight", "Github=2.5", "--component-weight", "Pile-CC=0.
 def test_one_result_with_copies_near_duplicates_and_kills(corpus, flags, tmp_path):
     arguments = [corpus, *flags, *WEIGHTS, "--shard-size", "150KB", "--valid-input", corpus / "fr.txt.gz", "--output"]
     prepare(*arguments, tmp_path / "reference")
-    for workers in (2, 4):
-        prepare(*arguments, tmp_path / str(workers), "--workers", workers)
-        assert checksums(tmp_path / str(workers)) == checksums(tmp_path / "reference")
+    for number in (2, 4):
+        prepare(*arguments, tmp_path / str(number), "--workers", number)
+        assert checksums(tmp_path / str(number)) == checksums(tmp_path / "reference")
     for part in (1, 0):
         prepare(*arguments, tmp_path / "parts", "--part", f"{part}/2")
     for part in (0, 1):
@@ -232,3 +233,23 @@ def test_changed_input_is_read_again(tmp_path):
         prepare(path, "--output", output, "--merge")
     prepare(path, "--output", output)
     assert sorted(documents_of(output)) == ["new", "text"]
+
+
+def test_signatures_of_an_older_version_are_made_again_and_finished_folders_are_left(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    words = made_up_texts(2, 8, words=200)
+    (tmp_path / "a.jsonl").write_text("\n".join(pile_lines([words[0], words[0] + " end", words[1]])))
+    arguments = [tmp_path / "a.jsonl", "--valid-fraction", "0", "--drop-near-duplicates", "--output"]
+    with monkeypatch.context() as older:
+        older.setattr(near_duplicates, "VERSION", near_duplicates.VERSION - 1)
+        older.setattr(preparation, "band_hashes", lambda text: None)
+        prepare(*arguments, tmp_path / "finished")
+        prepare(*arguments, tmp_path / "begun", "--part", "0/2")
+        prepare(*arguments, tmp_path / "begun", "--merge", "--part", "0/2")
+    assert len(documents_of(tmp_path / "finished")) == len(documents_of(tmp_path / "begun")) == 3
+    caplog.clear()
+    prepare(*arguments, tmp_path / "finished")
+    assert "is complete, nothing to do" in caplog.text
+    prepare(*arguments, tmp_path / "begun")
+    assert "1 files, 0 of them already read" in caplog.text
+    assert len(documents_of(tmp_path / "begun")) == 2

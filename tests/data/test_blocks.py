@@ -1,5 +1,6 @@
 """Every token is in exactly one block, in every break mode."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -36,7 +37,7 @@ def slow_blocks(lengths, size, mode):
             edges = [i * length // parts for i in range(parts + 1)]
         else:
             edges = list(range(0, length, size)) + [length]
-        for begin, end in zip(edges, edges[1:]):
+        for begin, end in itertools.pairwise(edges):
             if mode == "eos" or open_length + end - begin > size:
                 close()
             if open_start is None:
@@ -54,7 +55,7 @@ def test_every_token_once(mode, size):
     lengths = lines_of(rng, 500).astype(np.int32)
     index = cut_blocks(lengths, size, mode)
     covered = np.zeros(lengths.sum(), dtype=int)
-    for start, length in zip(index.starts, index.lengths):
+    for start, length in zip(index.starts, index.lengths, strict=True):
         assert 1 <= length <= size
         covered[start : start + length] += 1
     separator = np.zeros(len(covered), dtype=bool)
@@ -74,7 +75,7 @@ def test_equals_the_definition_however_many_lines_at_once(monkeypatch, mode, at_
     lengths = lines_of(np.random.default_rng(3), 120)
     for size in (5, 63):
         index = cut_blocks(lengths, size, mode)
-        assert list(zip(index.starts.tolist(), index.lengths.tolist())) == slow_blocks(lengths, size, mode)
+        assert list(zip(index.starts.tolist(), index.lengths.tolist(), strict=True)) == slow_blocks(lengths, size, mode)
 
 
 def test_short_lines_make_the_blocks_of_fairseq():

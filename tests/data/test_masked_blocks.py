@@ -1,6 +1,5 @@
 """The dataset as fairseq and its data loaders use it."""
 
-import os
 import pickle
 import shutil
 from multiprocessing.reduction import ForkingPickler
@@ -12,9 +11,9 @@ from fairseq.data import Dictionary, data_utils
 
 from fairseq_implicit.data import data_bin
 from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
-from fairseq_implicit.data.mapped_tokens import MappedTokens
 from fairseq_implicit.data.masked_blocks import InferenceDataset, MaskedBlockDataset
 from fairseq_implicit.data.masking import Masking
+from fairseq_implicit.text.token_files import MappedTokens
 
 
 @pytest.fixture(scope="module")
@@ -122,39 +121,9 @@ def test_the_epoch_reaches_workers_that_stay(toy_data, masking):
         assert torch.equal(batch["target"], blocks.collater([blocks[int(i)] for i in batch["id"]])["target"])
 
 
-def test_pickle_holds_paths_not_data(toy_data, masking):
-    file = MappedTokens(f"{toy_data}/train")
-    assert len(pickle.dumps(file)) < 1000
-    copy = pickle.loads(pickle.dumps(file))
-    assert np.array_equal(copy.slice(5, 20), file.slice(5, 20))
-
-
-def test_opening_reads_the_index_only(toy_data, monkeypatch):
-    from fairseq.data import indexed_dataset
-
-    monkeypatch.setattr(indexed_dataset, "_warmup_mmap_file", lambda path: pytest.fail(f"{path} was read whole"))
-    assert MappedTokens(f"{toy_data}/train").token_count > 0
-
-
 def copied(toy_data, tmp_path):
     shutil.copytree(toy_data, tmp_path / "bin")
     return tmp_path / "bin"
-
-
-def test_refuses_truncated_and_foreign_files(toy_data, tmp_path):
-    folder = copied(toy_data, tmp_path)
-    os.truncate(folder / "train.bin", 100)
-    with pytest.raises(ValueError, match="train.bin has 100 bytes where its index says"):
-        MappedTokens(str(folder / "train"))
-    os.truncate(folder / "valid.idx", 60)
-    with pytest.raises(ValueError, match="valid.idx is truncated"):
-        MappedTokens(str(folder / "valid"))
-    (folder / "test.idx").write_bytes(b"something else entirely, and long enough")
-    with pytest.raises(ValueError, match="--dataset-impl mmap"):
-        MappedTokens(str(folder / "test"))
-    os.remove(folder / "valid.bin")
-    with pytest.raises(FileNotFoundError, match="valid.bin does not exist"):
-        MappedTokens(str(folder / "valid"))
 
 
 def test_refuses_ids_beyond_the_dictionary(toy_data, masking):

@@ -5,6 +5,9 @@ import pytest
 from fairseq.data import Dictionary
 
 from fairseq_implicit.data.masking import LONGEST_WORD, Masking
+from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
+
+SURFACE = SentencePieceVocabulary.surface
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +74,7 @@ def test_probabilistic_rounding_keeps_short_sequences_at_the_rate(dictionary):
 
 
 def test_whole_words_share_one_fate(dictionary):
-    masking = Masking.for_dictionary(dictionary, whole_words=True, probability=0.3)
+    masking = Masking.for_dictionary(dictionary, surface=SURFACE, probability=0.3)
     starts = masking.word_starts
     rng = np.random.default_rng(0)
     chosen_words = words = 0
@@ -107,7 +110,7 @@ def without_word_spaces(rng, length, longest):
 @pytest.mark.parametrize("length", [17, 129, 513])
 def test_whole_words_without_word_spaces_are_spans(dictionary, length):
     """Every block has a target, none is half masked, and the rate is what was asked for."""
-    masking = Masking.for_dictionary(dictionary, whole_words=True)
+    masking = Masking.for_dictionary(dictionary, surface=SURFACE)
     rng = np.random.default_rng(length)
     chosen = maskable = 0
     for _ in range(300):
@@ -123,7 +126,7 @@ def test_whole_words_without_word_spaces_are_spans(dictionary, length):
 
 
 def test_spans_are_of_one_to_four_pieces(dictionary):
-    masking = Masking.for_dictionary(dictionary, whole_words=True, probability=0.05, random=0.0, leave_unmasked=0.0)
+    masking = Masking.for_dictionary(dictionary, surface=SURFACE, probability=0.05, random=0.0, leave_unmasked=0.0)
     rng = np.random.default_rng(0)
     tokens = np.append(4, np.full(40000, 5))
     chosen = np.append(masking.apply(tokens, rng)[1] != masking.pad, False).astype(int)
@@ -135,7 +138,7 @@ def test_spans_are_of_one_to_four_pieces(dictionary):
 
 def test_words_of_few_pieces_are_masked_as_they_always_were(dictionary):
     """The draws of a block whose words are short are those of whole words alone."""
-    masking = Masking.for_dictionary(dictionary, whole_words=True)
+    masking = Masking.for_dictionary(dictionary, surface=SURFACE)
     for seed in range(100):
         tokens = sequence(np.random.default_rng(seed), 100)
         tokens[1:-1:6] = 4  # a word begins, so that none is long
@@ -148,15 +151,15 @@ def test_words_of_few_pieces_are_masked_as_they_always_were(dictionary):
         count = int(0.15 * len(words) + rng.random())
         fates = rng.random(count)
         order = rng.permutation(len(words))[:count]
-        chosen = {int(place): fate for number, fate in zip(order, fates) for place in words[number]}
+        chosen = {int(place): fate for number, fate in zip(order, fates, strict=True) for place in words[number]}
         assert np.flatnonzero(target != masking.pad).tolist() == sorted(chosen)
         masked = [place for place, fate in sorted(chosen.items()) if fate >= 0.2]
         assert (source[masked] == masking.mask).all()
 
 
 def test_nothing_to_mask(dictionary):
-    for whole in (False, True):
-        masking = Masking.for_dictionary(dictionary, whole_words=whole)
+    for surface in (None, SURFACE):
+        masking = Masking.for_dictionary(dictionary, surface)
         source, target = masking.apply(np.array([0, 2]), np.random.default_rng(0))
         assert source.tolist() == [0, 2] and target.tolist() == [masking.pad] * 2
 

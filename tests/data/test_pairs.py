@@ -24,13 +24,13 @@ def test_the_longest_gives_first_and_beginnings_stay(lengths, room, expected):
     segments = [list(range(1000 * i, 1000 * i + length)) for i, length in enumerate(lengths)]
     kept = shorten_segments(segments, room)
     assert [len(segment) for segment in kept] == expected
-    assert all(segment[: len(part)] == part for segment, part in zip(segments, kept))
+    assert all(segment[: len(part)] == part for segment, part in zip(segments, kept, strict=True))
 
 
 def test_nothing_is_lost_that_would_fit():
     """Against BERT's loop (``_truncate_seq_pair``), and the sums: no room is wasted, no side is lost to the other."""
     rng = np.random.default_rng(0)
-    for first, second, room in zip(*rng.integers(1, 200, (2, 300)), rng.integers(2, 200, 300)):
+    for first, second, room in zip(*rng.integers(1, 200, (2, 300)), rng.integers(2, 200, 300), strict=True):
         a, b = list(range(first)), list(range(second))
         while len(a) + len(b) > room:
             (a if len(a) > len(b) else b).pop()

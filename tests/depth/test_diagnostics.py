@@ -6,12 +6,13 @@ import torch
 from fairseq_implicit.depth.continuous import ContinuousDepth
 from fairseq_implicit.depth.diagnostics import trace
 from fairseq_implicit.depth.stack import BlockStack
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from tests.depth.configs import continuous_config, stack_config
 
-SHAPE = TransformerFieldConfig(16, 32, 2)
+SHAPE = TransformerFieldConfig(16, 32, AttentionConfig(2))
 
 
 def stack(**settings):

@@ -162,6 +162,7 @@ def test_one_record_per_step_is_filled_by_the_backward_pass():
         ({"theta": -0.1}, "theta"),
         ({"steps": 0}, "steps"),
         ({"gradient": ReversibleIteration(damping=0.5)}, "gradient"),
+        ({"solver": FixedPointConfig(compact=True)}, "compact"),
     ],
 )
 def test_impossible_options_are_named(options, option):

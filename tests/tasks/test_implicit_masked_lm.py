@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from fairseq_implicit.data.sentencepiece_dictionary import SentencePieceDictionary
+from fairseq_implicit.data.dictionary import VocabularyDictionary
 from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMConfig, ImplicitMaskedLMTask
 
 
@@ -121,7 +121,7 @@ def test_checkpoint_knows_its_dictionary(toy_data, folder):
 
 
 def test_dictionaries(toy_model, toy_data, tmp_path):
-    assert isinstance(ImplicitMaskedLMTask.load_dictionary(toy_model), SentencePieceDictionary)
+    assert isinstance(ImplicitMaskedLMTask.load_dictionary(toy_model), VocabularyDictionary)
     assert type(ImplicitMaskedLMTask.load_dictionary(f"{toy_data}/dict.txt")) is Dictionary
     with pytest.raises(FileNotFoundError, match="--srcdict"):
         ImplicitMaskedLMTask.load_dictionary(str(tmp_path / "dict.txt"))
@@ -135,11 +135,23 @@ def test_refuses_missing_folders_and_files(toy_data, folder, tmp_path):
     with pytest.raises(ValueError, match="names an empty folder"):
         setup(f"{toy_data}{os.pathsep}")
     os.remove(folder / "valid.idx")
+    os.remove(folder / "valid.bin")
     with pytest.raises(FileNotFoundError, match="no valid.idx: pass --validpref to fairseq-preprocess, or train with"):
         setup(folder).load_dataset("valid")
     os.remove(folder / "dict.txt")
     with pytest.raises(FileNotFoundError, match="has no dict.txt"):
         setup(folder)
+
+
+@pytest.mark.parametrize("when", ["inside the split", "before it"])
+def test_says_that_preprocessing_was_interrupted(folder, when):
+    begun, ended = "Namespace(validpref='valid.txt')\n", f"Wrote preprocessed data to {folder}\n"
+    os.remove(folder / "valid.idx")
+    if when == "before it":
+        os.remove(folder / "valid.bin")
+        (folder / "preprocess.log").write_text(begun + ended + begun + "[None] Dictionary: 180 types\n")
+    with pytest.raises(FileNotFoundError, match="no valid.idx: fairseq-preprocess ended before it had written it"):
+        setup(folder).load_dataset("valid")
 
 
 def test_refuses_a_model_or_shard_of_another_dictionary(toy_data, folder):

@@ -10,7 +10,7 @@ import numpy as np
 from bert_study.estimates import Spread, goal_met, paired_difference
 from bert_study.plan import Plan, arguments
 from bert_study.results import ModelResult, Text
-from scripts import pictures
+from fairseq_implicit.commands import pictures
 
 METRICS = {"loss": "loss, nats per masked token", "accuracy": "accuracy, % of the masked tokens"}
 
@@ -237,7 +237,7 @@ def _plots(plan: Plan, text: Text, found: Results, models: Measurements, folder:
     lines = ["\n## Curves\n"]
     for axis, (label, place) in axes.items():
         figure, panels = pictures.figure(1, 2, size=(14, 5.5))
-        for panel, (metric, word) in zip(panels, METRICS.items()):
+        for panel, (metric, word) in zip(panels, METRICS.items(), strict=True):
             for name, result in _by_loss(found):
                 spreads = result.by_update(metric)
                 places = [place(name, update) for update in spreads]
@@ -280,7 +280,7 @@ def _failures(failures: dict[str, str], plan: Plan, found: Results) -> str:
 def _settings(plan: Plan) -> str:
     shared = " ".join(arguments({**plan.shape, **plan.training}))
     lines = []
-    for name, model in plan.models.items():
+    for model in plan.models.values():
         flags = dict(model.flags)
         flags.update({flag: f"{share:g}·updates" for flag, share in model.shares.items()})
         words = " ".join(arguments({"arch": model.arch, **flags}))

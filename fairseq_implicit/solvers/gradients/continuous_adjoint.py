@@ -29,8 +29,9 @@ from fairseq_implicit.solvers.gradients.accumulation import accumulate
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import Autocast, in_state_precision
-from fairseq_implicit.solvers.solver import Field, Keep, Piece, Span
+from fairseq_implicit.solvers.solver import Keep, Piece, Span
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
 
 
 def _integrate_backward(
-    f: Field,
+    f: VectorField,
     state: Tensor,
     gradient: Tensor,
     span: Span,

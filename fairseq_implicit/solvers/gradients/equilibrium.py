@@ -83,6 +83,8 @@ class EquilibriumGradient:
             raise OptionError("gradient", f"{self.kind}-{self.steps} takes no step; give at least {self.kind}-1.")
         if not 0.0 < self.damping <= 1.0:
             raise OptionError("gradient_damping", f"{self.damping} is outside (0, 1].")
+        if self.adjoint.compact:
+            raise OptionError("compact", "the adjoint equation keeps all samples of its batch; leave it out.")
 
     @property
     def name(self) -> str:

@@ -428,6 +428,7 @@ def test_wrong_names_are_refused_in_a_sentence(name):
         (lambda: parse_gradient("ift", damping=0.5), "gradient_damping"),
         (lambda: ReversibleIteration(), "gradient_damping"),
         (lambda: Implicit(fallback_terms=0), "fallback_terms"),
+        (lambda: Implicit(adjoint=FixedPointConfig(compact=True)), "compact"),
     ],
 )
 def test_impossible_options_are_named(make, option):
