@@ -91,7 +91,7 @@ def test_imports_point_one_way(path):
         ("depth", "fairseq_implicit.models.bert", True),
         ("models", "fairseq.models", False),
         ("models", "fairseq_implicit.tasks", True),
-        ("corpora", "fairseq_implicit.data.masking", True),
+        ("corpora", "fairseq_implicit.data.blocks", True),
         ("corpora", "fairseq_implicit.text.token_files.MappedTokens", False),
         ("text", "fairseq_implicit.corpora.durable", True),
         ("text", "torch", True),
