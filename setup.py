@@ -13,6 +13,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["fairseq_implicit", "fairseq_implicit.*"]),
     package_data={"fairseq_implicit": ["py.typed"]},
+    entry_points={"console_scripts": ["fairseq-implicit = fairseq_implicit.commands:command_line"]},
     python_requires=">=3.11,<3.13",
     # torch is a range, so that pip keeps the one that is there. The rest is what this package and the parts of
     # fairseq that it uses import.

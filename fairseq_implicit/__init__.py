@@ -1,9 +1,21 @@
-"""BERT whose depth is a solver: importing the package registers models, task and criterions with fairseq."""
+"""BERT whose depth is a solver.
 
-from fairseq_implicit import compat
+Where fairseq is already loaded, as it is whenever it imports this package for ``--user-dir``, importing it registers
+models, task and criterions; elsewhere it does nothing, so that the parts below work where there is no fairseq.
+Importing ``fairseq_implicit.models``, ``.tasks`` or ``.criterions`` registers all three in any order.
+"""
 
-compat.register()
+import sys
 
-from fairseq_implicit import criterions, models, tasks  # noqa: E402  (they register themselves on import)
 
-__all__ = ["compat", "criterions", "models", "tasks"]
+def register() -> None:
+    """Registers models, task and criterions with fairseq and closes fairseq's gaps; again, it changes nothing."""
+    from fairseq_implicit import compat
+
+    compat.register()
+
+    from fairseq_implicit import criterions, models, tasks  # noqa: F401  (they register themselves on import)
+
+
+if sys.modules.get("fairseq") is not None:
+    register()

@@ -1,8 +1,6 @@
-"""``python -m fairseq_implicit`` writes the folder to pass as ``--user-dir``."""
+"""``python -m fairseq_implicit NAME …`` is ``fairseq-implicit NAME …``."""
 
-import os
-import sys
+from fairseq_implicit.commands import command_line
 
-import fairseq_implicit
-
-sys.stdout.write(os.path.dirname(os.path.abspath(fairseq_implicit.__file__)) + "\n")
+if __name__ == "__main__":
+    command_line()

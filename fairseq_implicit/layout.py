@@ -52,7 +52,8 @@ class Layout:
     def rows(self, index: Tensor) -> Layout:
         """The layout of the samples ``index``, a tensor of their numbers."""
         parts = (None if part is None else part[index] for part in (self.real, self.positions, self.segments))
-        return Layout(*parts, causal=self.causal)
+        real, positions, segments = parts
+        return Layout(real, positions, segments, self.causal)
 
     def alone(self, row: int, x: Tensor) -> tuple[Tensor, Layout]:
         """One sample without its padding.
@@ -66,7 +67,8 @@ class Layout:
         """
         real = torch.ones_like(x[row, :, 0], dtype=torch.bool) if self.real is None else self.real[row]
         parts = (None if part is None else part[row : row + 1, real] for part in (self.positions, self.segments))
-        return real, Layout(None, *parts, causal=self.causal)
+        positions, segments = parts
+        return real, Layout(None, positions, segments, self.causal)
 
     def positions_of(self, tokens: Tensor) -> Tensor:
         """The position of each of ``tokens`` ``(batch, time)``, int64; 0 at padding unless positions were given."""
@@ -125,6 +127,7 @@ class Layout:
     @cached_property
     def _token_share(self) -> Tensor:
         """``(batch, time, 1)`` float64: one over the number of the sample's real tokens, 0 at padding."""
+        assert self.real is not None
         real = self.real.double()
         return (real / real.sum(1, keepdim=True).clamp(min=1)).unsqueeze(-1)
 

@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """Measures the way from text to data-bin, side by side in one run, and the stages of preparing The Pile.
 
-    python scripts/benchmark_corpus.py wiki.train.tokens --pile pile/train/00.jsonl.zst
+    python -m scripts.benchmark_corpus wiki.train.tokens --pile pile/train/00.jsonl.zst
 
 Routes: the two steps that fairseq's examples describe (sentencepiece writes pieces as text, fairseq-preprocess reads
-them), fairseq-preprocess on raw text with this package's dictionary, and `binarise_corpus.py --fast`; each with one and
-with two processes. Every route runs as its own process on the whole text and on its first lines; the difference is the
-speed without the start-up, and both are shown. The files of all routes are compared byte by byte.
+them), fairseq-preprocess on raw text with this package's dictionary, and `fairseq-implicit binarise --fast`; each with
+one and with two processes. Every route runs as its own process on the whole text and on its first lines; the difference
+is the speed without the start-up, and both are shown. The files of all routes are compared byte by byte.
 """
 
 import argparse
@@ -25,23 +24,19 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-import corpora_alone
+import sentencepiece
+import zstandard
 
-corpora_alone.load()
+import fairseq_implicit
+from fairseq_implicit.corpora.cleaning import clean
+from fairseq_implicit.corpora.corpus_job import CorpusJob
+from fairseq_implicit.corpora.readers import read_source
+from fairseq_implicit.corpora.records import Document
+from fairseq_implicit.corpora.settings import PrepareSettings
+from fairseq_implicit.corpora.sources import Source
+from fairseq_implicit.corpora.tokenizer_training import PRESETS, train_tokenizer
 
-import sentencepiece  # noqa: E402
-import zstandard  # noqa: E402
-
-from fairseq_implicit.corpora.cleaning import clean  # noqa: E402
-from fairseq_implicit.corpora.corpus_job import CorpusJob  # noqa: E402
-from fairseq_implicit.corpora.readers import read_source  # noqa: E402
-from fairseq_implicit.corpora.records import Document  # noqa: E402
-from fairseq_implicit.corpora.settings import PrepareSettings  # noqa: E402
-from fairseq_implicit.corpora.sources import Source  # noqa: E402
-from fairseq_implicit.corpora.tokenizer_training import PRESETS, train_tokenizer  # noqa: E402
-
-SCRIPTS = Path(__file__).resolve().parent
-PACKAGE = SCRIPTS.parent / "fairseq_implicit"
+PACKAGE = Path(fairseq_implicit.__file__).resolve().parent
 ENCODE_TO_TEXT = """
 import sentencepiece, sys
 processor = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
@@ -70,7 +65,7 @@ def preprocess(text: Path, dictionary: Path, output: Path, workers: int, *flags)
 def routes(model: Path, text: Path, output: Path, workers: int) -> dict[str, list[list]]:
     """The commands of each route from ``text`` to ``output``."""
     pieces, raw = output / "pieces.txt", ["--user-dir", PACKAGE, "--task", "implicit_masked_lm"]
-    fast = [sys.executable, SCRIPTS / "binarise_corpus.py", "--fast", "--train", text, "--tokenizer", model]
+    fast = [sys.executable, "-m", "fairseq_implicit", "binarise", "--fast", "--train", text, "--tokenizer", model]
     return {
         "two steps": [
             [sys.executable, "-c", ENCODE_TO_TEXT, model, text, pieces],

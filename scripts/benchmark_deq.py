@@ -8,14 +8,13 @@ initial     evaluations to a relative residual of 1e-3 at initialisation
 What is compared takes turns, one call each per round, so that whatever else the machine does hits all alike; the
 ratio of the medians is what counts.
 
-    python scripts/benchmark_deq.py --part overhead step
+    python -m scripts.benchmark_deq --part overhead step
 """
 
 import argparse
 import importlib.util
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 
@@ -23,18 +22,19 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 logging.disable(logging.INFO)
 
+from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell  # noqa: E402
 from fairseq_implicit.fields.injection import InjectionConfig  # noqa: E402
+from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.models.deq_bert import MATCHED_SIZES  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
 from fairseq_implicit.solvers.implicit_grad import Equilibrium, GradientConfig, equilibrium, parse_gradient  # noqa: E402
 from fairseq_implicit.solvers.jacobian import spectral_radius  # noqa: E402
-from scripts.side_by_side import conditions, counted, median_seconds  # noqa: E402
+from scripts.side_by_side import median_seconds  # noqa: E402
 
 PARTS = ("overhead", "step", "gradients", "initial")
 SMALL = dict(batch=8, length=128, dim=256, ffn_dim=1024, heads=4)
@@ -61,7 +61,7 @@ class Bench:
 
     def cell(self, dim: int, ffn_dim: int, heads: int, kind: str = "post-norm", gain: float = 1.0, std: float = 0.02):
         torch.manual_seed(self.options.seed)
-        layer = TransformerFieldConfig(dim, ffn_dim, heads, kind)
+        layer = TransformerFieldConfig(dim, ffn_dim, AttentionConfig(heads), kind)
         return EquilibriumCell(CellConfig(layer, injection=InjectionConfig(gain=gain), initial_std=std)).to(self.device)
 
     def input(self, batch: int, length: int, dim: int) -> Tensor:

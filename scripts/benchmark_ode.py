@@ -4,7 +4,7 @@ All solve the same prepared transformer field over the same steps. They take tur
 that rotates, so that whatever else the machine does hits all alike; the ratios of the medians are what counts. With
 --memory the peak memory of the gradients is printed as well: reversible Heun, recomputation, plain autograd.
 
-    python scripts/benchmark_ode.py --rounds 30
+    python -m scripts.benchmark_ode --rounds 30
 """
 
 import argparse
@@ -15,19 +15,19 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 logging.disable(logging.WARNING)  # fairseq announces optional packages, the compiler its locks
 
+from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
+from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.solvers.reversible import solve_reversible  # noqa: E402
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit  # noqa: E402
-from scripts.side_by_side import conditions, counted, peak_bytes  # noqa: E402
+from scripts.side_by_side import peak_bytes  # noqa: E402
 
 Solve = Callable[[Tensor], Tensor]
 
@@ -148,7 +148,7 @@ def main() -> None:
     for size in options.sizes:
         batch, length, dim, heads = SHAPES[size]
         torch.manual_seed(options.seed)
-        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, heads)).to(options.device)
+        field = TransformerField(TransformerFieldConfig(dim, 4 * dim, AttentionConfig(heads))).to(options.device)
         y = torch.randn(batch, length, dim, device=options.device, requires_grad=True)
         for steps in options.steps:
             found = solvers(field, steps, y)

@@ -5,12 +5,11 @@ training mode, dropout on. The models take turns, one step each per round, so th
 all alike; the ratios of the medians are what counts. Memory is the most that the allocator holds during forward and
 backward beyond weights and gradients, recomputation included.
 
-    python scripts/benchmark_throughput.py --size base --batch 4 --length 128 --rounds 10
+    python -m scripts.benchmark_throughput --size base --batch 4 --length 128 --rounds 10
 """
 
 import argparse
 import logging
-import os
 import sys
 import types
 import warnings
@@ -20,14 +19,13 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
 logging.disable(logging.INFO)
 from fairseq.data import Dictionary  # noqa: E402
 
+from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
-from scripts.side_by_side import conditions, counted, median_seconds, peak_bytes  # noqa: E402
+from scripts.side_by_side import median_seconds, peak_bytes  # noqa: E402
 
 Step = Callable[[], torch.Tensor]
 

@@ -124,10 +124,10 @@ note_time environment $SECONDS
 # fairseq and hydra warn about their own internals on every start.
 export PYTHONWARNINGS=ignore
 if [ "$arch" != "$default_arch" ]; then
-    presets=$(python -c 'import sys, difflib, fairseq_implicit
+    presets=$(python -c 'import sys, difflib, fairseq_implicit.models
 from fairseq.models import ARCH_MODEL_REGISTRY
 print(*difflib.get_close_matches(sys.argv[1], ARCH_MODEL_REGISTRY, 4), sep=", ")' "$arch" 2>/dev/null) ||
-        fail "quickstart: $venv/bin/python -m fairseq_implicit fails: run it to see why"
+        fail "quickstart: $venv/bin/python -c 'import fairseq_implicit.models' fails in $root: run it there to see why"
     case "$presets, " in "$arch, "*) ;; *) refuse "--arch $arch is not registered; the nearest names: $presets" ;; esac
 fi
 cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
@@ -140,20 +140,20 @@ plugin=(--user-dir "$root/fairseq_implicit" --task implicit_masked_lm)
 if [ -n "$text" ]; then
     name=own-text
     # names, sizes and dates stand for the contents of what may be gigabytes
-    corpus_key=$({ cat scripts/text_corpus.py scripts/corpus_splits.py; ls -lLR "$text"; } | key)
-    make_corpus=(run python scripts/text_corpus.py "$text")
+    corpus_key=$({ cat fairseq_implicit/corpora/small_corpus.py; ls -lLR "$text"; } | key)
+    source=("$text")
 else
     name=embedded
-    corpus_key=$(key scripts/embedded_corpus.py scripts/corpus_splits.py "$stamp" <(python -V))
-    make_corpus=(run python scripts/embedded_corpus.py)
+    corpus_key=$(key fairseq_implicit/corpora/{docstrings,small_corpus}.py "$stamp" <(python -V))
+    source=(--docstrings)
 fi
 corpus=$out/$name/corpus tokenizer=$out/$name/sentencepiece.bpe.model data=$out/$name/data-bin
-stage "$name-corpus" "$corpus" "$corpus_key" "${make_corpus[@]}" --out "$corpus"
+stage "$name-corpus" "$corpus" "$corpus_key" run python -m fairseq_implicit text-corpus "${source[@]}" --out "$corpus"
 
 # --- tokenizer
-tokenizer_key=$(key scripts/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary $coverage"))
+tokenizer_key=$(key fairseq_implicit/commands/train_tokenizer.py fairseq_implicit/corpora/tokenizer_training.py <(echo "$corpus_key $dictionary $coverage"))
 stage "$name-tokenizer" "$tokenizer" "$tokenizer_key" \
-    run python scripts/train_tokenizer.py "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary" \
+    run python -m fairseq_implicit train-tokenizer "$corpus/train.txt" --out "$tokenizer" --dictionary-size "$dictionary" \
     ${coverage:+--character-coverage "$coverage"}
 
 # --- binarise: raw text in, fairseq's memory-mapped token files out
@@ -222,7 +222,7 @@ show_validation() {
         fail "quickstart: fairseq-validate failed; the whole log is $log"
     fi
     loss=$(grep -o '| loss [0-9.]*' "$log" | tail -n 1 | cut -d ' ' -f 3)
-    run python scripts/corpus_entropy.py "$data" --loss-bits "$loss"
+    run python -m fairseq_implicit entropy "$data" --loss-bits "$loss"
 }
 
 if [ "$trained" -ge "$target" ]; then
@@ -248,8 +248,8 @@ shown() {
     note_time "$name" $((SECONDS - start))
 }
 shown "validation" show_validation
-shown "filled masks" run python scripts/fill_masks.py "$model" --text "$corpus/valid.txt"
-shown "loss curves" run python scripts/plot_losses.py "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
+shown "filled masks" run python -m fairseq_implicit fill-masks "$model" --text "$corpus/valid.txt"
+shown "loss curves" run python -m fairseq_implicit plot-losses "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
 
 cat <<SUMMARY
 
@@ -258,7 +258,7 @@ time per stage:$timings
 
 model    $model/checkpoint_best.pt
 curves   $model/losses.png
-try      $(command_line "$venv/bin/python" "$root/scripts/fill_masks.py" "$model") "Return the <mask> of the list."
+try      $(from_anywhere fill-masks "$model") "Return the <mask> of the list."
 more     $(again --continue)
 tune     $(command_line bash "$root/examples/glue/finetune.sh" GLUE/RTE RTE "$model" "$model/rte")
 SUMMARY

@@ -25,13 +25,17 @@ command_line() { # the words of a command as they can be pasted into a shell
     echo
 }
 
+from_anywhere() { # a command of this package as it can be pasted into a shell, whatever the folder
+    command_line env "PYTHONPATH=$root" "$root/.venv/bin/python" -m fairseq_implicit "$@"
+}
+
 what_now() { # FOLDER: what can be done with the checkpoints in FOLDER/checkpoints
-    local python=$root/.venv/bin/python best=$1/checkpoints/checkpoint_best.pt
+    local best=$1/checkpoints/checkpoint_best.pt
     [ -f "$best" ] || return 0
     echo
     echo "model    $best"
-    echo "try      $(command_line "$python" "$root/scripts/fill_masks.py" "$1/checkpoints")" '"A sentence with one <mask>."'
-    echo "curves   $(command_line "$python" "$root/scripts/plot_losses.py" "$1/tensorboard" --out "$1/losses.png")"
+    echo "try      $(from_anywhere fill-masks "$1/checkpoints")" '"A sentence with one <mask>."'
+    echo "curves   $(from_anywhere plot-losses "$1/tensorboard" --out "$1/losses.png")"
     echo "tune     $(command_line bash "$root/examples/glue/finetune.sh" GLUE/RTE RTE "$1/checkpoints" "$1/rte")"
 }
 

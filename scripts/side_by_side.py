@@ -4,9 +4,7 @@ A module of the benchmarks and of the study.
 """
 
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +17,6 @@ Call = Callable[[], Any]
 # torch's profiler announces its start and stop on stderr, between the rows of tables; it looks at this when it is first
 # used. Whoever has set a level keeps it.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-
-
-def counted(number: int, noun: str) -> str:
-    """1 step, 2 steps."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def conditions(device: str, threads: int) -> str:
-    """What a measurement depends on besides its settings, for the line above a table."""
-    return f"torch {torch.__version__}, {device}, {counted(threads, 'thread')}, {platform.machine()}"
 
 
 def median_seconds(
@@ -72,7 +60,3 @@ def peak_bytes(call: Call, device: str = "cpu") -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
-
-
-if __name__ == "__main__":
-    sys.exit("side_by_side is a module of the commands beside it: benchmark_throughput, benchmark_ode, benchmark_deq")

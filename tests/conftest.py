@@ -74,7 +74,7 @@ def fairseq_preprocess():
         import fairseq_cli.preprocess as command
         from fairseq import options
 
-        import fairseq_implicit  # noqa: F401  (registers the task)
+        import fairseq_implicit.tasks  # noqa: F401  (registers the task)
 
         try:
             command.main(options.get_preprocessing_parser().parse_args([str(arg) for arg in argv]))
@@ -152,7 +152,7 @@ def _recorded(command):
     records = _Records()
     root = logging.getLogger()
     level, silenced = root.level, root.manager.disable
-    logging.disable(logging.NOTSET)  # scripts that a test imports silence what fairseq announces
+    logging.disable(logging.NOTSET)  # benchmarks that a test imports silence what fairseq announces
     root.setLevel(logging.INFO)
     root.addHandler(records)
     try:
@@ -178,7 +178,7 @@ def fairseq_train():
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-        import fairseq_implicit  # noqa: F401  (get_parser reads sys.argv, not argv, to find --user-dir)
+        import fairseq_implicit.models  # noqa: F401  (get_parser reads sys.argv, not argv, to find --user-dir)
 
         from fairseq.distributed.utils import call_main  # isort: skip  (as the plugin leaves it)
 
@@ -205,7 +205,7 @@ def fairseq_validate():
         from fairseq import options
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-        import fairseq_implicit  # noqa: F401
+        import fairseq_implicit.models  # noqa: F401
 
         _reset_fairseq()
         arguments = [str(arg) for arg in argv] + ["--cpu", "--num-workers", "0", "--log-format", "json"]
@@ -227,6 +227,39 @@ def toy_flags(toy_data):
         "--encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --tokens-per-sample 32 --batch-size 4 "
         "--optimizer adam --lr 2e-3 --lr-scheduler fixed"
     ).split()
+
+
+@pytest.fixture
+def command(capsys):
+    """``fairseq-implicit`` in this process: ``command(name, *arguments)`` returns exit status, output and errors."""
+
+    def run(*arguments):
+        from fairseq_implicit.commands import main
+
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # of argparse
+            status = stop.code
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def depth_checkpoints(toy_flags, fairseq_train, tmp_path_factory):
+    """Paths of an ``ode`` bert, a ``neural`` one and a ``deq`` one, trained with everything that must not stand in the
+    way of evaluating them under other settings."""
+    found = {}
+    for name, flags in (
+        ("ode", "--arch ode_bert_rk2_tiny --ode-random-steps 1,2 --ode-gradient checkpoint-step"),
+        ("neural", "--arch neural_ode_bert_tiny --ode-scheme bosh3 --ode-local-error 0.1"),
+        ("deq", "--arch deq_bert_tiny --deq-ramp-updates 2 --deq-start-max-iter 10 --deq-correction 4"),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        fairseq_train(*toy_flags, *flags.split(), "--max-update", 3, "--disable-validation", "--save-dir", folder)
+        found[name] = str(folder / "checkpoint_last.pt")
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -140,8 +140,10 @@ def test_non_finite_gradients_are_named(toy_flags, fairseq_train, tmp_path):
         fairseq_train(*toy_flags, "--lr", 1e30, "--max-update", 5, "--no-save", "--save-dir", tmp_path)
 
 
-def test_prints_the_path_for_user_dir(checkout, capsys):
-    runpy.run_module("fairseq_implicit", run_name="__main__")
+def test_prints_the_path_for_user_dir(checkout, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fairseq_implicit"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("fairseq_implicit", run_name="__main__")
     assert capsys.readouterr().out == f"{checkout / 'fairseq_implicit'}\n"
 
 

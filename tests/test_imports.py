@@ -20,6 +20,8 @@ ALLOWED = {
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
+    "evaluation": {"solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "commands": {"solvers", "fields", "depth", "models", "text", "data", "compat", "corpora", "evaluation"},
     "compat": {"folder_lock"},
     "folder_lock": set(),
 }
@@ -82,7 +84,7 @@ def test_imports_point_one_way(path):
     "folder, module, refused",
     [
         ("layout", "fairseq_implicit.solvers.status", True),
-        ("solvers", "fairseq_implicit.fields.attention", True),
+        ("solvers", "fairseq_implicit.fields.mixers.attention", True),
         ("solvers", "fairseq_implicit.solvers.status.SolveResult", False),
         ("solvers", "scipy.linalg", True),
         ("solvers", "torch.nn", False),

@@ -1,19 +1,15 @@
-"""The layout of a batch: its means and norms against plain loops, padding, visibility, positions; and its reach."""
+"""The layout of a batch: its means and norms against plain loops, padding, visibility, positions."""
 
-import ast
-import inspect
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-import fairseq_implicit
 from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.equilibrium import EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
-from fairseq_implicit.fields.attention import MultiHeadAttention
 from fairseq_implicit.fields.equilibrium_cell import CellConfig
+from fairseq_implicit.fields.mixers.attention import AttentionConfig, MultiHeadAttention
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout, token_sum
@@ -128,7 +124,7 @@ def by_hand(attention, x, seen):
 @pytest.mark.parametrize("dropout", [0.0, 1e-9], ids=["fused", "dropped"])
 def test_attention_sees_what_the_layout_shows(causal, real, dropout):
     torch.manual_seed(1)
-    attention, x = MultiHeadAttention(DIM, 2, dropout).double(), numbers()
+    attention, x = MultiHeadAttention(DIM, AttentionConfig(2, dropout)).double(), numbers()
     seen = torch.ones(3, 5, 5, dtype=torch.bool) if real is None else real[:, None, :].expand(3, 5, 5)
     if causal:
         seen = seen & torch.tensor([[key <= query for key in range(5)] for query in range(5)])
@@ -138,7 +134,7 @@ def test_attention_sees_what_the_layout_shows(causal, real, dropout):
     torch.testing.assert_close(found[somebody], by_hand(attention, x, seen)[somebody], rtol=0, atol=1e-12)
 
 
-LAYER = dict(dim=DIM, ffn_dim=8, heads=2)
+LAYER = dict(dim=DIM, ffn_dim=8, mixer=AttentionConfig(2))
 
 
 @pytest.mark.parametrize(
@@ -167,27 +163,3 @@ def test_in_every_depth_a_causal_layout_hides_what_comes_later(make):
             states[layout] = (one - other)[:, :3].abs().max().item()
     assert states.pop(UNPADDED) > 1e-4
     assert max(states.values()) < 1e-5
-
-
-ROOMS = ("solvers", "fields", "depth")
-FILES = sorted(path for room in ROOMS for path in (Path(fairseq_implicit.__file__).parent / room).glob("*.py"))
-BARE_MASKS = {"padding_mask", "valid", "visible"}
-
-
-def names_in_signatures(tree):
-    """Arguments of all functions, and annotated names of all classes (the arguments of dataclasses)."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arguments):
-            yield from (each.arg for each in (*node.posonlyargs, *node.args, *node.kwonlyargs))
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            yield node.target.id
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_signature_below_the_network_takes_a_bare_mask(path):
-    assert not BARE_MASKS & set(names_in_signatures(ast.parse(path.read_text(encoding="utf-8"))))
-
-
-def test_the_rule_itself():
-    source = inspect.cleandoc("def f(x, *, valid=None): ...\nclass A:\n    visible: int\ng = lambda padding_mask: 0")
-    assert set(names_in_signatures(ast.parse(source))) == {"x", *BARE_MASKS}

@@ -19,7 +19,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 logging.disable(logging.INFO)  # fairseq announces optional packages on import
 from fairseq.data import Dictionary, indexed_dataset  # noqa: E402
 
-import fairseq_implicit  # noqa: E402, F401  (registers the models)
 from fairseq_implicit.data.pairs import shorten_segments  # noqa: E402
 from fairseq_implicit.models.bert import ImplicitBertModel  # noqa: E402
 

@@ -46,7 +46,7 @@ else
 fi
 
 # 3. fine-tuning: the flags of the pretrained model come from its checkpoint
-flags=$(python "$root/scripts/checkpoint_flags.py" "$PRETRAINED" --finetune)
+flags=$(python -m fairseq_implicit checkpoint-flags "$PRETRAINED" --finetune)
 eval "MODEL=($flags)" # they are quoted for the shell
 VALID=valid
 if [ -f "$OUT/lines/valid1.label" ]; then VALID=valid,valid1; fi

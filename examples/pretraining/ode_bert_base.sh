@@ -29,11 +29,11 @@ WARMUP_UPDATES=10000
 TOTAL_UPDATES=125000
 
 # 0. text -> one paragraph per line, blank line between documents, train/valid/test
-[ -d "$OUT/corpus" ] || run python scripts/text_corpus.py "$TEXT" --out "$OUT/corpus"
+[ -d "$OUT/corpus" ] || run python -m fairseq_implicit text-corpus "$TEXT" --out "$OUT/corpus"
 
 # 1. sentencepiece model on at most ten million paragraphs
 [ -f "$OUT/sentencepiece.bpe.model" ] ||
-    run python scripts/train_tokenizer.py "$OUT/corpus/train.txt" --out "$OUT/sentencepiece.bpe.model" \
+    run python -m fairseq_implicit train-tokenizer "$OUT/corpus/train.txt" --out "$OUT/sentencepiece.bpe.model" \
         --dictionary-size "$DICTIONARY"
 
 # 2. raw text -> memory-mapped tokens, dict.txt and a copy of the model, in one step

@@ -25,7 +25,7 @@ export PYTHONWARNINGS=ignore
 # download: every file is compared with the hub's checksum, an interrupted one goes on where it stopped
 case $CORPUS in
     hf://*)
-        run python scripts/prepare_corpus.py "$CORPUS" --hub-folder "$OUT/download" --output "$OUT/prepared" \
+        run python -m fairseq_implicit prepare-corpus "$CORPUS" --hub-folder "$OUT/download" --output "$OUT/prepared" \
             --hub-files "${LANGUAGE}_meta/*.jsonl.*" --download-only
         CORPUS=$OUT/download/${CORPUS#hf://}
         ;;
@@ -36,7 +36,7 @@ TRIAL=no SHARD_SIZE=4GB VALID_FRACTION=0.00001 # of a terabyte: about 10 MB, for
 if [ "$(du -sk "$CORPUS" | cut -f1)" -lt 1000000 ]; then TRIAL=yes SHARD_SIZE=400KB VALID_FRACTION=0.1; fi
 
 # clean text shards. The labels tiny, noisy and adult drop a document; OSCAR since 22.01 is not deduplicated
-run python scripts/prepare_corpus.py "$CORPUS" --valid-fraction "$VALID_FRACTION" --max-document-size 1MB \
+run python -m fairseq_implicit prepare-corpus "$CORPUS" --valid-fraction "$VALID_FRACTION" --max-document-size 1MB \
     --output "$OUT/prepared" --shard-size "$SHARD_SIZE" --workers "$WORKERS"
 
 source examples/pretraining/train_on_shards.sh

@@ -24,7 +24,7 @@ export PYTHONWARNINGS=ignore
 # download: every file is compared with the hub's checksum, an interrupted one goes on where it stopped
 case $CORPUS in
     hf://*)
-        run python scripts/prepare_corpus.py "$CORPUS" --hub-folder "$OUT/download" --output "$OUT/prepared" \
+        run python -m fairseq_implicit prepare-corpus "$CORPUS" --hub-folder "$OUT/download" --output "$OUT/prepared" \
             --hub-files 'train/*.jsonl.zst' --hub-files 'val.jsonl.zst' --hub-files 'test.jsonl.zst' --download-only
         CORPUS=$OUT/download/${CORPUS#hf://}
         ;;
@@ -35,7 +35,7 @@ if [ "$(du -sk "$CORPUS" | cut -f1)" -lt 1000000 ]; then TRIAL=yes SHARD_SIZE=1M
 
 # clean text shards. Removing duplicates also takes away the several passes over the better components that the files
 # contain; --pile-epochs puts them back, mixed over all shards
-run python scripts/prepare_corpus.py "$CORPUS/train" --valid-input "$CORPUS/val.jsonl.zst" \
+run python -m fairseq_implicit prepare-corpus "$CORPUS/train" --valid-input "$CORPUS/val.jsonl.zst" \
     --test-input "$CORPUS/test.jsonl.zst" --held-out-sample "$HELD_OUT_SAMPLE" --pile-epochs \
     --output "$OUT/prepared" --shard-size "$SHARD_SIZE" --workers "$WORKERS"
 

@@ -11,7 +11,7 @@
 #
 # CORPUS    a file or folder, or several separated by spaces (where a name holds a space, by line breaks)
 # OUT       folder that all nodes see                  TASKS   array tasks (default 30)
-# FLAGS     more flags of prepare_corpus.py            TOKENIZER  flags of train_tokenizer.py (default --preset bert-32k)
+# FLAGS     more flags of prepare-corpus               TOKENIZER  flags of train-tokenizer (default --preset bert-32k)
 #SBATCH --job-name=corpus
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=8
@@ -31,6 +31,7 @@ recipe=slurm_array
 TASKS=${TASKS:-30} FLAGS=${FLAGS:-} TOKENIZER=${TOKENIZER:---preset bert-32k}
 WORKERS=${SLURM_CPUS_PER_TASK:-8}
 python=$root/.venv/bin/python
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 # FLAGS and TOKENIZER are lists of words.
 read -ra flags <<<"$FLAGS"
@@ -41,7 +42,7 @@ case $CORPUS in
 esac
 
 prepare() {
-    run "$python" "$root/scripts/prepare_corpus.py" "${corpus[@]}" --output "$OUT/prepared" --workers "$WORKERS" \
+    run "$python" -m fairseq_implicit prepare-corpus "${corpus[@]}" --output "$OUT/prepared" --workers "$WORKERS" \
         "${flags[@]}" "$@"
 }
 
@@ -81,11 +82,11 @@ case $stage in
     write) prepare --merge --part "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT" ;;
     join)
         prepare --merge
-        run "$python" "$root/scripts/train_tokenizer.py" "$OUT/prepared" "${tokenizer_flags[@]}" \
+        run "$python" -m fairseq_implicit train-tokenizer "$OUT/prepared" "${tokenizer_flags[@]}" \
             --out "$OUT/tokenizer/sentencepiece.bpe.model"
         ;;
     binarise) # the part comes from SLURM_ARRAY_TASK_ID
-        run "$python" "$root/scripts/binarise_corpus.py" "$OUT/prepared" --workers "$WORKERS" --fast \
+        run "$python" -m fairseq_implicit binarise "$OUT/prepared" --workers "$WORKERS" --fast \
             --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" --output "$OUT/data-bin"
         ;;
     *) fail "slurm_array: unknown stage $stage: use submit" ;;

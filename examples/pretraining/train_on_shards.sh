@@ -15,11 +15,11 @@ UPDATE_FREQ=$((SEQUENCES / BATCH / GPUS > 0 ? SEQUENCES / BATCH / GPUS : 1))
 
 # sentencepiece model on a random sample of the shards, and its dict.txt
 [ -f "$OUT/tokenizer/sentencepiece.bpe.model" ] ||
-    run python scripts/train_tokenizer.py "$OUT/prepared" --out "$OUT/tokenizer/sentencepiece.bpe.model" \
+    run python -m fairseq_implicit train-tokenizer "$OUT/prepared" --out "$OUT/tokenizer/sentencepiece.bpe.model" \
         "${PRESET[@]}" --dictionary-size "$DICTIONARY" --sample-size 500MB
 
 # text shards -> data-bin/shard0 ... shardN; finished shards are kept
-run python scripts/binarise_corpus.py "$OUT/prepared" --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" \
+run python -m fairseq_implicit binarise "$OUT/prepared" --tokenizer "$OUT/tokenizer/sentencepiece.bpe.model" \
     --output "$OUT/data-bin" --workers "$WORKERS" --fast
 
 # pretraining: one shard is one epoch of fairseq, so everything counts updates

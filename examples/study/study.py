@@ -66,7 +66,7 @@ def _study(plan: Plan, options: argparse.Namespace, out: str, lock: int) -> None
     # fairseq takes seconds to import: not before the plan has been read without complaint.
     from bert_study.training import Trainer, prepare
 
-    from scripts import pictures
+    from fairseq_implicit.commands import pictures
 
     try:  # hours before they are drawn
         pictures.check(os.path.join(out, "report", "curves-tokens.png"))

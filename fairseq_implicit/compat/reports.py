@@ -19,7 +19,8 @@ _OTHERS_AFFAIRS = (
     (FutureWarning, r"`torch\.cuda\.amp\.\w+\(args\.\.\.\)` is deprecated", r"fairseq\."),
     (DeprecationWarning, "", r"fairseq\."),
 )
-_details = {"pred", "targ"}  # fairseq's sentence_prediction keeps all predictions of a validation under these names
+_PREDICTIONS = {"pred", "targ"}  # fairseq's sentence_prediction keeps all predictions of a validation under these names
+_details: set[str] = set()
 
 
 def register() -> None:
@@ -31,13 +32,18 @@ def register() -> None:
 
 
 def keep_out_of_text_bars(names: typing.Iterable[str]) -> None:
-    """Names of metrics that go to TensorBoard and JSON logs but not into lines that a person reads."""
-    _details.update(names)
+    """Names of metrics that go to TensorBoard and JSON logs but not into lines that a person reads.
+
+    They replace those of the call before: another model of the same process has others.
+    """
+    global _details
+    _details = set(names)
 
 
 def _format_stats(original, bar, stats, *args, **kwargs):
+    hidden = _details | _PREDICTIONS
     kept = collections.OrderedDict(
-        (name, value) for name, value in stats.items() if re.sub("^(train|valid)_", "", name) not in _details
+        (name, value) for name, value in stats.items() if re.sub("^(train|valid)_", "", name) not in hidden
     )
     return original(bar, kept, *args, **kwargs)
 

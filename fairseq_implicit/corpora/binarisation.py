@@ -59,7 +59,7 @@ class ShardText:
 
 
 def shards_of_folder(folder: Path) -> list[ShardText]:
-    """The shards of a folder that ``prepare_corpus.py`` has finished.
+    """The shards of a folder that ``prepare-corpus`` has finished.
 
     Raises:
         CorpusError: the folder is no finished corpus.
@@ -67,7 +67,7 @@ def shards_of_folder(folder: Path) -> list[ShardText]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise CorpusError(
-            f"{folder} has no manifest.json, so it is no finished corpus; finish it with prepare_corpus.py (--merge), "
+            f"{folder} has no manifest.json, so it is no finished corpus; finish it with prepare-corpus (--merge), "
             "or name text files with --train and --valid."
         )
     names = sorted(manifest["files"])
@@ -127,7 +127,7 @@ def lines_of_range(path: Path, first: int, last: int, block: int = _BLOCK) -> It
             except UnicodeDecodeError as error:
                 raise CorpusError(
                     f"{path} is not UTF-8 at byte {start + error.start} ({error.reason}); clean it with "
-                    "prepare_corpus.py first."
+                    "prepare-corpus first."
                 ) from error
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 
@@ -74,23 +70,3 @@ def shown(text: str, longest: int = 100) -> str:
     """Text from an input as it may stand in a sentence: short, on one line, every character printable."""
     escaped = repr(text[:longest])[1:-1]
     return escaped if len(text) <= longest else f"{escaped}..."
-
-
-def run_command(
-    run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
-) -> int:
-    """Runs a command line and turns what may go wrong into one sentence on stderr and an exit status."""
-    # Importing the package has configured fairseq's own logging, which a command-line tool replaces by its own.
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
-    try:
-        return run(parser.parse_args(argv))
-    except CorpusError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.status
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        sys.stderr.write(f"{place}{error.strerror or error}; mend it and run the same command again to go on.\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; run the same command again to go on from there.\n")
-        return 130

@@ -75,7 +75,7 @@ PRESETS = {
 
 
 def text_files(inputs: list[Path]) -> list[Path]:
-    """Expands folders of ``prepare_corpus.py`` to their train shards.
+    """Expands folders of ``prepare-corpus`` to their train shards.
 
     Raises:
         FileNotFoundError: an input is missing, or a folder holds no finished corpus.
@@ -85,7 +85,7 @@ def text_files(inputs: list[Path]) -> list[Path]:
         if path.is_dir():
             manifest = read_manifest(path)
             if manifest is None:
-                raise FileNotFoundError(f"{path} has no manifest.json: it is no finished corpus of prepare_corpus.py")
+                raise FileNotFoundError(f"{path} has no manifest.json: it is no finished corpus of prepare-corpus")
             files += [path / name for name in sorted(manifest["files"]) if name.startswith("train.")]
         elif path.is_file():
             files.append(path)
@@ -171,7 +171,7 @@ def train_tokenizer(
     The same text gives the same bytes, wherever the files lie.
 
     Args:
-        inputs: text files, or folders of ``prepare_corpus.py``.
+        inputs: text files, or folders of ``prepare-corpus``.
         out: the ``.model`` file.
         dictionary_size: rows of the embedding.
         options: sentencepiece options, as in `PRESETS`.

@@ -6,15 +6,16 @@ to solve, the local error (Pal et al., arXiv 2105.03918) keeps it easy for the v
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     STEP_CONTROLS,
@@ -29,6 +30,7 @@ from fairseq_implicit.solvers.reversible import LARGEST_STATE, solve_reversible
 from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
 from fairseq_implicit.solvers.sensitivity import solve_adjoint
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class ContinuousConfig:
         noise: whether the field has dropout at all.
         independent_noise: whether that is drawn anew at each evaluation.
         final_norm: end with a layer norm.
+        norm: that norm.
 
     Raises:
         ValueError: an impossible combination, in one sentence that names the flag.
@@ -88,6 +91,7 @@ class ContinuousConfig:
     noise: bool = False
     independent_noise: bool = False
     final_norm: bool = True
+    norm: NormConfig = field(default_factory=NormConfig)
 
     def __post_init__(self):
         if not 0 < self.duration < math.inf:
@@ -202,7 +206,7 @@ class _Trajectory:
     local_error: Tensor | None = None
 
 
-class ContinuousDepth(nn.Module):
+class ContinuousDepth(Depth):
     """The solve of one field over the whole depth.
 
     Statistics: ``evaluations`` and ``evaluations_max`` per sample, ``steps`` accepted and ``rejected`` (means over the
@@ -221,7 +225,7 @@ class ContinuousDepth(nn.Module):
         super().__init__()
         self.config = config
         self.field = field
-        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.final_norm = config.norm.build(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         if field.piecewise and config.step_control == "sample":
             raise ValueError(
@@ -235,6 +239,9 @@ class ContinuousDepth(nn.Module):
             )
         self._backward_evaluations = 0.0
         self._warned = False
+
+    def layers(self) -> Iterator[Field]:
+        return self.field.layers()
 
     @property
     def step_control(self) -> str:
@@ -289,13 +296,13 @@ class ContinuousDepth(nn.Module):
         elif config.gradient == "adjoint" and training:
             result = solve_adjoint(
                 f, x, config.duration, solve, self._trained(), layout, on_backward=self._note_backward,
-                pieces=self.field.pieces(f, config.duration),
+                pieces=f.pieces(config.duration),
             )  # fmt: skip
         else:
             recompute = config.gradient == "checkpoint-step"
             result = solve_adaptive(
                 f, x, config.duration, solve, layout, keep_states=keep, penalties=penalised, recompute=recompute,
-                pieces=self.field.pieces(f, config.duration),
+                pieces=f.pieces(config.duration),
             )  # fmt: skip
             if recompute and training:
                 self._note_backward(result.field_calls)
@@ -320,7 +327,7 @@ class ContinuousDepth(nn.Module):
             return solve_torchdyn_adjoint(
                 f, x, config.duration, solve, self._trained(), on_backward=self._note_backward
             )
-        pieces = self.field.pieces(f, config.duration)
+        pieces = f.pieces(config.duration)
         return solve_with(config.backend, f, x, config.duration, solve, layout, pieces=pieces)
 
     def _solve_alone(self, x: Tensor, layout: Layout) -> AdaptiveResult:
@@ -382,7 +389,7 @@ class ContinuousDepth(nn.Module):
         one_step = config.explicit(steps)
         h, state, evaluations = one_step.total_time, x, 0
         states, times = [x], [0.0]
-        pieces = self.field.pieces(f, config.duration)
+        pieces = f.pieces(config.duration)
         jumps = not all(piece.continues for piece in pieces[1:])
         energy = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32)) if penalised else None
         for step in range(steps):
@@ -435,7 +442,7 @@ class ContinuousDepth(nn.Module):
         }
 
 
-def _from_the_left(f: Increment, pieces: Sequence[Piece], end: float, h: float) -> Increment:
+def _from_the_left(f: VectorField, pieces: Sequence[Piece], end: float, h: float) -> VectorField:
     """``f`` for one step: weights that jump at its end are those before the jump for all its stages."""
     before = end - 1e-6 * h
     left = next(piece.field for piece in pieces if piece.end > before)

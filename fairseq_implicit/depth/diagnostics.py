@@ -109,7 +109,7 @@ def _units(depth: ContinuousDepth, x: Tensor, layout: Layout) -> Places:
         states.append(solve_adaptive(f, states[-1], unit, fine, layout, start=index * unit).state)
     evaluations = torch.zeros(x.shape[0], device=x.device)
     if config.adaptive:
-        pieces = depth.field.pieces(f, config.duration)
+        pieces = f.pieces(config.duration)
         result = solve_adaptive(f, x, config.duration, config.solve(depth.step_control), layout, pieces=pieces)
         evaluations = evaluations + result.evaluations
     else:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
-from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
@@ -22,6 +23,7 @@ from fairseq_implicit.solvers.jacobian import (
     frobenius_finite_difference,
     spectral_radius,
 )
+from fairseq_implicit.solvers.vector_field import StateMap
 
 logger = logging.getLogger(__name__)
 
@@ -107,9 +109,8 @@ class EquilibriumConfig:
                 "injection",
                 "nothing of the input would reach the state; inject it or start from it (initial state input).",
             )
-        noisy = max(layer.dropout, layer.attention_dropout, layer.activation_dropout) > 0
-        if layer.dropout_policy == "independent" and noisy and gradient.kind != "bptt":
-            which = "attention dropout" if layer.attention_dropout > 0 else "dropout"
+        if layer.dropout_policy == "independent" and layer.is_noisy and gradient.kind != "bptt":
+            which = "attention dropout" if layer.mixer.noise > 0 else "dropout"
             raise OptionError(
                 "stage_dropout",
                 f"{which} with a new mask at every evaluation leaves no fixed point to solve for; share the masks "
@@ -134,7 +135,24 @@ class EquilibriumConfig:
             raise OptionError("correction_weight", "weight must be positive and decay in (0, 1].")
 
 
-class EquilibriumDepth(nn.Module):
+class _Recomputed(StateMap):
+    """A map whose activations are computed again in the backward pass."""
+
+    def __init__(self, cell: StateMap):
+        self.cell = cell
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.cell(z)
+        # All noise was drawn when the cell was prepared, so there is no random state to restore.
+        return checkpoint(self.cell, z, use_reentrant=False, preserve_rng_state=False)
+
+    def rows(self, index: Tensor) -> StateMap | None:
+        chosen = self.cell.rows(index)
+        return None if chosen is None else _Recomputed(chosen)
+
+
+class EquilibriumDepth(Depth):
     """Prelude, equilibrium, coda.
 
     Statistics, the same names for every batch:
@@ -160,9 +178,9 @@ class EquilibriumDepth(nn.Module):
         self.prelude = nn.ModuleList(CellLayer(layer) for _ in range(config.prelude_layers))
         self.cell = EquilibriumCell(config.cell)
         self.coda = nn.ModuleList(CellLayer(layer) for _ in range(config.coda_layers))
-        # Pre-norm layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
-        unfinished = layer.kind == "pre-norm" and (config.coda_layers > 0 or not config.cell.final_norm)
-        self.output_norm = nn.LayerNorm(layer.dim) if unfinished else None
+        # Most layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
+        unfinished = not layer.residual.ends_in_norm and (config.coda_layers > 0 or not config.cell.final_norm)
+        self.output_norm = layer.norm.build(layer.dim) if unfinished else None
         self.updates = UpdateCount()
         self.adjoint = AdjointRecord()
         self.checked = False
@@ -171,6 +189,13 @@ class EquilibriumDepth(nn.Module):
         self.jacobian_norm = 0.0
         self.alarm = ResidualAlarm()
         self.gradient_alarm = ResidualAlarm(REVERSIBLE_ERROR)
+
+    def layers(self) -> Iterator[CellLayer]:
+        for part in (self.prelude, self.cell.layers, self.coda):
+            yield from part
+
+    def initialise(self) -> None:
+        self.cell.initialise()
 
     def phase(self) -> Phase:
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
@@ -220,9 +245,11 @@ class EquilibriumDepth(nn.Module):
         ]
         return DepthOutput(state, hidden, self._statistics(found, phase), penalties, auxiliary)
 
-    def _through(self, layers, state: Tensor, layout: Layout, hidden: list[Tensor] | None) -> Tensor:
+    def _through(
+        self, layers: Iterable[CellLayer], state: Tensor, layout: Layout, hidden: list[Tensor] | None
+    ) -> Tensor:
         for layer in layers:
-            state = layout.keep(layer.prepare_map(state, layout)(state))
+            state = layout.keep(layer.residual(state, layout).layer(state))
             if hidden is not None:
                 hidden.append(state)
         return state
@@ -239,15 +266,8 @@ class EquilibriumDepth(nn.Module):
     def _solve(self, cell: CellMap, x: Tensor, layout: Layout, phase: Phase) -> Equilibrium:
         f = cell.severed() if phase.gradient.kind == "reversible" else cell
         leaves = f.depends_on
-        if self.config.recompute and torch.is_grad_enabled():
-            # All noise was drawn when the cell was prepared, so there is no random state to restore.
-            def f(z: Tensor) -> Tensor:
-                if not torch.is_grad_enabled():
-                    return cell(z)
-                return checkpoint(cell, z, use_reentrant=False, preserve_rng_state=False)
-
         return equilibrium(
-            f,
+            _Recomputed(f) if self.config.recompute else f,
             self._initial_state(x),
             phase.solver,
             phase.gradient,

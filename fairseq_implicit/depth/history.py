@@ -11,6 +11,7 @@ Sources: DLCL, arXiv 1906.01787; PCformer, arXiv 2411.03042.
 import torch
 from torch import Tensor, nn
 
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.solvers.coefficients import normalise
 
 
@@ -22,16 +23,17 @@ class LayerHistory(nn.Module):
     Args:
         blocks: number of blocks; the history grows to ``blocks + 1`` entries.
         dim: width of the state.
+        norm: of the entries.
         normalise_embedding: give entry 0 a norm as well.
     """
 
-    def __init__(self, blocks: int, dim: int, normalise_embedding: bool = True):
+    def __init__(self, blocks: int, dim: int, norm: NormConfig, normalise_embedding: bool = True):
         super().__init__()
         entries = blocks + 1
         rows = torch.arange(1, entries + 1, dtype=torch.float32).unsqueeze(1)
         self.mixture = nn.Parameter(torch.ones(entries, entries).tril() / rows)
         self.norms = nn.ModuleList(
-            nn.LayerNorm(dim) if k > 0 or normalise_embedding else nn.Identity() for k in range(entries)
+            norm.build(dim) if k > 0 or normalise_embedding else nn.Identity() for k in range(entries)
         )
 
     def entry(self, k: int, output: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """A stack of blocks, each an implicit step: between the ordinary layer (θ = 0) and backward Euler (θ = 1)."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
-from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.output import Depth, DepthOutput
+from fairseq_implicit.fields.field import Field
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.fixed_point import OptionError
 from fairseq_implicit.solvers.implicit_grad import AdjointRecord
@@ -28,6 +30,7 @@ class ImplicitStackConfig:
         theta: scheme, steps, root solver and gradient of one block.
         tied: one field serves all blocks.
         final_norm: end with a layer norm, as pre-norm stacks need.
+        norm: that norm.
 
     Raises:
         ValueError: no block, or no width.
@@ -38,13 +41,14 @@ class ImplicitStackConfig:
     theta: ThetaConfig
     tied: bool = False
     final_norm: bool = False
+    norm: NormConfig = field(default_factory=NormConfig)
 
     def __post_init__(self):
         if self.layers < 1 or self.dim < 1:
             raise ValueError(f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1")
 
 
-class ImplicitStack(nn.Module):
+class ImplicitStack(Depth):
     """``layers`` implicit blocks. Its weights have the names of an explicit stack's, so either opens the other's.
 
     Statistics: ``evaluations`` of the field in the forward pass, summed over blocks, mean over samples;
@@ -56,14 +60,17 @@ class ImplicitStack(nn.Module):
         field_factory: makes the field of block ``l``; called once, with 0, when the weights are tied.
     """
 
-    def __init__(self, config: ImplicitStackConfig, field_factory: Callable[[int], nn.Module]):
+    def __init__(self, config: ImplicitStackConfig, field_factory: Callable[[int], Field]):
         super().__init__()
         self.config = config
         self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
-        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.final_norm = config.norm.build(config.dim) if config.final_norm else None
         self.adjoints: list[AdjointRecord] = []
         self.alarm = ResidualAlarm()
         self.update = 0
+
+    def layers(self) -> Iterator[Field]:
+        return iter(self.fields)
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called by fairseq before every update."""
@@ -90,7 +97,7 @@ class ImplicitStack(nn.Module):
         state, hidden = x, [x] if return_hidden_states else None
         for block in range(self.config.layers):
             f = self.fields[block % len(self.fields)].prepare(state, layout)
-            layer = getattr(f, "layer", None)
+            layer = f.layer
             if layer is not None and theta.scheme == "theta" and theta.theta == 0 and theta.total_time == theta.steps:
                 # The published layer to the last bit, where it ends in a norm.
                 for _ in range(theta.steps):

@@ -1,8 +1,12 @@
-"""What every depth (stack, continuum, equilibrium) returns to the model."""
+"""What every depth (stack, continuum, equilibrium) is to the model, and what it returns."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from fairseq_implicit.fields.field import Field
+from fairseq_implicit.layout import UNPADDED, Layout
 
 
 @dataclass
@@ -25,3 +29,26 @@ class DepthOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary_states: list[tuple[float, Tensor]] = field(default_factory=list)
+
+
+class Depth(nn.Module):
+    """What lies between a network's embeddings and its heads: fields and how they are solved."""
+
+    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
+        """Solve.
+
+        Args:
+            x: embedding ``(batch, time, dim)``, zero at padding.
+            layout: of the batch.
+            return_hidden_states: collect the states along the depth.
+        """
+        raise TypeError(f"{type(self).__name__} defines no forward(): a depth must solve its fields there")
+
+    def layers(self) -> Iterator[Field]:
+        """The fields of one layer each, every one once."""
+        raise TypeError(f"{type(self).__name__} defines no layers(): a depth must name its fields there")
+
+    def initialise(self) -> None:
+        """Called after the initialisation of all linear maps, for what must start otherwise."""
+        for layer in self.layers():
+            layer.initialise()

@@ -6,16 +6,18 @@ more steps, or adaptive steps to a tolerance.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.depth.history import LayerHistory
-from fairseq_implicit.depth.output import DepthOutput
+from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
+from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
@@ -26,7 +28,6 @@ from fairseq_implicit.solvers.multistep import (
 )
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
-    Field,
     entering_dtype,
     recomputed,
     solve_explicit,
@@ -67,6 +68,7 @@ class StackConfig:
         consistency_penalty: weight of (Σw − 1)², averaged over blocks.
         second_order_penalty: weight of (Σwc − 1/2)², averaged over blocks.
         final_norm: end with a layer norm, as pre-norm stacks need.
+        norm: all norms outside the fields.
         tolerance: of adaptive steps in each block (schemes ``bosh3``, ``dopri5``, ``tsit5``); 0: ``steps`` fixed ones.
         max_evaluations: of adaptive steps, per sample and block.
         random_steps: ``(low, high)``: in training the number of fixed steps per block is drawn at each update.
@@ -96,6 +98,7 @@ class StackConfig:
     consistency_penalty: float = 0.0
     second_order_penalty: float = 0.0
     final_norm: bool = False
+    norm: NormConfig = field(default_factory=NormConfig)
     tolerance: float = 0.0
     max_evaluations: int = 500
     random_steps: tuple[int, int] | None = None
@@ -192,7 +195,7 @@ class StackConfig:
         )
 
 
-class BlockStack(nn.Module):
+class BlockStack(Depth):
     """``layers`` blocks, each a field and the coefficients of its solve.
 
     Statistics, each also as ``block<l>/<name>``: ``state_rms`` over real tokens (of the last block),
@@ -207,7 +210,7 @@ class BlockStack(nn.Module):
         field_factory: makes the field of block ``l``; called once, with 0, when the weights are tied.
     """
 
-    def __init__(self, config: StackConfig, field_factory: Callable[[int], nn.Module]):
+    def __init__(self, config: StackConfig, field_factory: Callable[[int], Field]):
         super().__init__()
         self.config = config
         self.solve_config = config.solve
@@ -221,17 +224,21 @@ class BlockStack(nn.Module):
                 channels=config.dim if config.scope == "channel" else None,
                 dim=config.dim,
                 stage_norms=config.stage_norm,
+                norm=config.norm.build,
             )
             for _ in range(1 if config.scope == "model" else config.layers)
         )
         pcformer = config.corrector == "pcformer"
         keeps_history = pcformer or config.history == "dlcl"
-        self.history = LayerHistory(config.layers, config.dim, not pcformer) if keeps_history else None
-        self.predictor_history = LayerHistory(config.layers, config.dim, False) if pcformer else None
-        self.final_norm = nn.LayerNorm(config.dim) if config.final_norm else None
+        self.history = LayerHistory(config.layers, config.dim, config.norm, not pcformer) if keeps_history else None
+        self.predictor_history = LayerHistory(config.layers, config.dim, config.norm, False) if pcformer else None
+        self.final_norm = config.norm.build(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         if self.random_steps is not None and config.corrector == "adams":
             raise ValueError("corrector 'adams' takes one step per block: it has no random number of steps")
+
+    def layers(self) -> Iterator[Field]:
+        return iter(self.fields)
 
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.
@@ -278,7 +285,7 @@ class BlockStack(nn.Module):
 
     def _integrate(
         self,
-        f: Field,
+        f: Increment,
         state: Tensor,
         block: int,
         combination: Combination,
@@ -289,7 +296,7 @@ class BlockStack(nn.Module):
     ) -> "_Passed":
         """Pass one block: ``entries`` is the layer history, ``increment`` what the Adams pair carries along."""
         config, t0 = self.config, float(block)
-        layer = getattr(f, "layer", None) if config.is_plain_euler and solve.steps == 1 else None
+        layer = f.layer if config.is_plain_euler and solve.steps == 1 else None
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
             layer = layer if solve.gradient == "autograd" else recomputed(layer, solve)
@@ -310,7 +317,7 @@ class BlockStack(nn.Module):
 
     def _integrate_adaptively(
         self,
-        f: Field,
+        f: Increment,
         state: Tensor,
         block: int,
         combination: Combination,

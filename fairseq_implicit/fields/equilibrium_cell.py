@@ -1,20 +1,20 @@
 """The map whose fixed point is a deep-equilibrium encoder: transformer layers around an injected input.
 
-=========  ==================================================================================================
-post-norm  ``y = LN(z + g u + Drop(Attn z))``, ``f(z) = LN(y + Drop(FFN y))``
-pre-norm   ``y = z + g u``, ``y += Drop(Attn(LN y))``, ``y += Drop(FFN(LN y))``, ``f(z) = LN(y)``
-=========  ==================================================================================================
+=========  ==========================================================================================
+post-norm  ``f(z) = Layer(z)``, in whose first sum stands ``z + g u``: ``LN1(z + g u + Mix z)``
+pre-norm   ``f(z) = LN(Layer(z + g u))``
+=========  ==========================================================================================
 
-with ``u = LN(x)`` the normalised input and g a learnable gain. The norm at the end of the map is what bounds it: a
-pre-norm cell without one has spectral radius 1 whatever its weights, and iterating it drifts instead of converging.
-Norms are not moved outside the map for the same reason.
+with ``u = LN(x)`` the normalised input, g a learnable gain and the layers of :mod:`fairseq_implicit.fields.residual`.
+The norm at the end of the map is what bounds it: a pre-norm cell without one has spectral radius 1 whatever its
+weights, and iterating it drifts instead of converging. Norms are not moved outside the map for the same reason.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from fairseq_implicit.fields.injection import Injection, InjectionConfig
+from fairseq_implicit.fields.residual import Residual
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.solvers.fixed_point import OptionError
+from fairseq_implicit.solvers.vector_field import StateMap
 
 NORM_PLACEMENTS = ("post-norm", "pre-norm")
 STARTS = ("depth-scaled", "identity", "plain")
@@ -46,7 +49,7 @@ class CellConfig:
             branch; ``identity``: residual branches of 0, so that the map is its injection and norm alone.
 
     Raises:
-        ValueError: a shape or combination that has no meaning.
+        ValueError: a shape or combination that has no meaning (an ``OptionError`` where one option is at fault).
     """
 
     layer: TransformerFieldConfig
@@ -64,7 +67,9 @@ class CellConfig:
             raise ValueError(f"an equilibrium cell is one of {', '.join(NORM_PLACEMENTS)}, not {self.layer.kind!r}")
         if self.layers < 1:
             raise ValueError(f"an equilibrium cell of {self.layers} layers: it needs at least 1")
-        if self.layer.kind == "post-norm" and not self.final_norm:
+        if self.injection.qkv and not self.layer.mixer.added_width(self.layer.dim):
+            raise OptionError("qkv_injection", "what mixes the tokens here takes nothing in; leave it out.")
+        if self.layer.residual.ends_in_norm and not self.final_norm:
             raise ValueError("a post-norm cell ends in its layer's own norm, which cannot be left out")
         if self.layer.drop_path > 0:
             raise ValueError(
@@ -74,33 +79,18 @@ class CellConfig:
 
 
 class CellLayer(TransformerField):
-    """A transformer layer as a map ``z -> z'``, with an optional addition to q, k and v."""
+    """A transformer layer that is read as a map."""
 
-    def prepare_map(self, x: Tensor, layout: Layout) -> Callable[..., Tensor]:
-        """Fix one solve's noise; return ``layer(z, qkv=None)``, both states ``(batch, time, dim)``."""
-        attend, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
-        drop_attention, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
-
-        def post_norm(z: Tensor, added: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
-            stream = z if added is None else z + added
-            y = self.attention_norm(stream + drop_attention(attend(z, qkv)))
-            return self.feed_forward_norm(y + drop_feed(feed(y)))
-
-        def pre_norm(z: Tensor, added: Tensor | None = None, qkv: Tensor | None = None) -> Tensor:
-            stream = z if added is None else z + added
-            y = stream + drop_attention(attend(self.attention_norm(stream), qkv))
-            return y + drop_feed(feed(self.feed_forward_norm(y)))
-
-        return post_norm if self.config.kind == "post-norm" else pre_norm
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether the prepared map holds masks of the batch's own."""
-        rates = (self.config.dropout, self.config.attention_dropout, self.config.activation_dropout)
-        return self.training and any(rate > 0 for rate in rates)
+    def residual(self, x: Tensor, layout: Layout = UNPADDED) -> Residual:
+        # Not in the field's order: seeded runs of cells have always drawn both dropouts last.
+        mix, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
+        drop_mix, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
+        return self.config.residual(
+            lambda y, added: drop_mix(mix(y, added)), (lambda y: drop_feed(feed(y)),), self.norms
+        )
 
 
-class CellMap:
+class CellMap(StateMap):
     """One solve's map ``z -> f(z)``, ``(batch, time, dim)``, zero at padding.
 
     Args:
@@ -111,14 +101,14 @@ class CellMap:
 
     def __init__(self, cell: EquilibriumCell, x: Tensor, layout: Layout):
         self.cell, self.x, self.layout = cell, x, layout
-        self._layers: list[Callable[..., Tensor]] = [layer.prepare_map(x, layout) for layer in cell.layers]
-        self._added, self._qkv = cell.injection(x)
+        self._layers = [layer.residual(x, layout) for layer in cell.layers]
+        self._injected = cell.injection(x)
 
     def __call__(self, z: Tensor) -> Tensor:
         first, *others = self._layers
-        z = first(z, self._added, self._qkv)
+        z = first.layer(z, self._injected)
         for layer in others:
-            z = layer(z)
+            z = layer.layer(z)
         if self.cell.final_norm is not None:
             z = self.cell.final_norm(z)
         return self.layout.keep(z)
@@ -130,7 +120,7 @@ class CellMap:
         The injection's own parameters are not among them: they act through what was injected.
         """
         used = [self.cell.layers] if self.cell.final_norm is None else [self.cell.layers, self.cell.final_norm]
-        injected = [tensor for tensor in (self._added, self._qkv) if tensor is not None]
+        injected = [tensor for tensor in self._injected if tensor is not None]
         return (*injected, *(parameter for module in used for parameter in module.parameters()))
 
     def severed(self) -> CellMap:
@@ -140,15 +130,15 @@ class CellMap:
         and the injection would then count the way through the input twice.
         """
         twin = copy.copy(self)
-        twin._added, twin._qkv = (
+        twin._injected = tuple(
             None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
-            for tensor in (self._added, self._qkv)
+            for tensor in self._injected
         )
         return twin
 
     def rows(self, index: Tensor) -> CellMap | None:
         """The same map for some samples; ``None`` where noise was drawn for the whole batch."""
-        if any(layer.is_noisy for layer in self.cell.layers):
+        if self.cell.training and self.cell.config.layer.is_noisy:
             return None
         return CellMap(self.cell, self.x[index], self.layout.rows(index))
 
@@ -164,49 +154,53 @@ class EquilibriumCell(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(CellLayer(config.layer) for _ in range(config.layers))
-        self.injection = Injection(config.layer.dim, config.injection)
-        ends_in_norm = config.layer.kind == "pre-norm" and config.final_norm
-        self.final_norm = nn.LayerNorm(config.layer.dim) if ends_in_norm else None
+        layer = config.layer
+        self.injection = Injection(layer.dim, config.injection, layer.mixer.added_width(layer.dim), layer.norm)
+        own_end = config.final_norm and not layer.residual.ends_in_norm
+        self.final_norm = layer.norm.build(layer.dim) if own_end else None
         if config.weight_norm:
             for linear in self._matrices():
                 parametrizations.weight_norm(linear, dim=0)
         self.initialise()
 
-    def _matrices(self) -> list[nn.Linear]:
-        return [
-            linear
-            for layer in self.layers
-            for linear in (layer.attention.qkv, layer.attention.out, layer.feed_forward.fc1, layer.feed_forward.fc2)
-        ]
+    def _matrices(self) -> Iterator[nn.Linear]:
+        for layer in self.layers:
+            for sub_layer in layer.sub_layers():
+                yield from sub_layer.inner_projections()
+                yield from sub_layer.residual_projections()
 
     @torch.no_grad()
     def initialise(self) -> None:
         """Normal weights of the configured scales, zero biases."""
         config = self.config
-        attention = feed_forward = config.initial_std
+        mixer = feed_forward = config.initial_std
         if config.start == "depth-scaled":
-            attention = config.initial_std / math.sqrt(2 * config.layers)
-            feed_forward = attention / math.sqrt(max(1.0, config.layer.ffn_dim / (4 * config.layer.dim)))
+            mixer = config.initial_std / math.sqrt(2 * config.layers)
+            feed_forward = mixer / math.sqrt(max(1.0, config.layer.ffn_dim / (4 * config.layer.dim)))
         elif config.start == "identity":
-            attention = feed_forward = 0.0
+            mixer = feed_forward = 0.0
         for layer in self.layers:
-            for linear, std in (
-                (layer.attention.qkv, config.initial_std),
-                (layer.attention.out, attention),
-                (layer.feed_forward.fc1, config.initial_std),
-                (layer.feed_forward.fc2, feed_forward),
-            ):
-                if parametrize.is_parametrized(linear, "weight"):
-                    # Assigned, not drawn in place: the weight is computed from its rows' directions and lengths, and
-                    # rows of length 0 need a direction too.
-                    linear.weight = torch.empty_like(linear.weight).normal_(std=std or config.initial_std)
-                    if std == 0.0:
-                        linear.parametrizations.weight.original0.zero_()
-                else:
-                    linear.weight.normal_(std=std)
-                linear.bias.zero_()
+            for sub_layer in layer.sub_layers():
+                residual_std = mixer if sub_layer is layer.attention else feed_forward
+                for linear in sub_layer.inner_projections():
+                    self._draw(linear, config.initial_std)
+                for linear in sub_layer.residual_projections():
+                    self._draw(linear, residual_std)
         if self.injection.qkv is not None:
-            self.injection.qkv.weight.normal_(std=config.initial_std)
+            self._draw(self.injection.qkv, config.initial_std)
+        self.injection.initialise()
+
+    def _draw(self, linear: nn.Linear, std: float) -> None:
+        if parametrize.is_parametrized(linear, "weight"):
+            # Assigned, not drawn in place: the weight is computed from its rows' directions and lengths, and rows of
+            # length 0 need a direction too.
+            linear.weight = torch.empty_like(linear.weight).normal_(std=std or self.config.initial_std)
+            if std == 0.0:
+                linear.parametrizations.weight.original0.zero_()
+        else:
+            linear.weight.normal_(std=std)
+        if linear.bias is not None:
+            linear.bias.zero_()
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> CellMap:
         """Fix one solve's noise and injection.
@@ -218,5 +212,5 @@ class EquilibriumCell(nn.Module):
         if self.config.weight_norm and torch.is_grad_enabled():
             # Under parametrize.cached() the weight must be computed with its graph before a solve without one asks.
             for linear in self._matrices():
-                linear.weight
+                _ = linear.weight
         return CellMap(self, x, layout)

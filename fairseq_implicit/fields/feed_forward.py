@@ -1,12 +1,13 @@
 """The position-wise feed-forward network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.fields.shared_dropout import SharedDropout
+from fairseq_implicit.fields.sub_layer import SubLayer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -18,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FeedForward(nn.Module):
+class FeedForward(SubLayer):
     """``fc2(Drop(activation(fc1 z)))``.
 
     Args:
@@ -49,6 +50,12 @@ class FeedForward(nn.Module):
         self.dropout = SharedDropout(activation_dropout, dropout_policy)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
+
+    def inner_projections(self) -> Iterator[nn.Linear]:
+        yield self.fc1
+
+    def residual_projections(self) -> Iterator[nn.Linear]:
+        yield self.fc2
 
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Fix one solve's noise and return ``feed(z)``, both ``(batch, time, dim)``."""

@@ -1,14 +1,42 @@
 """The contract between what is integrated (a field) and how it is integrated (a solver)."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import Piece
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
-#: ``f(t, z) -> dz``: deterministic, free of side effects, zero at padded positions.
-Increment = Callable[[float | Tensor, Tensor], Tensor]
+
+class Increment:
+    """One solve's ``f(t, z) -> dz``, and what else is known of it.
+
+    Deterministic, free of side effects, ``(batch, time, dim)`` to the same, zero at padding.
+
+    Args:
+        function: ``f(t, z)``.
+        layer: the map ``(t, z) -> z'`` where it must not be formed as ``z + f(t, z)``: a post-norm layer ends in a
+            norm, and Euler on it must be the published layer to the last bit.
+        pieces: ``end -> pieces`` where the increment is not smooth in time, see :meth:`pieces`.
+    """
+
+    def __init__(
+        self,
+        function: VectorField,
+        layer: VectorField | None = None,
+        pieces: Callable[[float], tuple[Piece, ...]] | None = None,
+    ):
+        self.function, self.layer, self._pieces = function, layer, pieces
+
+    def __call__(self, t: Time, z: Tensor) -> Tensor:
+        return self.function(t, z)
+
+    def pieces(self, end: float) -> tuple[Piece, ...]:
+        """This increment from t = 0 to ``end``, cut at the times where it is not smooth."""
+        return (Piece(self.function, end),) if self._pieces is None else self._pieces(end)
 
 
 class Field(nn.Module):
@@ -34,14 +62,13 @@ class Field(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a field must return its increment there")
 
-    def pieces(self, f: Increment, end: float) -> tuple[Piece, ...]:
-        """``f`` from t = 0 to ``end``, cut at the times where it is not smooth.
-
-        Args:
-            f: what ``prepare`` returned.
-        """
-        return (Piece(f, end),)
+    def layers(self) -> Iterator[Field]:
+        """The fields of one layer each that this one is made of."""
+        yield self
 
     def residual_projections(self) -> Iterator[nn.Linear]:
         """The linear maps whose output is added to the state: their initialisation is scaled by the depth."""
         return iter(())
+
+    def initialise(self) -> None:
+        """Called after the initialisation of all linear maps, for what must start otherwise."""

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fairseq_implicit.fields.norms import NormConfig
+from fairseq_implicit.fields.residual import NOTHING, Injected
+
 
 @dataclass(frozen=True)
 class InjectionConfig:
@@ -18,7 +21,8 @@ class InjectionConfig:
             1 / (1 + gain).
         gain: the gain's start.
         gain_floor: the gain stays above this.
-        qkv: add an untied projection of the normalised input to the queries, keys and values of the first layer.
+        qkv: add an untied projection of the normalised input to what the mixer of the first layer projects: queries,
+            keys and values.
 
     Raises:
         ValueError: the gain does not start above its floor.
@@ -46,14 +50,16 @@ class Injection(nn.Module):
     Args:
         dim: width of the state.
         config: see :class:`InjectionConfig`.
+        added_width: how many numbers per token the mixer takes.
+        norm: of the input.
     """
 
-    def __init__(self, dim: int, config: InjectionConfig):
+    def __init__(self, dim: int, config: InjectionConfig, added_width: int, norm: NormConfig):
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(dim) if config.residual or config.qkv else None
+        self.norm = norm.build(dim) if config.residual or config.qkv else None
         self.raw_gain = nn.Parameter(torch.zeros(())) if config.residual else None
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False) if config.qkv else None
+        self.qkv = nn.Linear(dim, added_width, bias=False) if config.qkv else None
         self.initialise()
 
     def initialise(self) -> None:
@@ -70,10 +76,10 @@ class Injection(nn.Module):
             return None
         return self.config.gain_floor + functional.softplus(self.raw_gain)
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the residual stream ``(batch, time, dim)`` and to q, k, v ``(batch, time, 3 dim)``."""
+    def forward(self, x: Tensor) -> Injected:
+        """What enters the residual stream, ``(batch, time, dim)``, and the mixer, ``(batch, time, added_width)``."""
         if self.norm is None:
-            return None, None
-        normalised = self.norm(x)
-        residual = None if self.raw_gain is None else self.gain.to(normalised.dtype) * normalised
+            return NOTHING
+        normalised, gain = self.norm(x), self.gain
+        residual = None if gain is None else gain.to(normalised.dtype) * normalised
         return residual, None if self.qkv is None else self.qkv(normalised)

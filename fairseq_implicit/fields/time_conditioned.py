@@ -9,6 +9,7 @@ later.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,8 +20,7 @@ from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import Piece
-
-Time = float | Tensor
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 INTERPOLATIONS = ("linear", "constant")
 #: Sinusoids of the depth embedding; the fastest makes this many half turns over the depth.
@@ -51,16 +51,16 @@ class DepthEmbedding(nn.Module):
         """Start autonomous: the time changes nothing."""
         nn.init.zeros_(self.coefficients.weight)
 
-    def forward(self, t: Time, weight: Tensor) -> Tensor:
+    def forward(self, t: Time, like: Tensor) -> Tensor:
         """``(1, outputs)`` for one time, a float or 0-dim tensor; ``(batch, outputs)`` for a ``(batch,)`` tensor.
 
-        ``weight`` is one of the field's, for dtype and device (its own may be quantised).
+        ``like`` is a tensor of the field's dtype and device (the embedding's own weight may be quantised).
         """
         # Angles in float32: half precision has no room for many turns.
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        k = torch.arange(1, FREQUENCIES + 1, device=weight.device, dtype=wide)
+        wide = torch.promote_types(like.dtype, torch.float32)
+        k = torch.arange(1, FREQUENCIES + 1, device=like.device, dtype=wide)
         angles = t.to(k).reshape(-1, 1) * (self.base * k) if isinstance(t, Tensor) else (k * (self.base * t))[None]
-        return self.coefficients(torch.cat([angles.sin() / k, angles.cos() / k], dim=-1).to(weight.dtype))
+        return self.coefficients(torch.cat([angles.sin() / k, angles.cos() / k], dim=-1).to(like.dtype))
 
 
 class DepthEmbeddedField(TransformerField):
@@ -83,41 +83,30 @@ class DepthEmbeddedField(TransformerField):
                 "set --ode-field pre-norm, or --ode-depth-weights linear for the others"
             )
         super().__init__(config)
-        self.norms = 1 if config.kind == "parallel" else 2
-        self.depth_embedding = DepthEmbedding(duration, self.norms * 2 * config.dim)
+        self.depth_embedding = DepthEmbedding(duration, config.residual.norm_count * 2 * config.dim)
+
+    def initialise(self) -> None:
+        self.depth_embedding.initialise()
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:
-        attend = self.attention.prepare(x, layout)
-        drop_attention = self.dropout.prepare(x)
-        feed = self.feed_forward.prepare(x)
-        drop_feed = self.dropout.prepare(x)
-        drop_path = self.drop_path.prepare(x)
-        parallel = self.config.kind == "parallel"
+        residual, drop_path = self.residual(x, layout), self.drop_path.prepare(x)
 
         def f(t: Time, z: Tensor) -> Tensor:
-            moved = self._modulated(t)
-            normed = moved[0](self.attention_norm(z))
-            first = drop_attention(attend(normed))
-            if parallel:
-                dz = first + drop_feed(feed(normed))
-            else:
-                dz = first + drop_feed(feed(moved[1](self.feed_forward_norm(z + first))))
-            return layout.keep(drop_path(dz))
+            return layout.keep(drop_path(replace(residual, norms=self._norms_at(t, z)).increment(z)))
 
-        return f
+        return Increment(f)
 
-    def _modulated(self, t: Time) -> list["_Modulation"]:
+    def _norms_at(self, t: Time, z: Tensor) -> tuple[Callable[[Tensor], Tensor], ...]:
+        # Norms keep their precision where other weights are quantised; without weights they have that of the state.
+        like = z if self.attention_norm.weight is None else self.attention_norm.weight
         # (1 or batch, 1, norms * 2 * dim), split into scale and shift of each norm
-        parts = self.depth_embedding(t, self.attention_norm.weight).unsqueeze(1).chunk(2 * self.norms, dim=-1)
-        return [_Modulation(scale, shift) for scale, shift in zip(parts[0::2], parts[1::2])]
+        parts = self.depth_embedding(t, like).unsqueeze(1).chunk(2 * len(self.norms), dim=-1)
+        return tuple(partial(_modulated, *each) for each in zip(self.norms, parts[0::2], parts[1::2], strict=True))
 
 
-class _Modulation:
-    def __init__(self, scale: Tensor, shift: Tensor):
-        self.scale, self.shift = scale, shift
-
-    def __call__(self, normed: Tensor) -> Tensor:
-        return torch.addcmul(normed + self.shift, normed, self.scale)
+def _modulated(norm: nn.LayerNorm, scale: Tensor, shift: Tensor, z: Tensor) -> Tensor:
+    normed = norm(z)
+    return torch.addcmul(normed + shift, normed, scale)
 
 
 class InterpolatedField(Field):
@@ -125,7 +114,7 @@ class InterpolatedField(Field):
 
     At ``t = k T / knots`` the field is exactly knot ``k``; between two knots its weights are interpolated (``linear``)
     or those of the earlier one (``constant``); after the last knot they stay. Noise is drawn once, as for one layer.
-    The field has a kink or a jump in time at every knot: see ``pieces``.
+    The field has a kink or a jump in time at every knot, where its increment's ``pieces`` are cut.
 
     In evaluation mode the increment takes a ``(batch,)`` tensor of times and evaluates the samples of each time by
     themselves. In training mode, where the noise belongs to the whole batch, all samples share one time.
@@ -151,9 +140,8 @@ class InterpolatedField(Field):
         self.per_unit, self.interpolation = knots / duration, interpolation
         self.knots = nn.ModuleList(TransformerField(config) for _ in range(knots))
 
-    def residual_projections(self) -> Iterator[nn.Linear]:
-        # Each knot is a field of its own and names its own projections.
-        return iter(())
+    def layers(self) -> Iterator[Field]:
+        return iter(self.knots)
 
     def position(self, t: float, knot: int | None = None) -> tuple[int, float]:
         """The knot at or before ``t`` and the share of the next one, in [0, 1].
@@ -182,19 +170,13 @@ class InterpolatedField(Field):
         following = dict(self.knots[knot + 1].named_parameters())
         return {name: torch.lerp(weight, following[name], share) for name, weight in here.items()}
 
-    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> "PreparedInterpolation":
-        return PreparedInterpolation(self, x, layout)
-
-    def pieces(self, f: "PreparedInterpolation", end: float) -> tuple[Piece, ...]:
-        """From knot to knot; after the last one the weights stay."""
-        inner = [knot / self.per_unit for knot in range(1, len(self.knots))]
-        ends = [at for at in inner if at < end] + [end]
-        continues = self.interpolation == "linear"
-        return tuple(Piece(f.after(knot), at, continues) for knot, at in enumerate(ends))
+    def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:
+        interpolation = _Interpolation(self, x, layout)
+        return Increment(interpolation, pieces=interpolation.pieces)
 
 
-class PreparedInterpolation:
-    """One solve's increment ``f(t, z)`` of an :class:`InterpolatedField`."""
+class _Interpolation:
+    """One solve's ``f(t, z)`` of an :class:`InterpolatedField`."""
 
     def __init__(self, field: InterpolatedField, x: Tensor, layout: Layout):
         self._field, self._x, self._layout = field, x, layout
@@ -206,10 +188,17 @@ class PreparedInterpolation:
     def __call__(self, t: Time, z: Tensor) -> Tensor:
         return self._each_time(self._field.position, t, z)
 
-    def after(self, knot: int) -> Increment:
-        """The increment between a knot and the next one, both included: at the later one not yet its jump."""
-        position = partial(self._field.position, knot=knot)
-        return lambda t, z: self._each_time(position, t, z)
+    def pieces(self, end: float) -> tuple[Piece, ...]:
+        """From knot to knot; after the last one the weights stay."""
+        field = self._field
+        inner = [knot / field.per_unit for knot in range(1, len(field.knots))]
+        ends = [at for at in inner if at < end] + [end]
+        continues = field.interpolation == "linear"
+        # Each knot's weights hold on both ends of its piece: at the later one not yet its jump.
+        positions = (partial(field.position, knot=knot) for knot in range(len(ends)))
+        return tuple(
+            Piece(partial(self._each_time, at), end, continues) for at, end in zip(positions, ends, strict=True)
+        )
 
     def _each_time(self, position: Callable[[float], tuple[int, float]], t: Time, z: Tensor) -> Tensor:
         """The increment of each sample with the weights of its own time."""
@@ -225,14 +214,14 @@ class PreparedInterpolation:
         for row, place in enumerate(map(position, times)):
             rows_at.setdefault(place, []).append(row)
         found = []
-        for place, rows in rows_at.items():
-            rows = torch.tensor(rows, device=z.device)
+        for place, those in rows_at.items():
+            rows = torch.tensor(those, device=z.device)
             prepared = self._template.prepare(self._x[rows], self._layout.rows(rows))
             found.append(self._at(place, prepared, z[rows]))
-        order = torch.tensor([row for rows in rows_at.values() for row in rows], device=z.device)
+        order = torch.tensor([row for those in rows_at.values() for row in those], device=z.device)
         return torch.cat(found)[order.argsort()]
 
-    def _at(self, place: tuple[int, float], prepared: Increment, z: Tensor) -> Tensor:
+    def _at(self, place: tuple[int, float], prepared: VectorField, z: Tensor) -> Tensor:
         weights = {f"template.{name}": weight for name, weight in self._field.weights_at(*place).items()}
         return functional_call(self._evaluation, weights, (prepared, z))
 
@@ -244,6 +233,6 @@ class _Evaluation(nn.Module):
         super().__init__()
         self.template = template
 
-    def forward(self, prepared: Increment, z: Tensor) -> Tensor:
+    def forward(self, prepared: VectorField, z: Tensor) -> Tensor:
         # With its weights given, the template is autonomous.
         return prepared(0.0, z)

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_implicit.depth.output import DepthOutput
-from fairseq_implicit.fields.field import Field
+from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.fields.shared_dropout import SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.models.config import ImplicitBertConfig
@@ -33,17 +32,17 @@ class ImplicitBertEncoder(FairseqEncoder):
     Args:
         cfg: the checked configuration, ``max_positions`` filled in.
         dictionary: fairseq dictionary, ``<mask>`` included.
-        depth: module ``(x, layout, return_hidden_states) -> DepthOutput``.
+        depth: what lies between embeddings and head.
     """
 
-    def __init__(self, cfg: ImplicitBertConfig, dictionary, depth: nn.Module):
+    def __init__(self, cfg: ImplicitBertConfig, dictionary, depth: Depth):
         super().__init__(dictionary)
         dim = cfg.encoder_embed_dim
         self.padding_idx = dictionary.pad()
         self.positions = cfg.max_positions
         self.embed_tokens = nn.Embedding(len(dictionary), dim, self.padding_idx)
         self.embed_positions = PositionalEmbedding(cfg.max_positions, dim, self.padding_idx, learned=True)
-        self.layernorm_embedding = None if cfg.no_layernorm_embedding else nn.LayerNorm(dim)
+        self.layernorm_embedding = None if cfg.no_layernorm_embedding else cfg.norm().build(dim)
         self.dropout = SharedDropout(cfg.dropout)
         self.depth = depth
         self.lm_head = RobertaLMHead(
@@ -52,6 +51,7 @@ class ImplicitBertEncoder(FairseqEncoder):
             activation_fn=cfg.activation_fn,
             weight=None if cfg.untie_weights_roberta else self.embed_tokens.weight,
         )
+        self.lm_head.layer_norm.eps = cfg.norm().eps
 
     def layout(self, src_tokens: Tensor, has_padding: Optional[bool] = None) -> Layout:
         """That of the batch ``src_tokens`` ``(batch, time)``; no GPU is asked whether it holds padding."""
@@ -147,7 +147,7 @@ class ImplicitBertModel(FairseqEncoderModel):
         self.initialise(cfg.encoder_init)
 
     @classmethod
-    def build_depth(cls, cfg: ImplicitBertConfig) -> nn.Module:
+    def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
         """The hook of a family: the module between embeddings and head."""
         raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
 
@@ -183,7 +183,7 @@ class ImplicitBertModel(FairseqEncoderModel):
         """N(0, ``--encoder-init-std``), zero biases.
 
         ``depth-scaled`` divides residual projections by the root of their number in :attr:`layers_in_series`,
-        ``identity`` sets them to 0. Modules that need another start define ``initialise()``; it is called last.
+        ``identity`` sets them to 0. What in the depth needs another start has the last word.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -196,19 +196,15 @@ class ImplicitBertModel(FairseqEncoderModel):
         if self.args.encoder_position_start == "sinusoidal":
             self._start_from_sinusoids(self.encoder.embed_positions.weight)
         if scheme != "plain":
-            everything = [module for module in self.encoder.depth.modules() if isinstance(module, Field)]
-            # A field may consist of others, which name their projections themselves.
-            fields = [found for found in (list(field.residual_projections()) for field in everything) if found]
-            projections = [projection for found in fields for projection in found]
+            layers = list(self.encoder.depth.layers())
+            projections = [projection for layer in layers for projection in layer.residual_projections()]
             # With tied blocks the same weights act in every block.
-            repeats = self.layers_in_series / len(fields) if fields else 1.0
+            repeats = self.layers_in_series / len(layers)
             with torch.no_grad():
                 divisor = math.sqrt(max(1.0, len(projections) * repeats)) if scheme == "depth-scaled" else math.inf
                 for projection in projections:
                     projection.weight.div_(divisor)
-        for module in self.encoder.depth.modules():
-            if hasattr(module, "initialise"):
-                module.initialise()
+        self.encoder.depth.initialise()
 
     @torch.no_grad()
     def _start_from_sinusoids(self, weight: Tensor) -> None:

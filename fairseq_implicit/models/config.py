@@ -1,18 +1,25 @@
 """What every model of the package is configured by: RoBERTa's flags where the meaning is RoBERTa's."""
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Dict, Optional
 
 from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
+from fairseq_implicit.fields.mixers import MIXERS
+from fairseq_implicit.fields.mixers.mixer import MixerConfig
+from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.shared_dropout import POLICIES
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 
 INITIALISATIONS = ("depth-scaled", "identity", "plain")
 POSITION_STARTS = ("normal", "sinusoidal")
+
+#: The options of mixers, and the fields of the configuration below that set them.
+MIXER_FLAGS = {"heads": "encoder_attention_heads", "dropout": "attention_dropout"}
 
 
 @dataclass
@@ -23,6 +30,7 @@ class ImplicitBertConfig(FairseqDataclass):
     encoder_embed_dim: int = field(default=768, metadata={"help": "width of the state"})
     encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "inner width of the feed-forward networks"})
     encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads; must divide the width"})
+    mixer: str = field(default="attention", metadata={"help": f"what mixes the tokens: {', '.join(MIXERS)}"})
     activation_fn: str = field(default="gelu", metadata={"help": f"activation: {', '.join(ACTIVATIONS)}"})
     pooler_activation_fn: str = field(default="tanh", metadata={"help": "activation of the classification heads"})
     dropout: float = field(default=0.1, metadata={"help": "dropout of embeddings and sub-layer outputs"})
@@ -41,6 +49,9 @@ class ImplicitBertConfig(FairseqDataclass):
     )
     max_positions: Optional[int] = field(
         default=None, metadata={"help": "longest input in tokens (default: what the task asks for)"}
+    )
+    layernorm_eps: float = field(
+        default=1e-5, metadata={"help": "added to the variance in every LayerNorm: 1e-5 as in RoBERTa, 1e-12 in BERT"}
     )
     no_layernorm_embedding: bool = field(default=False, metadata={"help": "no LayerNorm after the embeddings"})
     untie_weights_roberta: bool = field(
@@ -97,6 +108,7 @@ class ImplicitBertConfig(FairseqDataclass):
         Raises:
             ValueError: naming the flag, the value and what is possible.
         """
+        check_choice("--mixer", self.mixer, MIXERS)
         check_choice("--activation-fn", self.activation_fn, tuple(ACTIVATIONS))
         check_choice("--pooler-activation-fn", self.pooler_activation_fn, tuple(utils.get_available_activation_fns()))
         check_choice("--stage-dropout", self.stage_dropout, POLICIES)
@@ -121,7 +133,9 @@ class ImplicitBertConfig(FairseqDataclass):
                 raise ValueError(f"{flag} must lie in [0, 1), got {rate}")
         if not 0.0 < self.encoder_init_std < math.inf:
             raise ValueError(f"--encoder-init-std must be a positive number, got {self.encoder_init_std}")
-        if self.encoder_embed_dim % self.encoder_attention_heads:
+        if not 0.0 < self.layernorm_eps < math.inf:
+            raise ValueError(f"--layernorm-eps must be a positive number, got {self.layernorm_eps}")
+        if "heads" in self._mixer_options() and self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
                 f"--encoder-embed-dim {self.encoder_embed_dim}"
@@ -141,16 +155,29 @@ class ImplicitBertConfig(FairseqDataclass):
             )
         return "checkpoint-step"
 
+    def norm(self) -> NormConfig:
+        """All layer norms of the network."""
+        return NormConfig(eps=self.layernorm_eps)
+
+    def _mixer_options(self) -> Dict[str, Any]:
+        """Those of the mixer's options that have a flag; the others keep their defaults."""
+        names = (item.name for item in dataclasses.fields(MIXERS[self.mixer]))
+        return {name: getattr(self, MIXER_FLAGS[name]) for name in names if name in MIXER_FLAGS}
+
+    def mixer_config(self) -> MixerConfig:
+        """What mixes the tokens, with its options."""
+        return MIXERS[self.mixer](**self._mixer_options())
+
     def transformer_field(self, kind: str) -> TransformerFieldConfig:
         """Shape and noise of a transformer field of one of :data:`fairseq_implicit.fields.transformer.KINDS`."""
         return TransformerFieldConfig(
             dim=self.encoder_embed_dim,
             ffn_dim=self.encoder_ffn_embed_dim,
-            heads=self.encoder_attention_heads,
+            mixer=self.mixer_config(),
             kind=kind,
             activation=self.activation_fn,
+            norm=self.norm(),
             dropout=self.dropout,
-            attention_dropout=self.attention_dropout,
             activation_dropout=self.activation_dropout,
             drop_path=self.drop_path,
             dropout_policy=self.stage_dropout,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterator, Optional, Tuple
 
 from fairseq.models import register_model
-from torch import nn
 
 from fairseq_implicit.depth.equilibrium import ESTIMATORS, INITIAL_STATES, EquilibriumConfig, EquilibriumDepth
+from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.depth.phases import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
@@ -306,7 +306,7 @@ def matched_ffn_dim(layers: int, dim: int, ffn_dim: int) -> int:
     return layers * ffn_dim + 2 * dim * (layers - 1)
 
 
-def cost_report(cfg: DeqBertConfig, depth: nn.Module) -> str:
+def cost_report(cfg: DeqBertConfig, depth: EquilibriumDepth) -> str:
     """Parameters and cost of one update, in evaluations of the cell, beside those of the explicit encoder.
 
     The solver is counted at its whole budget; what it really spends is logged.
@@ -337,7 +337,7 @@ class DeqBertModel(ImplicitBertModel):
     """One equilibrium between RoBERTa's embeddings and heads."""
 
     @classmethod
-    def build_depth(cls, cfg: DeqBertConfig) -> nn.Module:
+    def build_depth(cls, cfg: DeqBertConfig) -> Depth:
         depth = EquilibriumDepth(cfg.equilibrium())
         logger.info(cost_report(cfg, depth))
         return depth

@@ -231,7 +231,7 @@ def load_hub_interface(
 def _other_family(path: str, found: type) -> str:
     """Why a checkpoint is not opened by the class that was asked, and what opens it."""
     if not issubclass(found, ImplicitBertModel):
-        return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with scripts/convert_roberta.py"
+        return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with fairseq-implicit convert"
     # A preset is made from its family's class, the one that builds a depth.
     right = next(base for base in found.__mro__ if "build_depth" in vars(base))
     return (

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 from fairseq.models import register_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_implicit.depth.continuous import GRADIENTS, REVERSIBLE_SCHEME, ContinuousConfig, ContinuousDepth
+from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import KINDS
 from fairseq_implicit.models.bert import ImplicitBertModel
@@ -127,6 +128,7 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         Raises:
             ValueError: an impossible combination, in one sentence.
         """
+        layer = self.transformer_field(self.ode_field)
         return ContinuousConfig(
             dim=self.encoder_embed_dim,
             duration=self.duration,
@@ -144,10 +146,11 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             local_error=self.ode_local_error,
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
             seed=self.ode_seed,
-            noise=max(self.dropout, self.attention_dropout, self.activation_dropout) > 0,
+            noise=layer.is_noisy,
             independent_noise=self.stage_dropout == "independent",
-            # Post-norm fields pull the state to a normed one, as BERT's layers do.
-            final_norm=self.ode_field != "post-norm",
+            # Fields that end in a norm pull the state to a normed one, as BERT's layers do.
+            final_norm=not layer.residual.ends_in_norm,
+            norm=layer.norm,
         )
 
 
@@ -156,7 +159,7 @@ class NeuralOdeBertModel(ImplicitBertModel):
     """A neural ODE between RoBERTa's embeddings and heads."""
 
     @classmethod
-    def build_depth(cls, cfg: NeuralOdeBertConfig) -> nn.Module:
+    def build_depth(cls, cfg: NeuralOdeBertConfig) -> Depth:
         config = cfg.transformer_field(cfg.ode_field)
         if cfg.ode_field == "post-norm" and cfg.scheme == REVERSIBLE_SCHEME:
             logger.warning(
@@ -177,7 +180,7 @@ class NeuralOdeBertModel(ImplicitBertModel):
         depth = f"{name}.encoder.depth." if name else "encoder.depth."
         blocks = re.compile(re.escape(f"{depth}fields.") + r"(\d+)\.(.+)")
         matches = [match for match in map(blocks.fullmatch, list(state_dict)) if match]
-        embedded = isinstance(self.encoder.depth.field, DepthEmbeddedField)
+        embedded = self.args.ode_depth_weights == "embedding"
         if embedded and len({match.group(1) for match in matches}) > 1:
             raise ValueError(
                 "the checkpoint holds a stack of different blocks, which one field cannot be: open it with "

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional
 
 from fairseq.models import register_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
+from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.depth.stack import CORRECTORS, HISTORIES, BlockStack, StackConfig
 from fairseq_implicit.fields.transformer import KINDS, TransformerField
 from fairseq_implicit.models.bert import ImplicitBertModel
@@ -251,8 +252,8 @@ class OdeBertConfig(ImplicitBertConfig):
                 )
         if self.ode_scheme == "implicit-midpoint" and self.ode_theta != 1.0:
             raise ValueError(f"--ode-theta {self.ode_theta}: the implicit midpoint rule has no theta; leave it out")
-        noisy = max(self.dropout, self.attention_dropout, self.activation_dropout, self.drop_path) > 0
-        if self.stage_dropout == "independent" and noisy:
+        layer = self.transformer_field(self.ode_field)
+        if self.stage_dropout == "independent" and layer.is_noisy:
             raise ValueError(
                 "--stage-dropout independent makes the field a different function at each evaluation, so an implicit "
                 "step has no solution: take shared"
@@ -276,7 +277,8 @@ class OdeBertConfig(ImplicitBertConfig):
             dim=self.encoder_embed_dim,
             theta=theta,
             tied=self.ode_tied,
-            final_norm=self.ode_field != "post-norm",
+            final_norm=not layer.residual.ends_in_norm,
+            norm=layer.norm,
         )
 
     def stack(self) -> StackConfig:
@@ -285,7 +287,7 @@ class OdeBertConfig(ImplicitBertConfig):
         Raises:
             ValueError: an impossible combination, in one sentence.
         """
-        coefficients = self.coefficients()
+        coefficients, layer = self.coefficients(), self.transformer_field(self.ode_field)
         return StackConfig(
             layers=self.encoder_layers * self.ode_split,
             dim=self.encoder_embed_dim,
@@ -306,8 +308,8 @@ class OdeBertConfig(ImplicitBertConfig):
             stage_dropout=self.stage_dropout,
             consistency_penalty=self.ode_consistency_weight,
             second_order_penalty=self.ode_second_order_weight,
-            # Post-norm layers end in a norm of their own, as BERT's do.
-            final_norm=self.ode_field != "post-norm",
+            final_norm=not layer.residual.ends_in_norm,
+            norm=layer.norm,
             tolerance=self.ode_tolerance,
             max_evaluations=self.ode_max_evaluations,
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
@@ -324,7 +326,7 @@ class OdeBertModel(ImplicitBertModel):
     """A stack of Runge–Kutta blocks between RoBERTa's embeddings and heads."""
 
     @classmethod
-    def build_depth(cls, cfg: OdeBertConfig) -> nn.Module:
+    def build_depth(cls, cfg: OdeBertConfig) -> Depth:
         config = cfg.transformer_field(cfg.ode_field)
         if cfg.is_implicit:
             return ImplicitStack(cfg.implicit_stack(), lambda layer: TransformerField(config))

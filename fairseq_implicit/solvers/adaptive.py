@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.status import SolveResult, Status
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 PAIRS = ("bosh3", "dopri5", "tsit5")
 STEP_CONTROLS = ("sample", "batch")
@@ -32,9 +33,6 @@ FLOOR_IN_ROUNDING_UNITS = 10.0
 # Steps below this share of the interval (in rounding units of the state) no longer move it.
 SMALLEST_STEP_IN_ROUNDING_UNITS = 16.0
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
-
-Time = float | Tensor
-Field = Callable[[Time, Tensor], Tensor]
 
 
 class Piece(NamedTuple):
@@ -46,7 +44,7 @@ class Piece(NamedTuple):
         continues: whether the field starts with the value that the piece before it ends with (a kink, not a jump).
     """
 
-    field: Field
+    field: VectorField
     end: float
     continues: bool = False
 
@@ -138,7 +136,7 @@ def embedded_pair(scheme: str) -> tuple[Tableau, tuple[float, ...], int]:
     return tableau, weights, min(tableau.order, tableau.embedded_order) + 1
 
 
-def in_state_precision(f: Field, dtype: torch.dtype) -> tuple[Field, torch.dtype]:
+def in_state_precision(f: VectorField, dtype: torch.dtype) -> tuple[VectorField, torch.dtype]:
     """The field seen from a state of at least single precision.
 
     Half-precision states lose small updates (an error of 42 % of the update after four RK4 steps in bfloat16, 11 % with
@@ -172,7 +170,9 @@ def _advance(z: Tensor, k: Tensor, factor: Time) -> Tensor:
     return torch.add(z, k, alpha=factor)
 
 
-def embedded_step(g: Field, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def embedded_step(
+    g: VectorField, scheme: str, t: Time, h: Time, y: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """One trial step of an embedded pair.
 
     Args:
@@ -269,7 +269,7 @@ class _Progress:
 
 
 def solve_adaptive(
-    f: Field,
+    f: VectorField,
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,

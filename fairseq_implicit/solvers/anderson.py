@@ -18,7 +18,12 @@ class Anderson:
         z: a state, ``(batch, time, dim)``, for shape, dtype and device.
         window: residuals kept per sample.
         ridge: λ, relative to the mean squared residual.
+
+    Attributes:
+        knows_residual: whether the residual of the next state is known before it is evaluated, where the map is affine.
     """
+
+    knows_residual = True
 
     def __init__(self, z: Tensor, window: int, ridge: float):
         batch = z.shape[0]

@@ -23,13 +23,13 @@ from fairseq_implicit.solvers.adaptive import (
     SMALLEST_STEP_IN_ROUNDING_UNITS,
     AdaptiveConfig,
     AdaptiveResult,
-    Field,
     Piece,
     check_tolerance,
     in_state_precision,
     solve_adaptive,
 )
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 BACKENDS = ("own", "torchdyn", "torchdiffeq")
 BACKEND_PAIRS = {
@@ -74,7 +74,7 @@ def _module(backend: str):
 
 def solve_with(
     backend: str,
-    f: Field,
+    f: VectorField,
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
@@ -263,7 +263,7 @@ def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConf
 
 
 def solve_torchdyn_adjoint(
-    f: Field,
+    f: VectorField,
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,

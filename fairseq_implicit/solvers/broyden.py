@@ -27,6 +27,8 @@ class Broyden:
         columns: rank-one updates kept before a restart.
     """
 
+    knows_residual = False
+
     def __init__(self, z: Tensor, columns: int):
         self.left, self.right = StoredStates(z, columns), StoredStates(z, columns)
         self.columns = columns

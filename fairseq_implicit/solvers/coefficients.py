@@ -18,7 +18,7 @@ Sources: arXiv 2203.09176 (ODE Transformer), 2411.03042 (PCformer).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -142,15 +142,16 @@ class EmaWeights(nn.Module):
 class StageNorms(nn.Module):
     """PCformer's norms: one of the state, one of each stage's increment."""
 
-    def __init__(self, stages: int, dim: int):
+    def __init__(self, stages: int, dim: int, norm: Callable[[int], nn.LayerNorm]):
         super().__init__()
-        self.state = nn.LayerNorm(dim)
-        self.increments = nn.ModuleList(nn.LayerNorm(dim) for _ in range(stages))
+        self.state = norm(dim)
+        self.increments = nn.ModuleList(norm(dim) for _ in range(stages))
 
 
 def normalise(norm: nn.LayerNorm, value: Tensor) -> Tensor:
     """Layer norm in the dtype of ``value`` ``(…, dim)``, which may be wider than that of the norm's parameters."""
-    return F.layer_norm(value, norm.normalized_shape, norm.weight.to(value.dtype), norm.bias.to(value.dtype), norm.eps)
+    weight, bias = (None if one is None else one.to(value.dtype) for one in (norm.weight, norm.bias))
+    return F.layer_norm(value, norm.normalized_shape, weight, bias, norm.eps)
 
 
 class Combination(nn.Module):
@@ -163,6 +164,7 @@ class Combination(nn.Module):
         channels: width for one weight per channel in the modes learned, softmax and ema.
         dim: width of the state; needed by the mode ``gated`` and by ``stage_norms``.
         stage_norms: normalise the state and every increment (PCformer's ``rk_norm``).
+        norm: makes a norm of a width.
 
     Raises:
         ValueError: an unknown mode or start, or a combination that has no meaning; the sentence says which.
@@ -176,6 +178,7 @@ class Combination(nn.Module):
         channels: int | None = None,
         dim: int | None = None,
         stage_norms: bool = False,
+        norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm,
     ):
         super().__init__()
         check_coefficients(tableau, mode, start, "block" if channels is None else "channel")
@@ -193,7 +196,7 @@ class Combination(nn.Module):
             self.weights = EmaWeights(tableau, mode == "ema-normalised", channels)
         else:
             self.weights = None
-        self.norms = StageNorms(tableau.stages, dim) if stage_norms else None
+        self.norms = StageNorms(tableau.stages, dim, norm) if stage_norms else None
 
     @property
     def required(self) -> tuple[bool, ...]:

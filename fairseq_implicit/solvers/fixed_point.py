@@ -69,7 +69,7 @@ class FixedPointConfig:
         memory: cap in MiB on Broyden's stored updates; when they are full the approximation restarts.
         freeze: rows stop moving once converged, so that a sample's answer does not depend on its batch mates.
         compact: drop converged rows from the evaluations when under half of them remain (needs ``freeze`` and a
-            field with ``rows(index)``).
+            :class:`StateMap` that can be restricted to some of them).
         stagnation_window: residuals that must have stopped moving, near the tolerance, to end a sample.
 
     Raises:
@@ -182,6 +182,8 @@ def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
 class _Picard:
     """The plain damped iteration, with the same calls as the accelerated ones."""
 
+    knows_residual = False
+
     def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
         return f_z if damping is None else torch.addcmul(z, residual, damping)
 
@@ -271,8 +273,7 @@ def solve(
     solver's own algebra and as the caller left it inside ``f``.
 
     Args:
-        f: ``(batch, time, dim) -> (batch, time, dim)``. With ``config.compact``, ``f.rows(index)`` restricts it to
-            some samples, or returns ``None`` when it cannot.
+        f: ``(batch, time, dim) -> (batch, time, dim)``; with ``config.compact`` a :class:`StateMap`.
         z0: start, ``(batch, time, dim)``. Padding is set to zero and stays there.
         config: method, budget, tolerance, safeguards.
         layout: of the batch.
@@ -352,7 +353,7 @@ class _Iteration:
         acceleration = _acceleration(config, z, self.dtype)
         damping = None if config.damping == 1.0 else rows.damping * config.damping
         wanted, iterates = set(capture), {}
-        compact = config.compact and not wanted and hasattr(f, "rows")
+        compact = config.compact and not wanted
         tracked, ending = None, config.max_iter == 1
 
         for count in range(1, config.max_iter + 1):
@@ -386,7 +387,7 @@ class _Iteration:
                 following = torch.where(broken, rows.best, following)
             else:
                 following = acceleration.step(z, f_z, residual, damping)
-                if self.linear and damping is None and isinstance(acceleration, Anderson):
+                if self.linear and damping is None and acceleration.knows_residual:
                     remaining = self._foresee(rows, acceleration, following)
                     if remaining == 0:
                         break

@@ -75,6 +75,8 @@ class GradientConfig:
             raise OptionError("gradient_damping", f"{self.damping} is outside (0, 1].")
         if self.kind == "reversible" and self.damping == 1.0:
             raise OptionError("gradient_damping", "1 makes the reversible iteration irreversible; give 0.5.")
+        if self.adjoint.compact:
+            raise OptionError("compact", "the adjoint equation keeps all samples of its batch; leave it out.")
         if self.fallback_terms < 1:
             raise OptionError("fallback_terms", f"{self.fallback_terms} Neumann terms make no gradient; give 1.")
 

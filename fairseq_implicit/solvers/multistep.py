@@ -20,13 +20,13 @@ from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.runge_kutta import (
     ExplicitConfig,
     ExplicitResult,
-    Field,
     recomputed,
     solve_explicit,
     solver_field,
     solver_state,
 )
 from fairseq_implicit.solvers.status import SolveResult
+from fairseq_implicit.solvers.vector_field import VectorField
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AdamsResult(SolveResult):
 
 
 def correct_by_backward_euler(
-    f: Field, state: Tensor, prediction: Tensor, config: ExplicitConfig, t0: float, dtype: torch.dtype
+    f: VectorField, state: Tensor, prediction: Tensor, config: ExplicitConfig, t0: float, dtype: torch.dtype
 ) -> Tensor:
     """``state + T f(t0 + T, prediction)``, the field entered in ``dtype``; all states ``(batch, time, dim)``."""
     span = config.total_time
@@ -51,7 +51,7 @@ def correct_by_backward_euler(
 
 
 def solve_backward_euler_corrected(
-    f: Field,
+    f: VectorField,
     x: Tensor,
     config: ExplicitConfig,
     combination: Combination | None = None,
@@ -70,7 +70,7 @@ def solve_backward_euler_corrected(
 
 
 def solve_adams(
-    f: Field,
+    f: VectorField,
     x: Tensor,
     config: ExplicitConfig,
     previous: Tensor | None = None,

@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fairseq_implicit.solvers.adaptive import Field, in_state_precision
+from fairseq_implicit.solvers.adaptive import in_state_precision
 from fairseq_implicit.solvers.sensitivity import Surroundings, accumulate
 from fairseq_implicit.solvers.status import SolveResult, Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 # 64-bit integers in units of 2^-44: a resolution of 6e-14, and sums that wrap beyond 5.2e5. A step adds up to five
 # terms, so that none can wrap unnoticed while each of them stays below this.
@@ -30,7 +31,7 @@ LARGEST_STATE = 1e5
 
 
 def solve_reversible(
-    f: Field, y: Tensor, duration: float, steps: int, parameters: Sequence[Tensor] = (), start: float = 0.0
+    f: VectorField, y: Tensor, duration: float, steps: int, parameters: Sequence[Tensor] = (), start: float = 0.0
 ) -> SolveResult:
     """Integrates ``dy/dt = f(t, y)`` over ``steps`` equal steps; ``steps + 1`` evaluations, as many again backward.
 

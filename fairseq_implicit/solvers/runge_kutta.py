@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from fairseq_implicit.solvers.coefficients import Combination, Weight, combine
 from fairseq_implicit.solvers.status import SolveResult
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
-
-Field = Callable[[float | Tensor, Tensor], Tensor]
+from fairseq_implicit.solvers.vector_field import VectorField
 
 GRADIENTS = ("autograd", "checkpoint-step", "checkpoint-stage")
 
@@ -74,7 +73,7 @@ class ExplicitResult(SolveResult):
 
 
 def explicit_stages(
-    f: Field, tableau: Tableau, t: float, y: Tensor, h: float, required: Sequence[bool]
+    f: VectorField, tableau: Tableau, t: float, y: Tensor, h: float, required: Sequence[bool]
 ) -> list[Tensor | None]:
     """The increments ``F_i = f(t + c_i h, y + h Σ_j a_ij F_j)``; ``None`` for a stage that is not required.
 
@@ -93,7 +92,7 @@ def explicit_stages(
 
 
 def explicit_step(
-    f: Field, t: float, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
+    f: VectorField, t: float, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
 ) -> tuple[Tensor, tuple[Weight, ...]]:
     """One step: the new state ``(batch, time, dim)`` and the weights of its stages.
 
@@ -117,12 +116,12 @@ def embedded_error(tableau: Tableau, stages: Sequence[Tensor], h: float) -> Tens
     return combine(torch.zeros_like(stages[0]), stages, differences, h)
 
 
-def entering_dtype(f: Field, dtype: torch.dtype) -> Field:
+def entering_dtype(f: VectorField, dtype: torch.dtype) -> VectorField:
     """The field for a state that may be wider than ``dtype``: the state is cast on entry."""
     return lambda t, z: f(t, z.to(dtype))
 
 
-def with_residual(f: Field) -> Field:
+def with_residual(f: VectorField) -> VectorField:
     """The field ``z + F(z)`` of the original ODE-Transformer code."""
     return lambda t, z: z + f(t, z)
 
@@ -143,7 +142,7 @@ def solver_state(x: Tensor, config: ExplicitConfig) -> Tensor:
     return x.float() if config.state_float32 and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def solver_field(f: Field, config: ExplicitConfig, dtype: torch.dtype) -> Field:
+def solver_field(f: VectorField, config: ExplicitConfig, dtype: torch.dtype) -> VectorField:
     """The field as the engine evaluates it: entered in ``dtype``, with the configured residual and recomputation."""
     if config.residual_in_field:
         f = with_residual(f)
@@ -152,7 +151,7 @@ def solver_field(f: Field, config: ExplicitConfig, dtype: torch.dtype) -> Field:
 
 
 def solve_explicit(
-    f: Field,
+    f: VectorField,
     x: Tensor,
     config: ExplicitConfig,
     combination: Combination | None = None,

@@ -25,13 +25,13 @@ from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.adaptive import (
     AdaptiveConfig,
     AdaptiveResult,
-    Field,
     Piece,
     embedded_pair,
     in_state_precision,
     solve_adaptive,
 )
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import VectorField
 
 
 class Surroundings:
@@ -62,7 +62,7 @@ def accumulate(totals: list[Tensor | None], parts: Sequence[Tensor | None], fact
 
 
 def solve_adjoint(
-    f: Field,
+    f: VectorField,
     y: Tensor,
     duration: float,
     config: AdaptiveConfig,
@@ -126,7 +126,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
 
 
 def _integrate_backward(
-    f: Field,
+    f: VectorField,
     state: Tensor,
     gradient: Tensor,
     duration: float,

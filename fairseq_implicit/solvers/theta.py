@@ -11,7 +11,6 @@ deep equilibrium ``z = x + f(z)`` whose input is injected by addition.
 Source: Hairer and Wanner, *Solving Ordinary Differential Equations II*, §IV.3 and §IV.8.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +18,9 @@ from torch import Tensor
 
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig, equilibrium
+from fairseq_implicit.solvers.implicit_grad import AdjointRecord, Equilibrium, GradientConfig, equilibrium
 from fairseq_implicit.solvers.status import SolveResult, Status
-
-Field = Callable[[float | Tensor, Tensor], Tensor]
+from fairseq_implicit.solvers.vector_field import VectorField
 
 SCHEMES = ("theta", "implicit-midpoint")
 
@@ -59,6 +57,8 @@ class ThetaConfig:
             raise OptionError("steps", f"{self.steps} steps per solve; give at least 1.")
         if not 0.0 < self.total_time < float("inf"):
             raise OptionError("total_time", f"the interval {self.total_time} is not positive and finite.")
+        if self.solver.compact:
+            raise OptionError("compact", "an implicit step keeps all samples of its batch; leave it out.")
         if self.gradient.kind == "reversible":
             raise OptionError("gradient", "the reversible iteration solves no implicit step; take ift or phantom-K.")
 
@@ -72,7 +72,7 @@ class ThetaResult(SolveResult):
 
 
 def solve_theta(
-    f: Field,
+    f: VectorField,
     x: Tensor,
     config: ThetaConfig,
     t0: float = 0.0,
@@ -114,7 +114,9 @@ def solve_theta(
     return ThetaResult(z, evaluations, residual, status, converged)
 
 
-def _implicit_step(f: Field, x: Tensor, t: float, h: float, config: ThetaConfig, layout: Layout, record: AdjointRecord):
+def _implicit_step(
+    f: VectorField, x: Tensor, t: float, h: float, config: ThetaConfig, layout: Layout, record: AdjointRecord
+) -> tuple[Equilibrium, int]:
     """One step: the equilibrium and the evaluations spent on its explicit half."""
     if config.scheme == "implicit-midpoint":
 

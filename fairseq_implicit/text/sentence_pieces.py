@@ -33,7 +33,8 @@ class SentencePieceVocabulary(Vocabulary):
         super().__init__(model, symbols=symbols)
         self._table = self.ids(self._pieces)  # row of every id of the model
 
-    def _read(self, model: bytes) -> list[str]:
+    def _read(self, *contents: bytes) -> list[str]:
+        (model,) = contents
         self._processor = processor = sentencepiece.SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(model)
@@ -53,7 +54,7 @@ class SentencePieceVocabulary(Vocabulary):
         """The same model without the word start that sentencepiece puts before every text."""
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto()
+        proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at import
         proto.ParseFromString(self._processor.serialized_model_proto())
         proto.normalizer_spec.add_dummy_prefix = False
         return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -78,11 +78,8 @@ class MappedTokens:
             )
         self._tokens = np.memmap(data_path, dtype=self._dtype, mode="r") if size else np.zeros(0, dtype=self._dtype)
 
-    def __getstate__(self):
-        return self.prefix
-
-    def __setstate__(self, prefix):
-        self.__init__(prefix)
+    def __reduce__(self):
+        return type(self), (self.prefix,)
 
     def slice(self, start: int, length: int) -> np.ndarray:
         """Tokens ``[start, start + length)`` of the flat file, ``(length,)`` int64 (a copy)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -123,12 +124,8 @@ class Vocabulary(ABC):
     def published_names(cls) -> list[str]:
         return list(cls.FILES.values())
 
-    def __getstate__(self):
-        return list(self.contents.values()), self.symbols
-
-    def __setstate__(self, state):
-        contents, symbols = state
-        self.__init__(*contents, symbols=symbols)
+    def __reduce__(self):
+        return partial(type(self), symbols=self.symbols), tuple(self.contents.values())
 
     @abstractmethod
     def _read(self, *contents: bytes) -> Iterable[str]:

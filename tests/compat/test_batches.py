@@ -37,7 +37,7 @@ def test_a_process_that_stops_inside_an_epoch_ends_in_peace(checkout):
     import sys
 
     script = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; import fairseq_implicit; from test_batches import Endless\n"
+        "import sys; sys.path[:0] = sys.argv[1:3]; import fairseq_implicit.models; from test_batches import Endless\n"
         "from fairseq.data.iterators import BufferedIterator\n"
         "buffer = BufferedIterator(10, Endless()); [next(buffer) for _ in range(30)]"
     )

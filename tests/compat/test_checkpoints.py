@@ -16,7 +16,7 @@ from fairseq import checkpoint_utils
 from fairseq.distributed.utils import _split_tensors_from_obj
 from fairseq.file_io import PathManager
 
-import fairseq_implicit  # noqa: F401
+import fairseq_implicit.models  # noqa: F401
 
 
 def saved(state) -> io.BytesIO:

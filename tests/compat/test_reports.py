@@ -5,7 +5,7 @@ import logging
 import torch
 from fairseq.nan_detector import NanDetector
 
-import fairseq_implicit  # noqa: F401
+import fairseq_implicit.models  # noqa: F401
 
 
 class ReturnsStructure(torch.nn.Module):

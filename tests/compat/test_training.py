@@ -13,7 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-import fairseq_implicit  # noqa: F401
+import fairseq_implicit.models  # noqa: F401
 from fairseq_implicit.compat import training
 from fairseq_implicit.compat.checkpoints import MASTERS
 

@@ -16,8 +16,8 @@ import threading
 import zstandard
 from tqdm import tqdm
 
+from fairseq_implicit.commands import load
 from fairseq_implicit.corpora.durable import sha256_of
-from fairseq_implicit.corpora.prepare_command import build_parser, run
 from fairseq_implicit.corpora.problems import ReadProblem
 from fairseq_implicit.corpora.readers import ReadOptions, read_source
 from fairseq_implicit.corpora.records import Document
@@ -112,9 +112,15 @@ def read(path, boundary="auto", **options):
     return [i for i in items if isinstance(i, Document)], [i for i in items if isinstance(i, ReadProblem)]
 
 
+def run_command(name, *arguments):
+    """Runs a command without catching what it raises; returns the exit status."""
+    command, parser = load(name)
+    return command.run(parser.parse_args([str(argument) for argument in arguments]))
+
+
 def prepare(*arguments):
     """Runs the command line in this process, errors included."""
-    return run(build_parser().parse_args([str(argument) for argument in arguments]))
+    return run_command("prepare-corpus", *arguments)
 
 
 def documents_of(folder, split="train"):

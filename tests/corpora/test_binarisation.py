@@ -16,7 +16,6 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 
 from fairseq_implicit.corpora import binarisation, tokenizer_training
-from fairseq_implicit.corpora.binarise_command import build_parser, run
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.ownership import own_folder
 from fairseq_implicit.corpora.problems import CorpusError
@@ -24,7 +23,15 @@ from fairseq_implicit.corpora.token_parts import PartWriter, join_parts
 from fairseq_implicit.corpora.tokenizer_training import PRESETS, sampled_lines, train_tokenizer
 from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
 from fairseq_implicit.text.token_files import index_header
-from tests.corpora.formats import NAUGHTY, kill_group, pile_lines, prepare, start_function_in_own_group, write_zst
+from tests.corpora.formats import (
+    NAUGHTY,
+    kill_group,
+    pile_lines,
+    prepare,
+    run_command,
+    start_function_in_own_group,
+    write_zst,
+)
 
 
 def made_up_documents(number, seed):
@@ -95,13 +102,13 @@ def test_fast_route_gives_the_bytes_of_fairseq_preprocess(
 
 
 def fast(arguments):
-    return run(build_parser().parse_args([*map(str, arguments), "--fast"]))
+    return run_command("binarise", *arguments, "--fast")
 
 
 def test_fairseq_route_of_the_script(prepared, models, tmp_path):
     train, valid = sorted(prepared.glob("train.*.txt"))[0], prepared / "valid.txt"
     arguments = ["--train", train, "--valid", valid, "--tokenizer", models["unigram"], "--output"]
-    run(build_parser().parse_args([str(argument) for argument in [*arguments, tmp_path / "slow"]]))
+    run_command("binarise", *arguments, tmp_path / "slow")
     fast([*arguments, tmp_path / "fast"])
     for name in ("train.bin", "train.idx", "valid.bin", "dict.txt"):
         assert (tmp_path / "fast/shard0" / name).read_bytes() == (tmp_path / "slow/shard0" / name).read_bytes()
@@ -284,7 +291,7 @@ def test_what_gets_its_name_is_on_the_disk(prepared, models, tmp_path, monkeypat
     monkeypatch.setattr(binarisation.subprocess, "run", preprocess)
     train = sorted(prepared.glob("train.*.txt"))[0]
     arguments = ["--train", train, "--tokenizer", models["unigram"], "--output", tmp_path / "bin", *flags]
-    run(build_parser().parse_args([str(argument) for argument in arguments]))
+    run_command("binarise", *arguments)
     assert {"shard0", "data-bin.txt", "binarised.json"} <= set(named)
     assert not flags or any(name.endswith(".ids") for name in named) and any(n.endswith(".lengths") for n in named)
 
@@ -321,7 +328,7 @@ def test_failure_of_fairseq_preprocess_is_reported(prepared, models, tmp_path, m
     monkeypatch.setattr(binarisation.subprocess, "run", lambda *arguments, **keywords: failed)
     arguments = [prepared, "--tokenizer", models["unigram"], "--output", tmp_path / "l"]
     with pytest.raises(CorpusError, match="fairseq-preprocess failed on .*train.00000.txt: MemoryError: no room"):
-        run(build_parser().parse_args([str(argument) for argument in arguments]))
+        run_command("binarise", *arguments)
     assert not (tmp_path / "l" / "shard0").exists()
 
 

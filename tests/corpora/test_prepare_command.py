@@ -9,22 +9,17 @@ import types
 import pytest
 import zstandard
 
+from fairseq_implicit.commands import main
+from fairseq_implicit.commands.values import byte_size, part_from_environment
 from fairseq_implicit.corpora import segments
 from fairseq_implicit.corpora.binarisation import shards_of_folder
 from fairseq_implicit.corpora.corpus_job import LOCK
 from fairseq_implicit.corpora.counts import Counts
 from fairseq_implicit.corpora.durable import sha256_of
 from fairseq_implicit.corpora.ownership import own_folder
-from fairseq_implicit.corpora.prepare_command import build_parser, byte_size, main, part_from_environment
 from fairseq_implicit.corpora.problems import CorpusError
 from fairseq_implicit.corpora.tokenizer_training import text_files
 from tests.corpora.formats import checksums, documents_of, made_up_texts, pile_lines, prepare, write_tar, write_zst
-
-
-@pytest.fixture(autouse=True)
-def logging_of_pytest(monkeypatch):
-    """The command would bind the log to a stream that pytest closes after the test."""
-    monkeypatch.setattr("logging.basicConfig", lambda **keywords: None)
 
 
 def test_strict_stops_with_the_sentence(corpus, flags, tmp_path):
@@ -65,19 +60,19 @@ def test_inputs_are_required_and_standard_input_is_whole(tmp_path):
 
 
 def test_exit_status_and_sentence_of_the_command(tmp_path, capsys, monkeypatch):
-    assert main([str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 1
+    assert main(["prepare-corpus", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out")]) == 1
     assert "none.jsonl does not exist" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("text")
     for error, status, sentence in (
         (OSError(28, "No space left on device", "/data/x"), 1, "/data/x: No space left on device; mend it and run"),
-        (KeyboardInterrupt(), 130, "Interrupted; run the same command again"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again"),
     ):
 
         def failing(writer, key, split, text, error=error):
             raise error
 
         monkeypatch.setattr(segments.SegmentWriter, "add", failing)
-        assert main([str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]) == status
+        assert main(["prepare-corpus", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out")]) == status
         assert sentence in capsys.readouterr().err
 
 
@@ -110,13 +105,13 @@ def test_empty_corpus_gives_an_empty_result(tmp_path, capsys, caplog):
     for content in (b"", b'{"title": "no text"}\n', b'[{"text": "an array"}]\n', b"BZh9 not bzip2"):
         path.write_bytes(content)
         for _ in range(2):  # the same again, until the file is mended
-            assert main(arguments) == 3
+            assert main(["prepare-corpus", *arguments]) == 3
             assert "Nothing was written to" in capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["files"] == {} and report["problems_total"] == 1
     assert "train shards: 0; problems of input files: 1" in (tmp_path / "out" / "report.txt").read_text()
     path.write_text("\n".join(pile_lines(["some", "text"])))
-    assert main([*arguments, "--valid-fraction", "0.0005"]) == 0
+    assert main(["prepare-corpus", *arguments, "--valid-fraction", "0.0005"]) == 0
     assert "train shards: 1; problems of input files: 0" in capsys.readouterr().out
 
 
@@ -190,7 +185,7 @@ def test_scheduler_variables_and_sizes_are_checked():
     assert [byte_size(text) for text in ("7", "4GB", "1.5MiB", "2k")] == [7, 4 * 10**9, 3 * 2**19, 2000]
     for wrong in (["--part", "3/3"], ["--shard-size", "many"], ["--component-weight", "x"]):
         with pytest.raises(SystemExit):
-            build_parser().parse_args(["a", "--output", "b", *wrong])
+            main(["prepare-corpus", "a", "--output", "b", *wrong])
 
 
 def test_mended_input_of_a_finished_folder_is_read_again(tmp_path, caplog):
@@ -262,13 +257,13 @@ def test_largest_loss(tmp_path, lost, share, what, capsys, caplog):
         data[len(data) // 2 :: 7] = bytes(len(data[len(data) // 2 :: 7]))
         path.write_bytes(data)
     arguments = [str(path), "--output", str(tmp_path / "out"), "--max-loss"]
-    assert main([*arguments, str(share - 0.02)]) == 4
+    assert main(["prepare-corpus", *arguments, str(share - 0.02)]) == 4
     error = capsys.readouterr().err
     assert f"of the {what} could not be read, the first of " in error and str(path) in error
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert main([*arguments, "1"]) == 0  # nothing is read again for that
+    assert main(["prepare-corpus", *arguments, "1"]) == 0  # nothing is read again for that
     assert "1 files, 1 of them already read" in caplog.text
-    assert main([*arguments, str(share - 0.02)]) == 4  # a finished folder is no excuse
+    assert main(["prepare-corpus", *arguments, str(share - 0.02)]) == 4  # a finished folder is no excuse
     counts = json.loads((tmp_path / "out" / "report.json").read_text())["counts"]
     assert max(Counts.from_dict(counts).losses(), key=Counts.from_dict(counts).losses().get) == what
 
@@ -337,21 +332,22 @@ def test_damaged_records_end_with_one_sentence(tmp_path, capsys, damage):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(pile_lines([f"document {number}" for number in range(50)])))
     arguments = [str(path), "--output", str(tmp_path / "out")]
-    main([*arguments, "--part", "0/2"])
-    main([*arguments, "--merge", "--part", "0/2"])
+    main(["prepare-corpus", *arguments, "--part", "0/2"])
+    main(["prepare-corpus", *arguments, "--merge", "--part", "0/2"])
     work = tmp_path / "out" / "work"
     records = [path for path in work.rglob("*") if path.suffix in (".json", ".verified")]
     assert len(records) == 4  # the job, the source, its verification, one shard
     for record in records:
         content = record.read_bytes()
         record.write_bytes(DAMAGED[damage])
-        assert main([*arguments, "--merge"]) == 1
-        assert capsys.readouterr().err.splitlines()[-1].startswith(f"{record} is damaged (")
+        assert main(["prepare-corpus", *arguments, "--merge"]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"fairseq-implicit prepare-corpus: {record} is damaged (")
         record.write_bytes(content)
-    assert main([*arguments, "--merge"]) == 0
+    assert main(["prepare-corpus", *arguments, "--merge"]) == 0
     (tmp_path / "out" / "manifest.json").write_bytes(DAMAGED[damage])
     for command in (arguments, [*arguments, "--verify"], ["--verify", *arguments[1:]]):
-        assert main(command) == 1
+        assert main(["prepare-corpus", *command]) == 1
         assert "manifest.json is damaged (" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -8,6 +8,7 @@ import torch
 from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
@@ -17,7 +18,7 @@ DIM = 16
 
 def shape(dropout=0.0, kind="pre-norm"):
     return TransformerFieldConfig(
-        DIM, 2 * DIM, 2, kind, dropout=dropout, attention_dropout=dropout, activation_dropout=dropout
+        DIM, 2 * DIM, AttentionConfig(2, dropout), kind, dropout=dropout, activation_dropout=dropout
     )
 
 
@@ -162,7 +163,7 @@ def test_pieces_are_the_field_from_knot_to_knot(interpolation):
     field = interpolated(interpolation=interpolation).eval()
     y = states()
     f = field.prepare(y)
-    pieces = field.pieces(f, 3.0)
+    pieces = f.pieces(3.0)
     assert [piece.end for piece in pieces] == [1.0, 2.0, 3.0]
     for start, piece in enumerate(pieces):
         for t in (start, start + 0.3):
@@ -170,7 +171,7 @@ def test_pieces_are_the_field_from_knot_to_knot(interpolation):
         before = start if interpolation == "constant" else piece.end
         assert torch.equal(piece.field(piece.end, y), f(float(before), y)), "an end belongs to both of its pieces"
     assert all(piece.continues == (interpolation == "linear") for piece in pieces)
-    assert len(embedded().pieces(f, 3.0)) == 1
+    assert len(embedded().prepare(y).pieces(3.0)) == 1
 
 
 @pytest.mark.parametrize("gradient", ("autograd", "checkpoint-step", "adjoint", "torchdyn", "torchdiffeq"))

@@ -6,11 +6,12 @@ import torch
 from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.diagnostics import trace
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 
-SHAPE = TransformerFieldConfig(16, 32, 2)
+SHAPE = TransformerFieldConfig(16, 32, AttentionConfig(2))
 
 
 def stack(**settings):

@@ -11,6 +11,7 @@ from fairseq_implicit.depth.equilibrium import EquilibriumConfig, EquilibriumDep
 from fairseq_implicit.depth.phases import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell
 from fairseq_implicit.fields.injection import InjectionConfig
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError, solve
@@ -22,7 +23,7 @@ SHARP = FixedPointConfig("anderson", 100, 1e-12)
 
 
 def layer(kind="post-norm", **options):
-    return TransformerFieldConfig(**{**dict(dim=DIM, ffn_dim=32, heads=4, kind=kind), **options})
+    return TransformerFieldConfig(**{**dict(dim=DIM, ffn_dim=32, mixer=AttentionConfig(4), kind=kind), **options})
 
 
 def cell(kind="post-norm", layers=1, noise=None, **options):
@@ -95,7 +96,7 @@ def test_a_map_without_its_final_norm_has_spectral_radius_one():
 @pytest.mark.parametrize("method", METHODS)
 def test_base_size_converges_within_twelve_evaluations_at_initialisation(method):
     torch.manual_seed(0)
-    base = EquilibriumCell(CellConfig(TransformerFieldConfig(768, 3072, 12, "post-norm")))
+    base = EquilibriumCell(CellConfig(TransformerFieldConfig(768, 3072, AttentionConfig(12), "post-norm")))
     x = torch.nn.functional.layer_norm(torch.randn(1, 32, 768), (768,))
     with torch.no_grad():
         result = solve(base.prepare(x), torch.zeros_like(x), FixedPointConfig(method, 12, 1e-3))
@@ -149,7 +150,7 @@ def test_every_gradient_reaches_every_parameter_and_the_input(name):
 
 @pytest.mark.parametrize("weight_norm", [False, True])
 def test_exact_gradient_equals_a_long_unroll_through_the_real_cell(weight_norm):
-    noise = dict(dropout=0.2, attention_dropout=0.2, activation_dropout=0.1)
+    noise = dict(dropout=0.2, mixer=AttentionConfig(4, 0.2), activation_dropout=0.1)
     module = depth(cell=cell(noise=noise, weight_norm=weight_norm), gradient=GradientConfig(adjoint=SHARP)).train()
     target = embedding(seed=9)
 
@@ -165,7 +166,7 @@ def test_exact_gradient_equals_a_long_unroll_through_the_real_cell(weight_norm):
 
 
 def test_all_dropout_is_shared_along_the_solve_and_fresh_for_the_next():
-    noise = dict(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3)
+    noise = dict(dropout=0.3, mixer=AttentionConfig(4, 0.3), activation_dropout=0.3)
     module = depth(cell=cell(noise=noise)).train()
     x = embedding()
     one, other = module(x), module(x)
@@ -177,7 +178,7 @@ def test_all_dropout_is_shared_along_the_solve_and_fresh_for_the_next():
 
 def test_independent_dropout_is_refused_because_it_has_no_fixed_point():
     with pytest.raises(OptionError, match="attention dropout with a new mask") as caught:
-        depth(cell=cell(noise=dict(attention_dropout=0.1, dropout_policy="independent")))
+        depth(cell=cell(noise=dict(mixer=AttentionConfig(4, 0.1), dropout_policy="independent")))
     assert caught.value.option == "stage_dropout"
     depth(cell=cell(noise=dict(dropout_policy="independent")))
     depth(cell=cell(noise=dict(dropout=0.1, dropout_policy="independent")), gradient=GradientConfig("bptt", 3))
@@ -264,7 +265,7 @@ def test_backward_statistics_are_those_of_the_previous_pass():
 
 
 def test_the_monitor_measures_at_its_interval_and_leaves_training_alone():
-    noise = dict(dropout=0.1, attention_dropout=0.1)
+    noise = dict(dropout=0.1, mixer=AttentionConfig(4, 0.1))
 
     def run(interval):
         module = depth(cell=cell(noise=noise), monitor_interval=interval).train()
@@ -354,7 +355,7 @@ def test_the_start_up_check_prints_its_numbers_once(caplog):
 
 def test_recomputation_gives_the_same_gradient_and_is_refused_with_ift():
     def grads(recompute):
-        noise = dict(dropout=0.1, attention_dropout=0.1)
+        noise = dict(dropout=0.1, mixer=AttentionConfig(4, 0.1))
         module = depth(cell=cell(noise=noise), gradient=parse_gradient("phantom-3"), recompute=recompute).train()
         torch.manual_seed(2)
         (module(embedding()).state * embedding(seed=9)).sum().backward()

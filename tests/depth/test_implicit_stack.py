@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
-from fairseq_implicit.fields.field import Field
+from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
@@ -19,7 +20,7 @@ EXACT = GradientConfig(adjoint=SHARP)
 
 def stack(kind="pre-norm", layers=2, gradient=EXACT, noise=None, tied=False, **theta):
     torch.manual_seed(0)
-    field = TransformerFieldConfig(dim=16, ffn_dim=32, heads=4, kind=kind, **(noise or {}))
+    field = TransformerFieldConfig(16, 32, **{"mixer": AttentionConfig(4), **(noise or {})}, kind=kind)
     config = ImplicitStackConfig(
         layers, 16, ThetaConfig(solver=SHARP, gradient=gradient, **theta), tied, kind != "post-norm"
     )
@@ -71,7 +72,7 @@ def test_padding_and_batch_mates_change_no_answer(theta):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_exact_gradient_equals_unrolling_with_dropout_on(tied):
-    noise = dict(dropout=0.2, attention_dropout=0.2)
+    noise = dict(dropout=0.2, mixer=AttentionConfig(4, 0.2))
 
     def grads(gradient):
         module = stack(noise=noise, gradient=gradient, tied=tied, theta=0.5).train()
@@ -97,7 +98,7 @@ class Affine(Field):
             same = (z == start).flatten(1).all(1)[:, None, None] if self.fragile else torch.tensor(True)
             return torch.where(same, self.rate * z, float("nan"))
 
-        return f
+        return Increment(f)
 
 
 def affine_stack(budget, *fields):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
+from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.coefficients import MODES, check_coefficients
@@ -48,7 +50,7 @@ VARIANTS = {
 variants = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 
 
-class Oscillator(nn.Module):
+class Oscillator(Field):
     """x' = a (1 + sin 2t) J x with a learned rate a."""
 
     def __init__(self):
@@ -61,11 +63,11 @@ class Oscillator(nn.Module):
             self.times.append(t)
             return self.rate * (1 + math.sin(2 * t)) * torch.stack([-z[..., 1], z[..., 0]], dim=-1)
 
-        return f
+        return Increment(f)
 
 
 def transformer(kind="pre-norm", **noise):
-    return TransformerField(TransformerFieldConfig(DIM, 2 * DIM, 2, kind=kind, **noise))
+    return TransformerField(TransformerFieldConfig(DIM, 2 * DIM, **{"mixer": AttentionConfig(2), **noise}, kind=kind))
 
 
 def stack(layers=3, kind="pre-norm", noise=None, **options):
@@ -258,7 +260,9 @@ def test_a_float32_state_keeps_what_bfloat16_rounds_away():
     + [(name, "independent") for name in ("euler", "gated", "sub-steps", "adams", "pcformer")],
 )
 def test_gradient_modes_agree_with_dropout_on(name, policy):
-    noise = dict(dropout=0.2, attention_dropout=0.2, activation_dropout=0.2, drop_path=0.3, dropout_policy=policy)
+    noise = dict(
+        dropout=0.2, mixer=AttentionConfig(2, 0.2), activation_dropout=0.2, drop_path=0.3, dropout_policy=policy
+    )
     found = []
     for gradient in GRADIENTS:
         module = stack(2, noise=noise, gradient=gradient, stage_dropout=policy, **VARIANTS[name]).double()

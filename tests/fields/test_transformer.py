@@ -4,15 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import KINDS, TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 
 DIM, FFN, HEADS = 16, 32, 4
 
 
-def build(kind: str, **rates) -> TransformerField:
+def build(kind: str, attention_dropout: float = 0.0, **rates) -> TransformerField:
     torch.manual_seed(0)
-    return TransformerField(TransformerFieldConfig(DIM, FFN, HEADS, kind=kind, **rates)).double()
+    return TransformerField(
+        TransformerFieldConfig(DIM, FFN, AttentionConfig(HEADS, attention_dropout), kind, **rates)
+    ).double()
 
 
 def states(batch: int = 3, time: int = 7) -> torch.Tensor:
@@ -152,7 +155,7 @@ def test_gradients_match_finite_differences(kind):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (dict(heads=3), "heads must divide the width"),
+        (dict(mixer=AttentionConfig(3)), "heads must divide the width"),
         (dict(kind="sandwich"), "unknown field 'sandwich'"),
         (dict(activation="softplus"), "unknown activation 'softplus'"),
         (dict(dropout=1.0), r"must lie in \[0, 1\)"),
@@ -160,7 +163,7 @@ def test_gradients_match_finite_differences(kind):
     ],
 )
 def test_impossible_configurations_are_refused(change, sentence):
-    settings = dict(dim=DIM, ffn_dim=FFN, heads=HEADS)
+    settings = dict(dim=DIM, ffn_dim=FFN, mixer=AttentionConfig(HEADS))
     settings.update(change)
     with pytest.raises(ValueError, match=sentence):
         TransformerField(TransformerFieldConfig(**settings))

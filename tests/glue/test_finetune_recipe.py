@@ -15,9 +15,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from examples.glue import binarise, columns
+from fairseq_implicit.commands.checkpoint_flags import model_flags
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.ode_bert import OdeBertModel
-from scripts.checkpoint_flags import model_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/glue/finetune.sh"
@@ -26,7 +26,7 @@ STAND_IN = r"""#!/usr/bin/env bash
 printf '%s\0' "$(basename "$0")" "$@" $'\n' >>"$RECORD"
 case $1 in
     */columns.py) exec "$PYTHON" "$@" ;;
-    */checkpoint_flags.py) printf '%s\n' "$FLAGS" ;;
+    -m) printf '%s\n' "$FLAGS" ;;
     -c) exit 1 ;;
 esac
 """
@@ -147,7 +147,8 @@ def test_each_task_is_judged_by_its_metric_in_folders_of_any_name(task, tmp_path
     assert result.returncode == 0, result.stderr
     out = tmp_path / "a 'quoted' out"
     scripts = [Path(command[1]).name for command in commands[:-1]]
-    assert scripts == ["columns.py", "binarise.py", "checkpoint_flags.py", "-c"]
+    assert scripts == ["columns.py", "binarise.py", "-m", "-c"]
+    assert commands[2][2:4] == ["fairseq_implicit", "checkpoint-flags"]
     assert commands[1][2:] == [f"{out}/lines", "--pretrained", f"{tmp_path}/pre trained", "--out", f"{out}/data-bin"]
     train = commands[-1]
     assert train[:2] == ["fairseq-train", f"{out}/data-bin"]

@@ -53,6 +53,21 @@ def test_positions_are_fairseqs_until_the_layout_gives_others(task, tokens):
     assert torch.equal(later[0], encoder.embed_tokens(tokens[0]) + rows)
 
 
+@pytest.mark.parametrize("family", ["ode_bert", "neural_ode_bert", "deq_bert"])
+def test_layernorm_eps_is_that_of_every_norm(task, tokens, family):
+    model = MODEL_REGISTRY[family]
+    found = []
+    for options in ({}, {"layernorm_eps": 1e-12}):
+        torch.manual_seed(0)
+        built = model.build_model(model.config_class()(**{**SHAPE, **QUIET, **options}), task).eval()
+        norms = [module for module in built.modules() if isinstance(module, torch.nn.LayerNorm)]
+        assert len(norms) > 3 and {norm.eps for norm in norms} == {options.get("layernorm_eps", 1e-5)}
+        found.append(built(tokens)[0])
+    assert not torch.equal(*found)
+    with pytest.raises(ValueError, match="--layernorm-eps must be a positive number, got 0"):
+        model.build_model(model.config_class()(**SHAPE, layernorm_eps=0.0), task)
+
+
 def test_head_runs_on_masked_positions_only_and_agrees(task, tokens):
     model = build(task).eval()
     masked = tokens.gt(20)

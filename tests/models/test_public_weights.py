@@ -11,10 +11,10 @@ from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 from fairseq.models.roberta import RobertaModel
 
 from examples.glue import binarise
+from fairseq_implicit.commands.checkpoint_flags import model_flags
+from fairseq_implicit.commands.convert import convert
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.ode_bert import OdeBertModel
-from scripts import convert_roberta
-from scripts.checkpoint_flags import model_flags
 
 BYTE_PAIRS = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"}
 MERGES = "t h|th e|Ġ the|Ġ s|o l|Ġs ol|v e|Ġsol ve|Ġsolve r|i n|Ġ f|Ġf i|e l|Ġfi el|Ġfiel d|in g".split("|")
@@ -65,9 +65,7 @@ def theirs(published):
 
 @pytest.fixture(scope="module")
 def converted(published):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["convert_roberta", str(published / "model.pt"), str(published / "ode_bert.pt")])
-        convert_roberta.main()
+    convert(str(published / "model.pt"), str(published / "ode_bert.pt"))
     return published / "ode_bert.pt"
 
 
@@ -135,18 +133,23 @@ def test_what_does_not_belong_together_is_refused(converted, tmp_path):
 
 
 def test_the_published_checkpoint_itself_is_sent_to_the_converter(published):
-    with pytest.raises(ValueError, match="scripts/convert_roberta.py"):
+    with pytest.raises(ValueError, match="fairseq-implicit convert"):
         ImplicitBertModel.from_pretrained(published, "model.pt")
 
 
+def test_the_dial_says_which_model_it_is(published, command):
+    """Such a checkpoint names it by its --arch alone."""
+    status, _, said = command("depth-sweep", published / "model.pt", "data")
+    assert status == 1 and "the checkpoint holds roberta_base: the dial turns" in said
+    assert len(said.splitlines()) == 1
+
+
 @pytest.mark.parametrize("place", ["no/such/folder/out.pt", "full"])
-def test_a_failing_save_is_one_sentence(published, monkeypatch, tmp_path, place):
+def test_a_failing_save_is_one_sentence(published, command, monkeypatch, tmp_path, place):
     if place == "full":
         monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("unexpected pos 64 vs 0")))
-    monkeypatch.setattr(sys, "argv", ["convert_roberta", str(published / "model.pt"), str(tmp_path / place)])
-    with pytest.raises(SystemExit) as stopped:
-        convert_roberta.main()
-    assert "cannot be written" in str(stopped.value) and len(str(stopped.value).splitlines()) == 1
+    status, _, said = command("convert", published / "model.pt", tmp_path / place)
+    assert status == 1 and "cannot be written" in said and len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

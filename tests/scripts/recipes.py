@@ -29,6 +29,8 @@ if name == "python":
         os.execv(sys.executable, [sys.executable, *arguments])
     if arguments[0] == "-V":
         sys.exit(print("Python 3.11.0"))
+    if arguments[:2] == ["-m", "fairseq_implicit"]:
+        arguments = arguments[2:]
     name, arguments = Path(arguments[0]).name, arguments[1:]
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps([name, arguments, os.getcwd()]) + "\\n")
@@ -53,16 +55,16 @@ def make(path, text=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
-if name in ("text_corpus.py", "embedded_corpus.py"):
+if name == "text-corpus":
     for split in ("train", "valid", "test"):
         make(value("--out") / (split + ".txt"), "text\\n")
-elif name == "train_tokenizer.py":
+elif name == "train-tokenizer":
     make(value("--out"))
     make(value("--out").with_name("dict.txt"))
 elif name == "fairseq-preprocess":
     for file in ("dict.txt", "sentencepiece.bpe.model", "valid.idx"):
         make(value("--destdir") / file)
-elif name == "binarise_corpus.py":
+elif name == "binarise":
     for file in ("dict.txt", "sentencepiece.bpe.model"):
         make(value("--output") / "shard0" / file)
     make(value("--output") / "data-bin.txt", str(value("--output") / "shard0") + "\\n")
@@ -86,9 +88,11 @@ class Checkout:
         self.work.mkdir(parents=True)
         shutil.copytree(ROOT / "scripts", self.root / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(ROOT / "examples/pretraining", self.root / "examples/pretraining")
-        for name in ("data", "text", "corpora"):
+        for name in ("commands", "corpora", "data", "models", "text"):
             (self.root / "fairseq_implicit" / name).mkdir(parents=True)
         for file in ("requirements.txt", "fairseq_implicit/data/dictionary.py", "fairseq_implicit/text/vocabulary.py",
+                     "fairseq_implicit/commands/train_tokenizer.py", "fairseq_implicit/corpora/docstrings.py",
+                     "fairseq_implicit/corpora/small_corpus.py",
                      "fairseq_implicit/corpora/tokenizer_training.py"):  # fmt: skip
             shutil.copy(ROOT / file, self.root / file)
         (self.root / "torch.py").write_text("class cuda:\n    device_count = staticmethod(lambda: 0)\n")

@@ -1,24 +1,15 @@
 """What the benchmarks share, and the rows of the corpus benchmark; their measurements are not tested."""
 
-import importlib
 import math
-import runpy
 import subprocess
 import sys
 
-import pytest
-
-from scripts import side_by_side
+from fairseq_implicit.commands.wording import conditions, counted
+from scripts import benchmark_corpus
 from tests.conftest import ROOT
 
 
-@pytest.fixture
-def benchmark_corpus(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("scripts.benchmark_corpus")
-
-
-def test_a_text_too_small_to_measure_has_no_net_speed(benchmark_corpus):
+def test_a_text_too_small_to_measure_has_no_net_speed():
     """One whose net time is nothing, or less, says so instead of dividing by it."""
     long = benchmark_corpus.row("fast", 2, 10.0, 6.0, 1.0, (21.0, 1.0), 4.0)
     assert long.split() == ["fast", "2", "6.0", "1.67", "3.5x", "2.00", "4.0x", "25%"]
@@ -30,8 +21,8 @@ def test_a_text_too_small_to_measure_has_no_net_speed(benchmark_corpus):
 
 
 def test_one_thread_is_no_plural():
-    assert side_by_side.counted(1, "step") == "1 step" and side_by_side.counted(0, "step") == "0 steps"
-    assert ", 1 thread, " in side_by_side.conditions("cpu", 1) and ", 2 threads, " in side_by_side.conditions("cpu", 2)
+    assert counted(1, "step") == "1 step" and counted(0, "step") == "0 steps"
+    assert ", 1 thread, " in conditions("cpu", 1) and ", 2 threads, " in conditions("cpu", 2)
 
 
 def test_measuring_memory_prints_nothing():
@@ -42,9 +33,3 @@ def test_measuring_memory_prints_nothing():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) >= 40_000
     assert [line for line in done.stderr.splitlines() if "Profiler" in line] == []
-
-
-@pytest.mark.parametrize("name", ["side_by_side", "pictures", "validation"])
-def test_a_module_that_is_run_says_what_it_is(name):
-    with pytest.raises(SystemExit, match=f"^{name} is a module of the commands beside it: "):
-        runpy.run_path(str(ROOT / "scripts" / f"{name}.py"), run_name="__main__")

@@ -3,7 +3,6 @@
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,11 @@ import pytest
 import sentencepiece
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts import pictures
-from scripts.corpus_entropy import entropies
-from scripts.fill_masks import questions
-from scripts.plot_losses import plot, read_curves
-from scripts.train_tokenizer import main as train_tokenizer_command
-from scripts.train_tokenizer import train_tokenizer
+from fairseq_implicit.commands import pictures
+from fairseq_implicit.commands.fill_masks import questions
+from fairseq_implicit.commands.plot_losses import plot, read_curves
+from fairseq_implicit.corpora.tokenizer_training import train_tokenizer
+from fairseq_implicit.evaluation.entropies import entropies
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +66,7 @@ def test_tokenizer_has_the_size_asked_for_and_is_reproducible(text, tmp_path, ki
     copy = tmp_path / "elsewhere.txt"
     copy.write_bytes(text.read_bytes())
     for source, name in ((text, "one.model"), (copy, "deep/two.model")):
-        train_tokenizer(str(source), str(tmp_path / name), 64, kind)
+        train_tokenizer([source], tmp_path / name, 64, {"model_type": kind})
     assert (tmp_path / "one.model").read_bytes() == (tmp_path / "deep/two.model").read_bytes()
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "one.model"))
     own = [i for i in range(len(pieces)) if not (pieces.is_control(i) or pieces.is_unknown(i))]
@@ -77,14 +75,14 @@ def test_tokenizer_has_the_size_asked_for_and_is_reproducible(text, tmp_path, ki
 
 def test_tokenizer_refuses_what_cannot_be(text, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such text file"):
-        train_tokenizer(str(tmp_path / "missing.txt"), str(tmp_path / "m.model"), 64)
+        train_tokenizer([tmp_path / "missing.txt"], tmp_path / "m.model", 64, {})
     with pytest.raises(ValueError, match="no dictionary of 50000 symbols.*--dictionary-size"):
-        train_tokenizer(str(text), str(tmp_path / "m.model"), 50000)
+        train_tokenizer([text], tmp_path / "m.model", 50000, {})
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(ValueError, match="holds no text"):
-        train_tokenizer(str(tmp_path / "empty.txt"), str(tmp_path / "m.model"), 64)
+        train_tokenizer([tmp_path / "empty.txt"], tmp_path / "m.model", 64, {})
     with pytest.raises(ValueError, match="--dictionary-size 5 leaves no room"):
-        train_tokenizer(str(text), str(tmp_path / "m.model"), 5)
+        train_tokenizer([text], tmp_path / "m.model", 5, {})
     assert not (tmp_path / "m.model").exists()
 
 
@@ -93,41 +91,28 @@ def test_tokenizer_refuses_what_cannot_be(text, tmp_path):
 )
 def test_the_size_that_is_advised_is_the_nearest_that_works(text, tmp_path, size, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
-        train_tokenizer(str(text), str(tmp_path / "m.model"), size)
+        train_tokenizer([text], tmp_path / "m.model", size, {})
     advised = int(re.search(sentence, str(error.value))[1])
     with pytest.raises(ValueError, match=sentence):
-        train_tokenizer(str(text), str(tmp_path / "m.model"), advised + (1 if size > advised else -1))
-    train_tokenizer(str(text), str(tmp_path / "m.model"), advised)
+        train_tokenizer([text], tmp_path / "m.model", advised + (1 if size > advised else -1), {})
+    train_tokenizer([text], tmp_path / "m.model", advised, {})
 
 
-def tokenizer_command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr("sys.argv", ["train_tokenizer", *map(str, arguments)])
-    train_tokenizer_command()
-    return capsys.readouterr().out
-
-
-def test_characters_that_are_left_out_and_rows_that_are_filled_up_are_said(tmp_path, monkeypatch, capsys):
+def test_characters_that_are_left_out_and_rows_that_are_filled_up_are_said(tmp_path, command):
     """A text of many rare characters fits a small dictionary when a share of its characters is enough."""
     rng = np.random.default_rng(0)
     file, model = tmp_path / "text.txt", tmp_path / "m.model"
     lines = ["".join(rng.choice(list("abcdef"), 30)) + chr(0x4E00 + number) for number in range(300)]
     file.write_text("\n".join(lines), encoding="utf-8")
-    arguments = (file, "--out", model, "--dictionary", 200, "--character-coverage")
-    with pytest.raises(SystemExit, match="alone need 3..; .* a lower --character-coverage"):
-        tokenizer_command(monkeypatch, capsys, *arguments, 1)
-    with pytest.raises(SystemExit):
-        tokenizer_command(monkeypatch, capsys, *arguments, 0.9)
-    assert "--character-coverage 0.9 must lie between 0.98 and 1" in capsys.readouterr().err
-    output = tokenizer_command(monkeypatch, capsys, *arguments, 0.98)
-    assert "200 symbols in the dictionary, filled up to 256 (a multiple of 64)" in output
+    arguments = ("train-tokenizer", file, "--out", model, "--dictionary", 200, "--character-coverage")
+    status, _, said = command(*arguments, 1)
+    assert status == 1 and re.search("alone need 3..; .* a lower --character-coverage", said)
+    status, _, said = command(*arguments, 0.9)
+    assert status == 2 and "--character-coverage 0.9 must lie between 0.98 and 1" in said
+    status, output, _ = command(*arguments, 0.98)
+    assert status == 0 and "200 symbols in the dictionary, filled up to 256 (a multiple of 64)" in output
     rows = (tmp_path / "dict.txt").read_text().splitlines()
     assert len(rows) == 256 - len(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-
-
-@pytest.mark.parametrize("name", ["corpora_alone", "corpus_splits"])
-def test_a_part_of_other_commands_says_so(name):
-    result = subprocess.run([sys.executable, ROOT / f"scripts/{name}.py"], capture_output=True, text=True)
-    assert result.returncode == 1 and f"{name} is a part of" in result.stderr
 
 
 def test_entropies_of_known_sources():

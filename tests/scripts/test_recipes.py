@@ -46,7 +46,7 @@ def test_quickstart_with_relative_paths_and_its_last_lines_from_anywhere(checkou
     for command in (last["try"], last["more"]):
         done = subprocess.run(["bash", "-c", command], cwd=elsewhere, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    filled, training = [call for call in checkout.calls() if call[0] in ("fill_masks.py", "fairseq-train")][:2]
+    filled, training = [call for call in checkout.calls() if call[0] in ("fill-masks", "fairseq-train")][:2]
     out = checkout.work / "o ut"
     assert filled[1] == [f"{out}/own-text/ode_bert_rk4_tiny", "Return the <mask> of the list."]
     assert training[1][training[1].index("--max-update") + 1] == "14"  # seven more of the very same model
@@ -119,8 +119,8 @@ def test_a_signal_ends_the_training_and_all_its_processes(checkout, text, name):
 
 
 @pytest.mark.parametrize(
-    "script, program", [("ode_bert_base.sh", "text_corpus.py"), ("pile.sh", "binarise_corpus.py"),
-                        ("oscar.sh", "prepare_corpus.py"), ("deq.sh", "fairseq-train")]
+    "script, program", [("ode_bert_base.sh", "text-corpus"), ("pile.sh", "binarise"),
+                        ("oscar.sh", "prepare-corpus"), ("deq.sh", "fairseq-train")]
 )  # fmt: skip
 def test_a_signal_ends_every_recipe_at_any_stage(checkout, inputs, script, program):
     process = checkout.start(f"examples/pretraining/{script}", *RECIPES[script], HANG=program, **inputs)
@@ -229,7 +229,7 @@ def test_slurm_jobs_get_absolute_paths_and_run_from_a_copy(checkout, cluster, co
     result = checkout.run(copy, "read", checkout.root, **variables)
     assert result.returncode == 0, result.stderr
     (name, arguments, _), *_ = checkout.calls()
-    assert name == "prepare_corpus.py" and arguments[: len(corpus)] == found[0].split("\n")
+    assert name == "prepare-corpus" and arguments[: len(corpus)] == found[0].split("\n")
     assert arguments[-2:] == ["--strict", "-v"] and f"{checkout.work}/o ut/prepared" in arguments
 
 
@@ -243,7 +243,7 @@ def test_submit_without_an_environment_makes_it_first(checkout, cluster):
 
 def test_a_slurm_task_at_the_end_of_its_time_goes_back_into_the_queue(checkout, cluster, text):
     slurm = {"SLURM_JOB_ID": "812", "SLURM_ARRAY_JOB_ID": "800", "SLURM_ARRAY_TASK_ID": "5"}
-    process = checkout.start(SLURM, "read", CORPUS=text, OUT="o ut", HANG="prepare_corpus.py", path=cluster, **slurm)
+    process = checkout.start(SLURM, "read", CORPUS=text, OUT="o ut", HANG="prepare-corpus", path=cluster, **slurm)
     running = checkout.wait_for("running")
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=20)

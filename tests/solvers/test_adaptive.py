@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import PAIRS, AdaptiveConfig, Piece, embedded_step, solve_adaptive
@@ -27,7 +28,7 @@ def exact_rotation(y, t):
 def block(seed=0, dim=16, dropout=0.0, dtype=torch.float64, scale=1.0):
     torch.manual_seed(seed)
     field = TransformerField(
-        TransformerFieldConfig(dim, 2 * dim, 2, dropout=dropout, attention_dropout=dropout, activation_dropout=dropout)
+        TransformerFieldConfig(dim, 2 * dim, AttentionConfig(2, dropout), dropout=dropout, activation_dropout=dropout)
     ).to(dtype)
     with torch.no_grad():
         for parameter in field.parameters():

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, Piece, embedded_step, solve_adaptive
@@ -21,7 +22,7 @@ LIBRARY_PAIRS = (
 @pytest.fixture
 def block():
     torch.manual_seed(0)
-    field = TransformerField(TransformerFieldConfig(16, 32, 2)).double().eval()
+    field = TransformerField(TransformerFieldConfig(16, 32, AttentionConfig(2))).double().eval()
     with torch.no_grad():
         for parameter in field.parameters():
             parameter.mul_(1.5)

@@ -431,6 +431,7 @@ def test_wrong_names_are_refused_in_a_sentence(name):
         ({"damping": 0.0}, "gradient_damping"),
         ({"kind": "reversible"}, "gradient_damping"),
         ({"fallback_terms": 0}, "fallback_terms"),
+        ({"adjoint": FixedPointConfig(compact=True)}, "compact"),
     ],
 )
 def test_impossible_options_are_named(options, option):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.reversible import solve_reversible
@@ -31,7 +32,7 @@ def written_out(f, y, duration, steps):
 def block(dtype, dim=16, dropout=0.1):
     torch.manual_seed(0)
     return TransformerField(
-        TransformerFieldConfig(dim, 2 * dim, 2, dropout=dropout, attention_dropout=dropout, activation_dropout=dropout)
+        TransformerFieldConfig(dim, 2 * dim, AttentionConfig(2, dropout), dropout=dropout, activation_dropout=dropout)
     ).to(dtype)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
@@ -16,7 +17,7 @@ from fairseq_implicit.solvers.status import Status
 def block():
     torch.manual_seed(0)
     return TransformerField(
-        TransformerFieldConfig(16, 32, 2, dropout=0.1, attention_dropout=0.1, activation_dropout=0.1)
+        TransformerFieldConfig(16, 32, AttentionConfig(2, 0.1), dropout=0.1, activation_dropout=0.1)
     ).double()
 
 

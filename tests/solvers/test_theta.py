@@ -154,6 +154,7 @@ def test_one_record_per_step_is_filled_by_the_backward_pass():
         ({"steps": 0}, "steps"),
         ({"total_time": 0.0}, "total_time"),
         ({"gradient": GradientConfig("reversible", damping=0.5)}, "gradient"),
+        ({"solver": FixedPointConfig(compact=True)}, "compact"),
     ],
 )
 def test_impossible_options_are_named(options, option):

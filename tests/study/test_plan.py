@@ -83,7 +83,7 @@ def test_the_sizes_of_the_project(size):
     """Every flag they name is one of fairseq-train's, every comparison names models that exist."""
     from fairseq import options
 
-    import fairseq_implicit  # noqa: F401
+    import fairseq_implicit.models  # noqa: F401
 
     plan = load(size, STUDY)
     catalogue = yaml.safe_load(open(os.path.join(STUDY, "models.yaml"), encoding="utf-8"))

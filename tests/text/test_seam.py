@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from fairseq_implicit import text
-from fairseq_implicit.corpora.binarise_command import build_parser, run
 from fairseq_implicit.data.byte_pairs import TOKENIZERS
 from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMConfig, ImplicitMaskedLMTask
 from fairseq_implicit.text.token_files import MappedTokens
 from fairseq_implicit.text.vocabulary import EOS, MASK, PAD, UNKNOWN, Vocabulary
+from tests.corpora.formats import run_command
 
 TEXT = "the field is smooth\n\nthe solver integrates\tthe unseen field\n<mask> madeupword0000 <pad>\n"
 
@@ -46,7 +46,7 @@ def data(words, tmp_path, fairseq_preprocess):
     source = tmp_path / "text.txt"
     source.write_text(TEXT * 20, encoding="utf-8")
     arguments = ["--train", source, "--valid", source, "--tokenizer", words, "--output", tmp_path / "bin", "--fast"]
-    run(build_parser().parse_args(list(map(str, arguments))))
+    run_command("binarise", *arguments)
     preprocess = ["--only-source", "--srcdict", words, "--trainpref", source, "--destdir", tmp_path / "slow"]
     fairseq_preprocess("--task", "implicit_masked_lm", *preprocess)
     for name in ("train.bin", "train.idx", "dict.txt", "words.lst"):

@@ -14,7 +14,8 @@ from fairseq.utils import move_to_cuda
 
 from bert_study.plan import Plan, Run
 from bert_study.training import command, run_folder
-from scripts.side_by_side import counted, median_seconds, peak_bytes
+from fairseq_implicit.commands.wording import counted
+from scripts.side_by_side import median_seconds, peak_bytes
 
 
 @dataclass(frozen=True)

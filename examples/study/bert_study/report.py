@@ -10,7 +10,7 @@ import numpy as np
 from bert_study.estimates import Spread, goal_met, paired_difference
 from bert_study.plan import Plan, arguments
 from bert_study.results import ModelResult, Text
-from scripts import pictures
+from fairseq_implicit.commands import pictures
 
 METRICS = {"loss": "loss, nats per masked token", "accuracy": "accuracy, % of the masked tokens"}
 

@@ -136,8 +136,8 @@ def first_runs(found: dict[str, ModelResult]) -> dict[str, Run]:
 
 def text_of(data: str) -> Text:
     """Entropies and size of a data folder."""
+    from fairseq_implicit.evaluation.entropies import folder_entropies
     from fairseq_implicit.text.token_files import MappedTokens
-    from scripts.corpus_entropy import folder_entropies
 
     entropies = folder_entropies(data)
     return Text(entropies.unigram, entropies.bigram, MappedTokens(os.path.join(data, "train")).token_count)

@@ -57,13 +57,12 @@ def prepare(plan: Plan, text: str | None, out: str) -> str:
     shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(data, ignore_errors=True)
     corpus, tokenizer = os.path.join(work, "corpus"), os.path.join(work, "sentencepiece.bpe.model")
-    script = os.path.join(ROOT, "scripts", "embedded_corpus.py" if text is None else "text_corpus.py")
-    source = [] if text is None else [os.path.abspath(text)]
-    _step("corpus", [sys.executable, script, *source, "--out", corpus], plan.jobs)
+    ours = [sys.executable, "-m", "fairseq_implicit"]
+    source = "--docstrings" if text is None else os.path.abspath(text)
+    _step("corpus", [*ours, "text-corpus", source, "--out", corpus], plan.jobs)
     train, valid = (os.path.join(corpus, f"{split}.txt") for split in ("train", "valid"))
-    tool = os.path.join(ROOT, "scripts", "train_tokenizer.py")
     size = ["--dictionary-size", str(plan.dictionary)]
-    _step("tokenizer", [sys.executable, tool, train, "--out", tokenizer, *size], plan.jobs)
+    _step("tokenizer", [*ours, "train-tokenizer", train, "--out", tokenizer, *size], plan.jobs)
     splits = ["--only-source", "--srcdict", tokenizer, "--trainpref", train, "--validpref", valid]
     made = os.path.join(work, "data-bin")
     command = [sys.executable, "-m", "fairseq_cli.preprocess", *PLUGIN, *splits, "--destdir", made]

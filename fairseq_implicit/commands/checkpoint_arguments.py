@@ -1,0 +1,36 @@
+"""The flags that the commands on a checkpoint share."""
+
+import argparse
+
+import torch
+
+from fairseq_implicit.evaluation.masked_lm import Blocks
+
+SHORT = 4  # batches, without --all
+
+
+def add_arguments(parser: argparse.ArgumentParser, batch_size: int = 32) -> None:
+    """What every command on a checkpoint and its data takes."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("data", metavar="DATA", help="data folder, as for fairseq-validate")
+    parser.add_argument("--subset", default="valid")
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+
+
+def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the commands take that evaluate one checkpoint under many settings."""
+    add_arguments(parser)
+    parser.add_argument("--all", action="store_true", help="more settings, and every block of the subset")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        metavar="N",
+        help=f"evaluate so many batches, spread over the subset (default: {SHORT}, with --all every one)",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dial_blocks(options: argparse.Namespace) -> Blocks:
+    """The blocks that a dial's flags ask for."""
+    limit = options.batches if options.batches or options.all else SHORT
+    return Blocks(options.data, options.subset, options.batch_size, limit, options.device)

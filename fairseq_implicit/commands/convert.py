@@ -1,0 +1,74 @@
+"""Turns a checkpoint into one of this package, or of another family of it.
+
+    fairseq-implicit convert roberta.base/model.pt roberta.ode/model.pt
+    fairseq-implicit convert ode/checkpoint_best.pt deq.pt --data DATA
+
+What it becomes follows from what it holds: fairseq's RoBERTa becomes an ode_bert, a weight-tied ode_bert (Euler) a
+deq_bert, and a deq_bert without injection a weight-tied ode_bert. With --data the losses of the last two are printed
+before and after, and that of the deq_bert of the two at its equilibrium.
+
+The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
+weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
+"""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from fairseq_implicit.evaluation.checkpoints import model_name, stored, write
+from fairseq_implicit.evaluation.masked_lm import Blocks, evaluate
+from fairseq_implicit.models.roberta import checkpoint_from_roberta
+from fairseq_implicit.models.tied_bridge import deq_from_tied, tied_from_deq
+
+#: By the beginning of the model's name; every other model is taken for a RoBERTa, which says so if it is none.
+CONVERSIONS = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="INPUT", help="checkpoint of a RoBERTa, a weight-tied ode_bert or a deq_bert")
+    parser.add_argument("output", metavar="OUTPUT", help="file to write; must not exist")
+    parser.add_argument("--data", metavar="DATA", help="data folder, as for fairseq-validate, to compare the losses on")
+    parser.add_argument("--subset", default="valid")
+    parser.add_argument("--batch-size", type=int, default=32)
+
+
+def convert(path: str, output: str) -> Any:
+    """Writes the other model and returns its settings.
+
+    Raises:
+        OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
+    """
+    checkpoint = stored(path)
+    family = model_name(checkpoint).partition("_bert")[0] + "_bert"
+    try:
+        converted = CONVERSIONS.get(family, checkpoint_from_roberta)(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    write(converted, output)
+    return converted["cfg"]["model"]
+
+
+def compare(options: argparse.Namespace, converted: Any) -> None:
+    """Prints the losses of both models, and that of the deq_bert of the two at its equilibrium."""
+    blocks = Blocks(options.data, options.subset, options.batch_size)
+    before, after = evaluate(options.input, blocks).loss, evaluate(options.output, blocks).loss
+    sys.stdout.write(f"loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per masked token)\n")
+    to_deq = converted["_name"].startswith("deq_bert")
+    if to_deq and converted["deq_no_final_norm"]:
+        sys.stdout.write("a pre-norm cell without a norm inside the map has no equilibrium to compare with\n")
+        return
+    deq = options.output if to_deq else options.input
+    solved = evaluate(deq, blocks, deq_gradient="ift", deq_gradient_damping=None).loss
+    sys.stdout.write(f"at the equilibrium of the same cell {solved:.4f} ({solved - before:+.4f})\n")
+
+
+def run(options: argparse.Namespace) -> None:
+    if not os.path.isfile(options.input):
+        raise argparse.ArgumentError(None, f"there is no checkpoint {options.input}")
+    if os.path.exists(options.output):
+        raise argparse.ArgumentError(None, f"{options.output} exists: remove it or choose another name")
+    model = convert(options.input, options.output)
+    sys.stdout.write(f"wrote {options.output}: {model['_name']}\n")
+    if options.data:
+        compare(options, model)

@@ -1,0 +1,83 @@
+"""Loads a trained checkpoint through the hub interface and fills masks.
+
+    fairseq-implicit fill-masks FOLDER "Return the <mask> of the file."
+    fairseq-implicit fill-masks FOLDER --text corpus/test.txt --count 5
+
+Without sentences of your own, one word is hidden in each of a few sentences of --text, and the word that stood there is
+printed beside the candidates.
+"""
+
+import argparse
+import hashlib
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from fairseq_implicit.models.bert import ImplicitBertModel
+
+
+class Question(NamedTuple):
+    sentence: str  # with one <mask>
+    answer: str | None  # the hidden word, where it is known
+
+
+def is_one_piece(bert, word: str) -> bool:
+    """Whether a word inside a sentence is a single piece of a model's vocabulary."""
+    ids = bert.ids(f"a {word}")
+    return len(ids) == len(bert.ids("a")) + 1 and ids[-1] != bert.dictionary.unk()
+
+
+def questions(path: str, is_one_piece) -> Iterator[Question]:
+    """Sentences of 6 to 16 words with one lower-case word hidden that is a single piece of the vocabulary. The order
+    is that of a hash, so that neighbours in the text do not follow each other, and is always the same."""
+    found = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            words = line.split()
+            if not 6 <= len(words) <= 16 or not re.fullmatch(r"[A-Z][A-Za-z ,'-]+\.", line.strip()):
+                continue
+            digest = hashlib.sha256(line.encode("utf-8")).digest()
+            inner = [
+                i for i in range(1, len(words) - 1) if re.fullmatch(r"[a-z]{2,}", words[i]) and is_one_piece(words[i])
+            ]
+            if inner:
+                found.append((digest, words, inner[digest[0] % len(inner)]))
+    for _, words, hidden in sorted(found):
+        yield Question(" ".join(words[:hidden] + ["<mask>"] + words[hidden + 1 :]), words[hidden])
+
+
+def report(question: Question, filled) -> list[str]:
+    """Lines for the terminal: the sentence, then the candidates with their probabilities."""
+    lines = [f"  {question.sentence}" + (f"   (hidden: {question.answer})" if question.answer else "")]
+    candidates = ", ".join(f"{one.token.strip() or repr(one.token)} {one.probability:.3f}" for one in filled)
+    return lines + [f"      {candidates}"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help="folder of the checkpoint")
+    parser.add_argument("sentences", nargs="*", metavar="SENTENCE", help="with one <mask> each")
+    parser.add_argument(
+        "--checkpoint-file", help="default: the first there is of checkpoint_best.pt, model.pt, checkpoint_last.pt"
+    )
+    parser.add_argument("--text", metavar="FILE", help="where sentences come from when none is given")
+    parser.add_argument("--count", type=int, default=6, help="sentences taken from --text (default: 6)")
+    parser.add_argument("--candidates", type=int, default=5, help="printed for each mask (default: 5)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if not arguments.sentences and not arguments.text:
+        raise argparse.ArgumentError(None, "give sentences with a <mask>, or --text FILE to take them from")
+    bert = ImplicitBertModel.from_pretrained(arguments.folder, arguments.checkpoint_file)
+    asked = [Question(sentence, None) for sentence in arguments.sentences]
+    if not asked:
+        found = questions(arguments.text, lambda word: is_one_piece(bert, word))
+        asked = list(itertools.islice(found, arguments.count))
+    for question in asked:
+        filled = bert.fill_mask(question.sentence, topk=arguments.candidates)
+        sys.stdout.write("\n".join(report(question, filled)) + "\n")
+    if not asked:
+        sys.stdout.write(
+            f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead\n"
+        )

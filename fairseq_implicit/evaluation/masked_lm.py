@@ -1,0 +1,96 @@
+"""A masked-language model on the blocks of a data folder, whose masks are the same each time."""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from fairseq import utils
+
+from fairseq_implicit.evaluation.checkpoints import Opened, open_checkpoint
+
+
+class Blocks(NamedTuple):
+    """Which blocks of a data folder are evaluated, and where.
+
+    Attributes:
+        data: folder, as for fairseq-validate.
+        subset: name of the split.
+        batch_size: blocks of a batch.
+        limit: batches, spread over the subset; None for all.
+        device: of the model and the batches.
+    """
+
+    data: str
+    subset: str = "valid"
+    batch_size: int = 32
+    limit: int | None = None
+    device: str = "cpu"
+
+
+class Averages(NamedTuple):
+    """What a model reaches on blocks.
+
+    Attributes:
+        loss: nats per masked token.
+        accuracy: percent of the masked tokens.
+        seconds: that all of it took.
+        blocks: how many they were.
+        statistics: means over batches of what the depth reports, such as ``evaluations`` per sample.
+    """
+
+    loss: float
+    accuracy: float
+    seconds: float
+    blocks: int
+    statistics: dict[str, float]
+
+
+def batches(task: Any, blocks: Blocks) -> list[dict[str, Any]]:
+    """The batches of a subset, or ``limit`` of them at equal distances, as they go from the shortest to the longest
+    blocks.
+
+    Raises:
+        ValueError: the subset is empty.
+    """
+    task.load_dataset(blocks.subset)
+    iterator = task.get_batch_iterator(
+        task.dataset(blocks.subset), max_sentences=blocks.batch_size, max_positions=task.max_positions()
+    ).next_epoch_itr(shuffle=False)
+    count = len(iterator)
+    if not count:
+        raise ValueError(f"--subset {blocks.subset} is empty")
+    limit = min(blocks.limit or count, count)
+    kept = {count * (2 * place + 1) // (2 * limit) for place in range(limit)}  # the middles of as many equal parts
+    return [sample for number, sample in enumerate(iterator) if number in kept]
+
+
+def averages(opened: Opened, samples: Iterable[dict[str, Any]], device: str) -> Averages:
+    """Evaluates a model on batches."""
+    criterion = opened.task.build_criterion(opened.cfg.criterion).eval()
+    sums: dict[str, float] = {}
+    seconds, blocks = 0.0, 0
+    with torch.no_grad():
+        for sample in samples:
+            blocks += len(sample["id"])
+            sample = sample if device == "cpu" else utils.move_to_cuda(sample)
+            start = time.perf_counter()
+            _, _, logged = criterion(opened.model, sample)
+            counts = {name: float(value) for name, value in logged.items()}  # waits for the accelerator
+            seconds += time.perf_counter() - start
+            for name, value in counts.items():
+                sums[name] = sums.get(name, 0.0) + value
+    tokens, number = max(sums.pop("sample_size"), 1.0), max(sums.pop("batches"), 1.0)
+    loss, accuracy = sums.pop("loss") / tokens, 100.0 * sums.pop("correct") / tokens
+    statistics = {name: value / number for name, value in sums.items() if name not in ("ntokens", "nsentences")}
+    return Averages(loss, accuracy, seconds, blocks, statistics)
+
+
+def evaluate(path: str, blocks: Blocks, **overrides: Any) -> Averages:
+    """Evaluates a checkpoint, with ``overrides`` of its model's settings.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint or data, or it cannot be opened so.
+    """
+    opened = open_checkpoint(path, blocks.data, blocks.device, **overrides)
+    return averages(opened, batches(opened.task, blocks), blocks.device)

@@ -1,0 +1,56 @@
+"""checkpoint-flags and fill-masks on checkpoints that fairseq-train has just written."""
+
+import re
+import shlex
+
+import pytest
+import torch
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from fairseq_implicit.commands import fill_masks
+from fairseq_implicit.models.bert import ImplicitBertModel
+
+
+@pytest.fixture(scope="module")
+def trained(toy_flags, fairseq_train, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained here")
+    flags = (
+        "--arch neural_ode_bert_tiny --ode-random-steps 2,4 --ode-scheme rk4 --ode-tolerance 0 --dropout 0.3 "
+        "--save-on-signal --activation-fn relu --encoder-embed-dim 32 --no-layernorm-embedding"
+    )
+    more = ("--max-update", 1, "--save-dir", folder, "--disable-validation")
+    fairseq_train(*toy_flags, *flags.split(), *more)
+    return folder
+
+
+def test_the_flags_rebuild_the_model_after_a_shell_has_read_them(trained, command, tmp_path):
+    _, printed, _ = command("checkpoint-flags", trained, "--finetune")
+    path = trained / "checkpoint_last.pt"
+    flags = shlex.split(printed)
+    assert flags[-2:] == ["--finetune-from-model", str(path)] and "--dropout" not in flags
+    assert shlex.split(command("checkpoint-flags", path)[1]) == flags[:-2]
+    parser = options.get_training_parser()
+    given = ["data", *"--task sentence_prediction --criterion sentence_prediction --optimizer adam".split(), *flags]
+    rebuilt = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, given)).model
+    stored = torch.load(path)["cfg"]["model"]
+    stored["max_positions"] = 32  # the task's --tokens-per-sample
+    differing = {name for name, value in stored.items() if rebuilt[name] != value}
+    assert differing == {"dropout", "save_on_signal"} and rebuilt.ode_random_steps == [2, 4]
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for wrong, message in ((tmp_path, "there is no checkpoint"), (tmp_path / "text.pt", "text.pt is truncated")):
+        status, _, said = command("checkpoint-flags", wrong)
+        assert status == 1 and re.search(f"checkpoint-flags: .*{message}", said)
+
+
+def test_masks_are_filled_for_any_family_without_naming_the_file(trained, command, tmp_path):
+    assert "the <mask> state" in command("fill-masks", trained, "the <mask> state", "--candidates", 2)[1]
+    bert = ImplicitBertModel.from_pretrained(trained)
+    word = next(symbol[1:] for symbol in bert.dictionary.symbols if re.fullmatch("\u2581[a-z]{3,}", symbol))
+    assert fill_masks.is_one_piece(bert, word) and not fill_masks.is_one_piece(bert, word + "qzx")
+    assert not fill_masks.is_one_piece(bert, "数")
+    (tmp_path / "text").write_text(f"Qzx qzx {word} qzx qzx {word} qzx.\nToo short.\n")
+    _, output, _ = command("fill-masks", trained, "--text", tmp_path / "text", "--count", 2)
+    assert output.count(f"(hidden: {word})") == 1 and "Too short" not in output
+    status, _, said = command("fill-masks", trained, "the <mask> state", "--candidates", 0)
+    assert status == 1 and "fill-masks: topk=0" in said

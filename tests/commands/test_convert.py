@@ -1,0 +1,50 @@
+"""The bridge between weight-tied stacks and equilibria, on checkpoints that fairseq-train has just written."""
+
+import re
+
+from fairseq_implicit.commands.convert import CONVERSIONS
+from fairseq_implicit.evaluation import checkpoints
+from fairseq_implicit.evaluation.masked_lm import Blocks, evaluate
+
+
+def test_the_loss_stays_there_and_back(toy_flags, fairseq_train, toy_data, command, tmp_path):
+    flags = "--arch ode_bert_euler_tiny --ode-tied --ode-field post-norm --disable-validation --max-update 3"
+    fairseq_train(*toy_flags, *flags.split(), "--save-dir", tmp_path)
+    trained, there, back = tmp_path / "checkpoint_last.pt", tmp_path / "deq.pt", tmp_path / "ode.pt"
+    status, output, _ = command("convert", trained, there, "--data", toy_data)
+    assert status == 0 and output.startswith(f"wrote {there}: deq_bert\n")
+    assert "at the equilibrium of the same cell" in output
+    status, output, _ = command("convert", there, back, "--data", toy_data)
+    assert status == 0 and output.startswith(f"wrote {back}: ode_bert\n")
+    before, cell, after = (evaluate(str(path), Blocks(toy_data)).loss for path in (trained, there, back))
+    assert abs(cell - before) < 1e-3 and abs(after - cell) < 1e-3
+    assert f"loss {cell:.4f} -> {after:.4f} (" in output
+    assert command("convert", there, back)[0] == 2  # it exists by now
+
+
+def test_it_says_what_it_cannot_read_or_write(depth_checkpoints, monkeypatch, command, tmp_path):
+    def refused(source, target):
+        status, _, said = command("convert", source, target)
+        assert status == 1
+        return said
+
+    (tmp_path / "damaged.pt").write_bytes(bytes(4096))
+    said = refused(tmp_path / "damaged.pt", tmp_path / "ode.pt")
+    assert re.fullmatch(r"fairseq-implicit convert: checkpoint .*damaged\.pt [^\n]*\n", said)
+    monkeypatch.setitem(CONVERSIONS, "deq_bert", lambda checkpoint: checkpoint)
+    (tmp_path / "file").write_text("")
+    said = refused(depth_checkpoints["deq"], tmp_path / "file" / "ode.pt")
+    assert re.search(r"convert: .*file/ode\.pt cannot be written: [^\n]*Not a directory", said)
+
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 64 vs 0\nframe #0")
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    said = refused(depth_checkpoints["deq"], tmp_path / "ode.pt")
+    assert re.search(r"convert: .*ode\.pt cannot be written: [^\n]*\n$", said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.pt", "file"]
+
+
+def test_a_cell_of_its_own_is_refused(depth_checkpoints, command, tmp_path):
+    status, _, said = command("convert", depth_checkpoints["deq"], tmp_path / "ode.pt")
+    assert status == 1 and "deq_injection is residual" in said
