@@ -10,9 +10,9 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
+from fairseq_implicit.compat.outputs import output_of
 from fairseq_implicit.compat.wrapping import wrap
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
-from fairseq_implicit.models.output import output_of
 
 
 def register() -> None:

@@ -12,8 +12,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from fairseq_implicit.compat.outputs import output_of
 from fairseq_implicit.compat.reports import keep_out_of_text_bars
-from fairseq_implicit.models.output import ModelOutput, output_of
+from fairseq_implicit.networks.output import ModelOutput
 
 # Keys of the logging output with a meaning of their own. Every other key is a statistic or penalty: summed over
 # batches, and divided by the number of batches when it is reported.

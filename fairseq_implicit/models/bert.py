@@ -17,11 +17,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fairseq_implicit.compat.outputs import for_fairseq
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.fields.shared_dropout import SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.models.config import ImplicitBertConfig
-from fairseq_implicit.models.output import ModelOutput
+from fairseq_implicit.networks.output import ModelOutput
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +259,7 @@ class ImplicitBertModel(FairseqEncoderModel):
             dtype = self.encoder.lm_head.layer_norm.weight.dtype
             auxiliary = [(weight, head(state.to(dtype))) for weight, state in output.auxiliary]
             output = replace(output, values=head(output.values.to(dtype)), auxiliary=auxiliary)
-        return output.for_fairseq()
+        return for_fairseq(output)
 
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
         """(Log-)probabilities of the net's output, in float32."""

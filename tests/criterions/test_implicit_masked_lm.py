@@ -9,8 +9,9 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.logging import metrics, progress_bar
 
+from fairseq_implicit.compat.outputs import for_fairseq
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
-from fairseq_implicit.models.output import ModelOutput
+from fairseq_implicit.networks.output import ModelOutput
 
 PAD, VOCABULARY = 1, 11
 
@@ -28,7 +29,7 @@ class FixedModel(torch.nn.Module):
         self.seen = masked_tokens
         select = (lambda x: x) if masked_tokens is None else (lambda x: x[masked_tokens])
         auxiliary = [(weight, select(logits)) for weight, logits in self.reported.get("auxiliary", [])]
-        return ModelOutput(select(self.logits), **{**self.reported, "auxiliary": auxiliary}).for_fairseq()
+        return for_fairseq(ModelOutput(select(self.logits), **{**self.reported, "auxiliary": auxiliary}))
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
-"""What a network returns for a batch, typed, and as fairseq takes it."""
+"""What a network returns for a batch."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -27,18 +24,3 @@ class ModelOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary: list[tuple[float, Tensor]] = field(default_factory=list)
-
-    def for_fairseq(self) -> tuple[Tensor, dict[str, Any]]:
-        """The values, and beside this output RoBERTa's ``inner_states``, each ``(time, batch, dim)``."""
-        states = self.hidden_states
-        inner_states = None if states is None else [state.transpose(0, 1) for state in states]
-        return self.values, {"inner_states": inner_states, "output": self}
-
-
-def output_of(returned: Any) -> ModelOutput | None:
-    """The typed output in what a fairseq model returned; None when the model is none of this package."""
-    match returned:
-        # Data parallelism may have wrapped the values since, and the loss's gradient must pass there.
-        case (values, {"output": ModelOutput() as output}):
-            return replace(output, values=values)
-    return None
