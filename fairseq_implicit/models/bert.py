@@ -6,7 +6,8 @@ A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides 
 import logging
 import math
 import os
-from typing import Any, Dict, List, Optional, Tuple
+from dataclasses import replace
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from fairseq.models import FairseqEncoder, FairseqEncoderModel
@@ -16,10 +17,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fairseq_implicit.compat.outputs import for_fairseq
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.fields.shared_dropout import SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.models.config import ImplicitBertConfig
+from fairseq_implicit.networks.output import ModelOutput
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +89,8 @@ class ImplicitBertEncoder(FairseqEncoder):
         masked_tokens: Optional[Tensor] = None,
         has_padding: Optional[bool] = None,
         token_embeddings: Optional[Tensor] = None,
-        src_lengths: Optional[Tensor] = None,
-    ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Run the encoder. Inputs that it does not know, such as segments, are refused by Python.
+    ) -> ModelOutput:
+        """Run the encoder.
 
         Args:
             src_tokens: ``(batch, time)`` ids.
@@ -97,29 +99,16 @@ class ImplicitBertEncoder(FairseqEncoder):
             masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
             has_padding: whether ``src_tokens`` holds padding, where the caller knows.
             token_embeddings: ``(batch, time, dim)`` in place of those of ``src_tokens``, whose padding still counts.
-            src_lengths: not needed, fairseq's tasks send it.
-
-        Returns:
-            logits or features, and ``inner_states`` (list of ``(time, batch, dim)`` or None), ``statistics``,
-            ``penalties``, ``auxiliary`` (pairs of a weight and what a corrected state gives in place of the first).
         """
         layout = self.layout(src_tokens, has_padding)
         x = self.embed(src_tokens, layout, token_embeddings)
         depth: DepthOutput = self.depth(x, layout, return_all_hiddens)
-        inner_states: Optional[List[Tensor]] = None
-        if return_all_hiddens:
-            inner_states = [state.transpose(0, 1) for state in depth.hidden_states]
-        extra: Dict[str, Any] = {
-            "inner_states": inner_states,
-            "statistics": depth.statistics,
-            "penalties": depth.penalties,
-            "auxiliary": depth.auxiliary_states,
-        }
-        if features_only:
-            return depth.state, extra
-        selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
-        extra["auxiliary"] = [(weight, self.output_layer(state, selected)) for weight, state in depth.auxiliary_states]
-        return self.output_layer(depth.state, selected), extra
+        values, auxiliary = depth.state, depth.auxiliary_states
+        if not features_only:
+            selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
+            auxiliary = [(weight, self.output_layer(state, selected)) for weight, state in auxiliary]
+            values = self.output_layer(values, selected)
+        return ModelOutput(values, depth.hidden_states, depth.statistics, depth.penalties, auxiliary)
 
     def output_layer(self, features: Tensor, selected: Optional[Tensor] = None) -> Tensor:
         """Logits of ``features`` ``(batch, time, dim)``, or of its rows ``selected`` (flat indices) only."""
@@ -236,18 +225,41 @@ class ImplicitBertModel(FairseqEncoderModel):
         features_only: bool = False,
         return_all_hiddens: bool = False,
         classification_head_name: Optional[str] = None,
-        **kwargs,
+        masked_tokens: Optional[Tensor] = None,
+        has_padding: Optional[bool] = None,
+        token_embeddings: Optional[Tensor] = None,
+        src_lengths: Optional[Tensor] = None,
+        **unknown: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """See :meth:`ImplicitBertEncoder.forward`; a head's name gives its logits ``(batch, classes)``."""
-        x, extra = self.encoder(
-            src_tokens, features_only or classification_head_name is not None, return_all_hiddens, **kwargs
+        """See :meth:`ImplicitBertEncoder.forward`; a head's name gives its logits ``(batch, classes)``.
+
+        ``src_lengths`` are not needed, fairseq's tasks send them.
+
+        Returns:
+            logits or features, and a dictionary with ``inner_states``, as RoBERTa has it, and the typed ``output``.
+
+        Raises:
+            TypeError: an input that the model does not take.
+        """
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes no {', '.join(unknown)}: train it with a task and an objective whose "
+                "batches hold no such input"
+            )
+        output = self.encoder(
+            src_tokens,
+            features_only or classification_head_name is not None,
+            return_all_hiddens,
+            masked_tokens,
+            has_padding,
+            token_embeddings,
         )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
             dtype = self.encoder.lm_head.layer_norm.weight.dtype
-            x = head(x.to(dtype))
-            extra["auxiliary"] = [(weight, head(state.to(dtype))) for weight, state in extra["auxiliary"]]
-        return x, extra
+            auxiliary = [(weight, head(state.to(dtype))) for weight, state in output.auxiliary]
+            output = replace(output, values=head(output.values.to(dtype)), auxiliary=auxiliary)
+        return for_fairseq(output)
 
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
         """(Log-)probabilities of the net's output, in float32."""
@@ -262,8 +274,19 @@ class ImplicitBertModel(FairseqEncoderModel):
     def supported_targets(self):
         return {"self"}
 
-    def register_classification_head(self, name: str, num_classes: int, inner_dim: Optional[int] = None, **unused):
-        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position)."""
+    def register_classification_head(
+        self, name: str, num_classes: int, inner_dim: Optional[int] = None, embedding_size: Optional[int] = None
+    ):
+        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position).
+
+        Raises:
+            ValueError: an ``embedding_size`` (fairseq's hub has that argument) that is not the model's width.
+        """
+        if embedding_size not in (None, self.args.encoder_embed_dim):
+            raise ValueError(
+                f"the classification head {name} takes features of the model's width {self.args.encoder_embed_dim}, "
+                f"not of {embedding_size}: leave embedding_size out; the head's own width is inner_dim"
+            )
         if name in self.classification_heads:
             logger.warning("classification head %s is registered anew; its weights start over", name)
         head = RobertaClassificationHead(
