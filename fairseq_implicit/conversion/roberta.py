@@ -11,6 +11,7 @@ from torch import Tensor
 from fairseq_implicit.conversion.table import Table
 from fairseq_implicit.conversion.transformers_names import TransformersNames, config_of, settings_of
 
+_VERSION = "encoder.sentence_encoder.version"
 _THEIRS, _OURS = "encoder.sentence_encoder.layers.{layer}.", "encoder.depth.fields.{layer}."
 FAIRSEQ = Table(
     "RoBERTa encoder",
@@ -39,7 +40,7 @@ def _today(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if fused is not None:
             for part, projection in zip("qkv", value.chunk(3), strict=True):
                 yield f"{fused[1]}{part}_proj.{fused[2]}", projection
-        elif name != "encoder.sentence_encoder.version":
+        elif name != _VERSION:
             yield name, value
 
 
@@ -58,7 +59,9 @@ def to_fairseq(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a weight that a RoBERTa encoder does not have.
     """
-    return FAIRSEQ.exported(weights)
+    found = FAIRSEQ.exported(weights)
+    # Without it fairseq takes the checkpoint for one from before stacks ended in a norm, and drops theirs.
+    return {**found, _VERSION: found["encoder.sentence_encoder.embed_tokens.weight"].new_tensor([3.0])}
 
 
 def checkpoint_from_fairseq(checkpoint: dict[str, Any]) -> dict[str, Any]:
