@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fairseq_implicit.compat.outputs import for_fairseq
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
@@ -105,27 +106,43 @@ class ImplicitBertModel(BaseFairseqModel):
         features_only: bool = False,
         return_all_hiddens: bool = False,
         classification_head_name: Optional[str] = None,
+        masked_tokens: Optional[Tensor] = None,
+        segments: Optional[Tensor] = None,
+        has_padding: Optional[bool] = None,
+        token_embeddings: Optional[Tensor] = None,
         src_lengths: Optional[Tensor] = None,
-        **inputs: Any,
+        **unknown: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """See :meth:`Encoder.forward`; a head's name gives its logits ``(batch, classes)``.
 
-        ``src_lengths`` are not needed, fairseq's tasks send them. Inputs that the network does not take are refused.
+        ``src_lengths`` are not needed, fairseq's tasks send them.
+
+        Returns:
+            logits or features, and a dictionary with ``inner_states``, as RoBERTa has it, and the typed ``output``.
+
+        Raises:
+            TypeError: an input that the model does not take.
         """
-        features_only = features_only or classification_head_name is not None
+        if segments is not None and not self.args.segment_types:
+            unknown["segments"] = segments
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes no {', '.join(unknown)}: train it with a task and an objective whose "
+                "batches hold no such input"
+            )
         output = self.encoder(
-            src_tokens, features_only=features_only, return_hidden_states=return_all_hiddens, **inputs
+            src_tokens,
+            segments=segments,
+            features_only=features_only or classification_head_name is not None,
+            masked_tokens=masked_tokens,
+            return_hidden_states=return_all_hiddens,
+            has_padding=has_padding,
+            token_embeddings=token_embeddings,
         )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
             output = output.read_by(lambda features: head(features.to(self.encoder.dtype)))
-        states = output.hidden_states
-        return output.values, {
-            "inner_states": None if states is None else [state.transpose(0, 1) for state in states],
-            "statistics": output.statistics,
-            "penalties": output.penalties,
-            "auxiliary": output.auxiliary,
-        }
+        return for_fairseq(output)
 
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
         """(Log-)probabilities of the net's output, in float32."""
@@ -140,8 +157,19 @@ class ImplicitBertModel(BaseFairseqModel):
     def supported_targets(self):
         return {"self"}
 
-    def register_classification_head(self, name: str, num_classes: int, inner_dim: Optional[int] = None, **unused):
-        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position)."""
+    def register_classification_head(
+        self, name: str, num_classes: int, inner_dim: Optional[int] = None, embedding_size: Optional[int] = None
+    ):
+        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position).
+
+        Raises:
+            ValueError: an ``embedding_size`` (fairseq's hub has that argument) that is not the model's width.
+        """
+        if embedding_size not in (None, self.args.encoder_embed_dim):
+            raise ValueError(
+                f"the classification head {name} takes features of the model's width {self.args.encoder_embed_dim}, "
+                f"not of {embedding_size}: leave embedding_size out; the head's own width is inner_dim"
+            )
         if name in self.classification_heads:
             logger.warning("classification head %s is registered anew; its weights start over", name)
         config = ClassificationHeadConfig(

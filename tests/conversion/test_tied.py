@@ -52,7 +52,7 @@ def test_the_same_cell_can_be_asked_for_its_equilibrium(task, tokens):
     solved = opened(there, task, deq_gradient="ift", deq_eval_tol=1e-6)
     with torch.no_grad():
         logits, extra = solved(tokens)
-    assert torch.isfinite(logits).all() and extra["statistics"]["evaluations"] > 3
+    assert torch.isfinite(logits).all() and extra["output"].statistics["evaluations"] > 3
 
 
 @pytest.mark.parametrize(

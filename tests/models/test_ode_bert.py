@@ -128,7 +128,7 @@ def test_positions_that_start_from_sinusoids(task, dim):
 
 
 def test_gate_still_starts_at_the_tableau_after_initialisation(task, tokens):
-    statistics = build(task, ode_scheme="rk2", ode_coefficients="gated").eval()(tokens)[1]["statistics"]
+    statistics = build(task, ode_scheme="rk2", ode_coefficients="gated").eval()(tokens)[1]["output"].statistics
     assert float(statistics["gate_mean"]) == pytest.approx(0.5, abs=0.1)
     assert float(statistics["evaluations"]) == 4
 
@@ -160,7 +160,7 @@ def test_checkpoint_with_learned_coefficients_opens_under_a_fixed_or_longer_sche
         caplog.clear()
         model.load_state_dict(copy.copy(state))  # fairseq's load: upgrades, then strict
         assert "other combination coefficients" in caplog.text
-        statistics = model.eval()(tokens)[1]["statistics"]
+        statistics = model.eval()(tokens)[1]["output"].statistics
         assert float(statistics["coefficient_sum"]) == pytest.approx(1.0)
 
 
@@ -276,6 +276,16 @@ def test_classification_heads_follow_checkpoints(task, tokens):
     before = fresh.classification_heads["topic"].out_proj.weight.clone()
     fresh.load_state_dict(dict(state))
     assert torch.equal(fresh.classification_heads["topic"].out_proj.weight, before)
+
+
+def test_a_head_for_another_width_is_refused(task):
+    model = build(task)
+    width = model.args.encoder_embed_dim
+    model.register_classification_head("topic", num_classes=3, embedding_size=width)
+    with pytest.raises(ValueError, match=f"topic takes features of the model's width {width}, not of {width + 1}"):
+        model.register_classification_head("topic", num_classes=3, embedding_size=width + 1)
+    with pytest.raises(TypeError, match="inner_dims"):
+        model.register_classification_head("topic", num_classes=3, inner_dims=8)
 
 
 def test_unused_and_frozen_parameters_and_two_forwards_before_backward(task, tokens):
