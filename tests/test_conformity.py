@@ -70,6 +70,18 @@ def test_an_input_that_a_model_does_not_take_is_refused(model, config, name):
     built(tokens, src_lengths=torch.tensor([3]))  # what fairseq's tasks send beside the tokens
 
 
+@pytest.mark.parametrize("model, config", FAMILIES, ids=lambda made: made.__name__)
+def test_segments_are_told_apart_where_a_model_has_types_of_them(model, config):
+    built = model.build_model(config(**SMALL, max_positions=9, segment_types=2), FakeTask(Namespace())).eval()
+    tokens, first = torch.tensor([[0, 5, 2, 6]]), torch.zeros(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        alone = built(tokens)[0]
+        assert torch.equal(built(tokens, segments=first)[0], alone)
+        assert not torch.allclose(built(tokens, segments=torch.tensor([[0, 0, 1, 1]]))[0], alone, atol=1e-4)
+    with pytest.raises(ValueError, match="--segment-types must be at least 0, got -1"):
+        model.build_model(config(**SMALL, max_positions=9, segment_types=-1), FakeTask(Namespace()))
+
+
 @pytest.mark.parametrize("arch", ["ode_bert_rk2_tiny", "neural_ode_bert_tiny", "deq_bert_tiny"])
 def test_multilingual_masked_lm_trains(arch, toy_data, fairseq_train, tmp_path):
     for language in ("de", "en"):

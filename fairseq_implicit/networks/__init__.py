@@ -1,1 +1,1 @@
-"""What a BERT is around its depth. Pure torch: no fairseq, no transformers."""
+"""Whole networks: embeddings, a depth and heads. Pure torch; fairseq and others wrap them."""

@@ -1,6 +1,9 @@
 """What a network returns for a batch."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,3 +27,8 @@ class ModelOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary: list[tuple[float, Tensor]] = field(default_factory=list)
+
+    def read_by(self, head: Callable[[Tensor], Tensor]) -> ModelOutput:
+        """The same output with what ``head`` makes of the features, of the auxiliary ones, too."""
+        auxiliary = [(weight, head(features)) for weight, features in self.auxiliary]
+        return replace(self, values=head(self.values), auxiliary=auxiliary)

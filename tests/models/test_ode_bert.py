@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from fairseq.models import MODEL_REGISTRY
+from fairseq.modules import PositionalEmbedding
 from omegaconf import OmegaConf
 
 from fairseq_implicit.layout import Layout
@@ -42,11 +43,13 @@ def test_known_absence_of_padding_is_the_same_computation(task, tokens):
 
 def test_positions_are_fairseqs_until_the_layout_gives_others(task, tokens):
     encoder = build(task, no_layernorm_embedding=True, **QUIET).eval().encoder
+    theirs = PositionalEmbedding(24, 16, encoder.dictionary.pad(), learned=True)
+    theirs.load_state_dict(encoder.embed_positions.state_dict())
     shifted = torch.cat([torch.full_like(tokens[:, :3], 1), tokens], 1)
     for batch in (tokens, shifted, tokens[:1]):
         layout = encoder.layout(batch)
         found = encoder.embed(batch, layout)
-        assert torch.equal(found, layout.keep(encoder.embed_tokens(batch) + encoder.embed_positions(batch)))
+        assert torch.equal(found, layout.keep(encoder.embed_tokens(batch) + theirs(batch)))
     torch.testing.assert_close(found[0], encoder.embed(shifted, encoder.layout(shifted))[0, 3:], rtol=0, atol=0)
     later = encoder.embed(tokens[:1], Layout(positions=torch.arange(5, 17)[None]))
     rows = encoder.embed_positions.weight[1 + 1 + 5 : 1 + 1 + 17]

@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
+from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
-from fairseq_implicit.models.tied_bridge import deq_from_tied, tied_from_deq
 
 SHAPE = dict(encoder_layers=3, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4)
 
