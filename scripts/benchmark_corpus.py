@@ -76,14 +76,41 @@ def routes(model: Path, text: Path, output: Path, workers: int) -> dict[str, lis
     }
 
 
-def encoding_speed(model: Path, text: Path, together: int = 10_000) -> float:
-    """MB/s of sentencepiece alone: batches of lines in memory to lists of ids, one thread."""
+def sentencepiece_alone(model: Path, text: Path, together: int = 10_000) -> float:
+    """CPU seconds of sentencepiece's batches: lines in memory to lists of ids, one thread."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     lines = text.read_text(encoding="utf-8").split("\n")
-    begun = time.perf_counter()
+    begun = time.process_time()
     for first in range(0, len(lines), together):
         processor.encode(lines[first : first + together], num_threads=1)
-    return text.stat().st_size / 1e6 / (time.perf_counter() - begun)
+    return time.process_time() - begun
+
+
+def cpu_seconds(command: list) -> float:
+    """CPU time of a command and of the processes that it waited for."""
+    before = os.times()
+    seconds(command)
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
+def share_of_sentencepiece(model: Path, text: Path, start: Path, work: Path, passes: int = 3) -> str:
+    """The speed of ``binarise --fast`` without its start-up as a share of sentencepiece's own.
+
+    CPU time, least of alternating passes: other work of the machine changes the wall time of each in its own way.
+    """
+    alone, whole, short = [], [], []
+    for number in range(passes):
+        alone.append(sentencepiece_alone(model, text))
+        for file, spent in ((text, whole), (start, short)):
+            spent.append(cpu_seconds(*routes(model, file, work / f"{file.stem}-{number}", 1)["fast"]))
+    size, net = text.stat().st_size / 1e6, net_seconds(min(whole), min(short))
+    if math.isnan(net):
+        return "binarise --fast beside sentencepiece alone: take more text than this"
+    return (
+        f"CPU time, one process: sentencepiece alone {size / min(alone):.1f} MB/s, binarise --fast {size / net:.1f} "
+        f"MB/s, {min(alone) / net:.2f} of it (without start-up, least of {passes} alternating passes)"
+    )
 
 
 def bare(path: Path) -> None:
@@ -103,12 +130,15 @@ def cleaned(path: Path) -> None:
         clean(document.text)
 
 
-def prepared(path: Path) -> None:
+def prepared(path: Path, workers: int = 1) -> float:
+    """Prepares one file into one shard; returns the wall time of the merge."""
     with tempfile.TemporaryDirectory(dir=path.parent) as output:
-        job = CorpusJob(Path(output), [Source(str(path))], PrepareSettings(), workers=1)
+        job = CorpusJob(Path(output), [Source(str(path))], PrepareSettings(), workers)
         job.open()
-        job.prepare(part=0, parts=1)
-        job.merge()
+        fresh = job.prepare(part=0, parts=1)
+        begun = time.perf_counter()
+        job.merge(fresh=fresh)
+        return time.perf_counter() - begun
 
 
 def stages(path: Path, work: Path, passes: int = 3) -> None:
@@ -131,6 +161,9 @@ def stages(path: Path, work: Path, passes: int = 3) -> None:
     print(f"\n{path.name}: {size:.1f} MB of text, one process\n{'stage':<34}{'CPU s':>10}{'MB/s':>9}{'of bare':>9}")
     for stage, spent in least.items():
         print(f"{stage:<34}{spent:>10.2f}{size / spent:>9.1f}{first / spent:>9.2f}")
+    merges = [[prepared(copy, workers) for workers in (1, 2)] for _ in range(passes)]
+    one, two = (min(times) for times in zip(*merges, strict=True))
+    print(f"merge of its one shard, wall: {one:.2f} s, with two workers {two:.2f} s")
 
 
 def net_seconds(whole: float, start: float) -> float:
@@ -138,7 +171,7 @@ def net_seconds(whole: float, start: float) -> float:
     return whole - start if whole - start > 0.25 * start else math.nan
 
 
-def row(route: str, workers: int, size: float, whole: float, start: float, first: tuple[float, float], alone: float):
+def row(route: str, workers: int, size: float, whole: float, start: float, first: tuple[float, float]) -> str:
     """A line of the table.
 
     Args:
@@ -146,14 +179,11 @@ def row(route: str, workers: int, size: float, whole: float, start: float, first
         whole: seconds with the whole text.
         start: seconds with a few lines.
         first: ``whole`` and ``start`` of the first route, which the ratios are over.
-        alone: MB/s of sentencepiece.
     """
     net, reference = net_seconds(whole, start), net_seconds(*first)
-    shown = [f"{size / net:.2f}", f"{reference / net:.1f}x", f"{size / net / alone / workers:.0%}"]
-    speed, ratio, share = ("–" if "nan" in one else one for one in shown)
+    speed, ratio = ("–" if "nan" in one else one for one in (f"{size / net:.2f}", f"{reference / net:.1f}x"))
     return (
-        f"{route:<34}{workers:>10}{whole:>9.1f}{size / whole:>8.2f}{f'{first[0] / whole:.1f}x':>8}"
-        f"{speed:>10}{ratio:>8}{share:>8}"
+        f"{route:<34}{workers:>10}{whole:>9.1f}{size / whole:>8.2f}{f'{first[0] / whole:.1f}x':>8}{speed:>10}{ratio:>8}"
     )
 
 
@@ -180,12 +210,8 @@ def main() -> None:
             f"text {shown}, unigram dictionary of {arguments.dictionary_size}; {platform.machine()}, "
             f"{os.cpu_count()} core{'s' if os.cpu_count() != 1 else ''}, sentencepiece {sentencepiece.__version__}"
         )
-        alone = encoding_speed(model, arguments.text)
-        print(f"sentencepiece alone, one thread: {alone:.1f} MB/s\n")
-        print(
-            f"{'route':<34}{'processes':>10}{'wall s':>9}{'MB/s':>8}{'ratio':>8}{'MB/s net':>10}{'ratio':>8}"
-            f"{'of spm':>8}"
-        )
+        print(share_of_sentencepiece(model, arguments.text, start, work))
+        print(f"\n{'route':<34}{'processes':>10}{'wall s':>9}{'MB/s':>8}{'ratio':>8}{'MB/s net':>10}{'ratio':>8}")
         for workers in arguments.workers:
             measured = {}
             for text, label in ((start, "start"), (arguments.text, "whole")):
@@ -195,16 +221,13 @@ def main() -> None:
             first = measured["two steps", "whole"], measured["two steps", "start"]
             for route in ("two steps", "fairseq-preprocess on raw text", "fast"):
                 walls = measured[route, "whole"], measured[route, "start"]
-                print(row(route, workers, size, *walls, first, alone))
+                print(row(route, workers, size, *walls, first))
             whole = work / f"whole{workers}"
             for other in (whole / "raw", whole / "fast" / "shard0"):
                 for file in ("train.bin", "train.idx"):
                     if not filecmp.cmp(whole / "two-steps" / file, other / file, shallow=False):
                         sys.exit(f"{other / file} differs from the two-step route's")
-        print(
-            "\nnet: without start-up (–: too little of it to measure, take more text); of spm: share of "
-            "sentencepiece's own speed per process; all files are equal"
-        )
+        print("\nnet: without start-up (–: too little of it to measure, take more text); all files are equal")
         if arguments.pile:
             stages(arguments.pile, work)
 
