@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def checkpoint_from_fairseq(checkpoint: dict[str, Any]) -> dict[str, Any]:
         ValueError: not a RoBERTa checkpoint.
     """
     stored = checkpoint["cfg"]["model"]
-    source = vars(stored) if not hasattr(stored, "keys") else {key: stored[key] for key in stored.keys()}
+    source = vars(stored) if isinstance(stored, argparse.Namespace) else dict(stored)
     if "encoder_layers" not in source:
         raise ValueError(
             f"the checkpoint holds a {source.get('_name') or source.get('arch')} model, not a RoBERTa encoder"
