@@ -60,10 +60,26 @@ def test_embeddings_stand_where_roberta_has_them(model, config):
     assert not torch.equal(plain, built(tokens, token_embeddings=2 * embedded)[0])
 
 
-def test_an_input_that_a_model_does_not_take_is_refused():
-    built = OdeBertModel.build_model(OdeBertConfig(**SMALL, max_positions=9), FakeTask(Namespace()))
-    with pytest.raises(TypeError, match="segments"):
-        built(torch.tensor([[0, 5, 2]]), segments=torch.tensor([[0, 0, 1]]))
+@pytest.mark.parametrize("model, config", FAMILIES, ids=lambda made: made.__name__)
+@pytest.mark.parametrize("name", ["segments", "segment_labels", "prev_output_tokens", "src_token"])
+def test_an_input_that_a_model_does_not_take_is_refused(model, config, name):
+    built = model.build_model(config(**SMALL, max_positions=9), FakeTask(Namespace()))
+    tokens = torch.tensor([[0, 5, 2]])
+    with pytest.raises(TypeError, match=f"^{model.__name__} takes no {name}: train it with a task and an objective"):
+        built(tokens, **{name: torch.zeros_like(tokens)})
+    built(tokens, src_lengths=torch.tensor([3]))  # what fairseq's tasks send beside the tokens
+
+
+@pytest.mark.parametrize("model, config", FAMILIES, ids=lambda made: made.__name__)
+def test_segments_are_told_apart_where_a_model_has_types_of_them(model, config):
+    built = model.build_model(config(**SMALL, max_positions=9, segment_types=2), FakeTask(Namespace())).eval()
+    tokens, first = torch.tensor([[0, 5, 2, 6]]), torch.zeros(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        alone = built(tokens)[0]
+        assert torch.equal(built(tokens, segments=first)[0], alone)
+        assert not torch.allclose(built(tokens, segments=torch.tensor([[0, 0, 1, 1]]))[0], alone, atol=1e-4)
+    with pytest.raises(ValueError, match="--segment-types must be at least 0, got -1"):
+        model.build_model(config(**SMALL, max_positions=9, segment_types=-1), FakeTask(Namespace()))
 
 
 @pytest.mark.parametrize("arch", ["ode_bert_rk2_tiny", "neural_ode_bert_tiny", "deq_bert_tiny"])

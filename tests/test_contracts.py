@@ -7,7 +7,7 @@ import pytest
 
 import fairseq_implicit
 
-ROOMS = ("solvers", "fields", "depth")
+ROOMS = ("solvers", "fields", "depth", "networks", "conversion")
 FILES = sorted(path for room in ROOMS for path in (Path(fairseq_implicit.__file__).parent / room).rglob("*.py"))
 BARE_MASKS = {"padding_mask", "valid", "visible"}
 

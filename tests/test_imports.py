@@ -1,6 +1,7 @@
-"""Imports point one way: layout ← solvers ← fields ← depth ← models ← criterions ← tasks; text ← data, corpora."""
+"""Imports point one way, from solvers to networks to tasks and from text to corpora: the table below says which."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,23 +16,43 @@ ALLOWED = {
     "solvers": {"layout", "options"},
     "fields": {"layout", "options", "solvers"},
     "depth": {"layout", "options", "solvers", "fields"},
-    "models": {"layout", "options", "solvers", "fields", "depth", "text", "data", "compat"},
+    "networks": {"layout", "options", "solvers", "fields", "depth"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
+    "conversion": {"solvers"},
     "text": set(),
     "data": {"text", "compat"},
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
-    "criterions": {"solvers", "fields", "depth", "models", "data", "compat"},
+    "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat", "corpora", "evaluation"},
-    "compat": {"folder_lock"},
+    "commands": {
+        "options",
+        "solvers",
+        "fields",
+        "depth",
+        "models",
+        "text",
+        "data",
+        "compat",
+        "corpora",
+        "evaluation",
+        "conversion",
+    },
+    "compat": {"networks", "folder_lock"},
     "folder_lock": set(),
 }
-WITHOUT_FAIRSEQ = {"layout", "options", "solvers", "fields", "depth", "text", "corpora", "folder_lock"}
+WITHOUT_FAIRSEQ = {
+    "layout", "options", "solvers", "fields", "depth", "networks", "conversion", "text", "corpora", "folder_lock",
+}  # fmt: skip
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
     "options": set(),
     "layout": {"torch"},
     "solvers": {"torch", "torchdyn", "torchdiffeq"},
+    "fields": {"torch"},
+    "depth": {"torch"},
+    "networks": {"torch"},
+    "conversion": {"torch"},
     "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
 }
@@ -82,6 +103,31 @@ def test_imports_point_one_way(path):
     assert [found for module in imported_modules(path) if (found := offence(folder, module))] == []
 
 
+def test_what_needs_no_fairseq_loads_without_it_and_soon():
+    """Every module left of the models, in a process that has neither fairseq nor transformers."""
+    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ]
+    names = [".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)) for path in rooms]
+    code = """
+import importlib, sys, time
+for absent in ("fairseq", "fairseq_cli", "hydra", "omegaconf", "transformers"):
+    sys.modules[absent] = None
+import torch
+started = time.process_time()
+for name in sys.argv[1:]:
+    importlib.import_module(name.removesuffix(".__init__"))
+print(time.process_time() - started)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    assert len(names) > 80 and float(done.stdout) < 1.5
+
+
+def test_objectives_are_numpy_alone():
+    modules = {module for path in (ROOT / "data" / "objectives").glob("*.py") for module in imported_modules(path)}
+    assert {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) == {PACKAGE, "numpy"}
+
+
 @pytest.mark.parametrize(
     "folder, module, refused",
     [
@@ -93,9 +139,14 @@ def test_imports_point_one_way(path):
         ("fields", "fairseq.utils", True),
         ("fields", "fairseq_implicit.depth.stack", True),
         ("depth", "fairseq_implicit.models.bert", True),
+        ("networks", "fairseq.modules", True),
+        ("networks", "transformers", True),
+        ("networks", "fairseq_implicit.models.config", True),
+        ("models", "fairseq_implicit.networks.encoder", False),
+        ("conversion", "fairseq_implicit.models.ode_bert", True),
         ("models", "fairseq.models", False),
         ("models", "fairseq_implicit.tasks", True),
-        ("corpora", "fairseq_implicit.data.masking", True),
+        ("corpora", "fairseq_implicit.data.blocks", True),
         ("corpora", "fairseq_implicit.text.token_files.MappedTokens", False),
         ("text", "fairseq_implicit.corpora.durable", True),
         ("text", "torch", True),

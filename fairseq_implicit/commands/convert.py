@@ -16,10 +16,10 @@ import os
 import sys
 from typing import Any
 
+from fairseq_implicit.conversion.roberta import checkpoint_from_fairseq
+from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.evaluation.checkpoints import model_name, stored, write
 from fairseq_implicit.evaluation.masked_lm import Blocks, evaluate
-from fairseq_implicit.models.roberta import checkpoint_from_roberta
-from fairseq_implicit.models.tied_bridge import deq_from_tied, tied_from_deq
 
 #: By the beginning of the model's name; every other model is taken for a RoBERTa, which says so if it is none.
 CONVERSIONS = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
@@ -42,7 +42,7 @@ def convert(path: str, output: str) -> Any:
     checkpoint = stored(path)
     family = model_name(checkpoint).partition("_bert")[0] + "_bert"
     try:
-        converted = CONVERSIONS.get(family, checkpoint_from_roberta)(checkpoint)
+        converted = CONVERSIONS.get(family, checkpoint_from_fairseq)(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     write(converted, output)

@@ -1,7 +1,7 @@
 """What a depth adds to the loss, under criterions that know nothing of it: fairseq's own, and those of others.
 
-A model returns ``(output, extra)``. ``implicit_masked_lm`` reads the penalties and corrected states in ``extra``; every
-other criterion takes the output and drops the rest, so that a weight that was set would have no effect.
+A model returns ``(values, extra)``. ``implicit_masked_lm`` reads the penalties and corrected states in ``extra``; every
+other criterion takes the values and drops the rest, so that a weight that was set would have no effect.
 """
 
 from typing import Any, Dict, List, Tuple
@@ -10,6 +10,7 @@ from fairseq.logging import metrics
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
+from fairseq_implicit.compat.outputs import output_of
 from fairseq_implicit.compat.wrapping import wrap
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 
@@ -51,35 +52,31 @@ class WithDepthLosses:
             loss, sample_size, logging_output = self.criterion(model, sample)
         finally:
             hook.remove()
-        extras = [output[1] for output in returned if _has_extra(output)]
-        for extra in extras:
-            for name, penalty in (extra.get("penalties") or {}).items():
+        outputs = [output for each in returned if (output := output_of(each)) is not None]
+        for output in outputs:
+            for name, penalty in output.penalties.items():
                 # One that calls the model twice, on noisy inputs say, pays once.
-                loss = loss + sample_size * penalty / len(extras)
+                loss = loss + sample_size * penalty / len(outputs)
                 metrics.log_scalar(name, penalty.detach(), priority=50, round=5)
-            for weight, output in extra.get("auxiliary") or []:
-                if len(extras) > 1:
+            for weight, values in output.auxiliary:
+                if len(outputs) > 1:
                     raise ValueError(
-                        f"{type(self.criterion).__name__} calls the model {len(extras)} times in an update, and which "
+                        f"{type(self.criterion).__name__} calls the model {len(outputs)} times in an update, and which "
                         "of them the corrected evaluations belong to is not known: leave --deq-correction out"
                     )
-                loss = loss + weight * self.criterion(_Replay(model, output), sample)[0]
+                loss = loss + weight * self.criterion(_Replay(model, values), sample)[0]
         return loss, sample_size, logging_output
 
 
-def _has_extra(output) -> bool:
-    return isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], dict)
-
-
 class _Replay:
-    """A model that returns one given output and is otherwise the model."""
+    """A model that returns given values and is otherwise the model."""
 
-    def __init__(self, model: nn.Module, output: Tensor):
+    def __init__(self, model: nn.Module, values: Tensor):
         self._model = model
-        self._output = output
+        self._values = values
 
     def __call__(self, *args, **kwargs):
-        return self._output, {}
+        return self._values, {}
 
     def __getattr__(self, name: str):
         return getattr(self._model, name)

@@ -1,4 +1,4 @@
-"""Masked-LM loss with the statistics, penalties and auxiliary states that a depth reports."""
+"""The loss of predicted tokens, with the statistics, penalties and auxiliary states that a depth reports."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from fairseq_implicit.compat.outputs import output_of
 from fairseq_implicit.compat.reports import keep_out_of_text_bars
+from fairseq_implicit.networks.output import ModelOutput
 
 # Keys of the logging output with a meaning of their own. Every other key is a statistic or penalty: summed over
 # batches, and divided by the number of batches when it is reported.
@@ -27,12 +29,11 @@ class ImplicitMaskedLMCriterionConfig(FairseqDataclass):
 
 @register_criterion("implicit_masked_lm", dataclass=ImplicitMaskedLMCriterionConfig)
 class ImplicitMaskedLMCriterion(FairseqCriterion):
-    """Cross entropy of the masked tokens, as fairseq's ``masked_lm`` computes and logs it, and what a depth adds.
+    """Cross entropy of the tokens to predict, as fairseq's ``masked_lm`` computes and logs it, and what a depth adds.
 
-    The model returns ``(logits, extra)``. ``extra["penalties"]`` (name → 0-dim tensor, per masked token) and
-    ``extra["auxiliary"]`` (``(weight, logits)`` pairs, same shape as the logits) enter the loss that is minimised but
-    not the logged ``loss`` and ``ppl``, which so stay comparable between models. ``extra["statistics"]`` (name →
-    number) is only logged.
+    Whatever the objective made a target is predicted. Of a :class:`ModelOutput` the penalties, per token to predict,
+    and the auxiliary logits enter the loss that is minimised but not the logged ``loss`` and ``ppl``, which so stay
+    comparable between models; statistics are only logged. Other models of fairseq have none of these.
     """
 
     def __init__(self, cfg: ImplicitMaskedLMCriterionConfig, task):
@@ -52,28 +53,27 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
         target = sample["target"]
         masked = self._masked_positions(target)
         sample_size = target.ne(self.padding_idx).sum()
-        logits, extra = model(**sample["net_input"], masked_tokens=masked)
-        extra = extra or {}
+        returned = model(**sample["net_input"], masked_tokens=masked)
+        output = output_of(returned) or ModelOutput(returned[0])
         target = target.reshape(-1) if masked is None else target[masked]
-        cross_entropy = self._cross_entropy(logits, target)
+        cross_entropy = self._cross_entropy(output.values, target)
         loss = cross_entropy
         logging_output = {
             "loss": cross_entropy.detach(),
             "ntokens": sample["ntokens"],
             "nsentences": sample["nsentences"],
             "sample_size": sample_size,
-            "correct": self._correct(logits, target),
+            "correct": self._correct(output.values, target),
             "batches": 1,
         }
-        auxiliary = extra.get("auxiliary") or []
-        if auxiliary:
-            weighted = sum(weight * self._cross_entropy(other, target) for weight, other in auxiliary)
+        if output.auxiliary:
+            weighted = sum(weight * self._cross_entropy(logits, target) for weight, logits in output.auxiliary)
             loss = loss + weighted
             logging_output["auxiliary_loss"] = weighted.detach()
-        for name, penalty in (extra.get("penalties") or {}).items():
+        for name, penalty in output.penalties.items():
             loss = loss + sample_size * penalty
             _log(logging_output, name, penalty)
-        for name, statistic in (extra.get("statistics") or {}).items():
+        for name, statistic in output.statistics.items():
             _log(logging_output, name, statistic)
         return loss, sample_size, logging_output
 

@@ -1,1 +1,1 @@
-"""Datasets: fairseq's dictionary over a vocabulary, token blocks, masks (one line in, one batch out)."""
+"""Datasets: fairseq's dictionary over a vocabulary, token blocks, objectives, batches (one line in, one batch out)."""

@@ -1,13 +1,17 @@
-"""Cutting a binarised split into blocks: every token exactly once per epoch, in every break mode.
+"""The blocks of a binarised split: every token exactly once per epoch, in every break mode.
 
 fairseq's ``complete`` modes make a line that is longer than a block into one over-long block, which the trainer then
 skips: on text with one paragraph per line most of the corpus is lost in silence. Here a long line is cut.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from fairseq_implicit.text.token_files import MappedTokens
+from fairseq_implicit.text.vocabulary import BOS, MASK
 
 logger = logging.getLogger(__name__)
 
@@ -174,3 +178,47 @@ def _pack(sizes: np.ndarray, documents: np.ndarray, block_size: int, last: bool)
 
 def _concatenate(pieces: list[np.ndarray], dtype) -> np.ndarray:
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=dtype)
+
+
+class Blocks:
+    """The blocks of one or more token files, as sequences with ``<s>``.
+
+    Args:
+        files: the token files of a split.
+        indices: the blocks of each file.
+        symbols: the rows of the dictionary, ``<mask>`` included.
+
+    Attributes:
+        sizes: tokens of each block with its ``<s>``, ``(blocks,)`` int32.
+    """
+
+    def __init__(self, files: Sequence[MappedTokens], indices: Sequence[BlockIndex], symbols: Sequence[str]):
+        self.files = list(files)
+        self.starts = np.concatenate([index.starts for index in indices])
+        self.sizes = np.concatenate([index.lengths for index in indices]).astype(np.int32) + 1
+        self._first_of_file = np.cumsum([0] + [len(index) for index in indices])
+        self._symbols = len(symbols)
+        self._mask = symbols.index(MASK)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """Ids of a block, ``(length,)`` int64.
+
+        Raises:
+            ValueError: it holds an id that the dictionary does not have.
+        """
+        file = int(np.searchsorted(self._first_of_file, number, side="right")) - 1
+        text = self.files[file].slice(int(self.starts[number]), int(self.sizes[number]) - 1)
+        largest = int(text.max())
+        if largest >= self._symbols or (text == self._mask).any():
+            raise ValueError(
+                f"{self.files[file].prefix}.bin holds the id {max(largest, self._mask)}, which is no token of the "
+                f"dictionary ({self._symbols} symbols with <mask>): the data was binarised with another dict.txt."
+            )
+        return np.append(BOS, text)
+
+    def drawn(self, count: int = 64) -> Iterator[np.ndarray]:
+        """About so many blocks, drawn evenly from all."""
+        return (self[number] for number in range(0, len(self), max(1, len(self) // count)))

@@ -1,136 +1,43 @@
-"""What every model of the package shares: embeddings, depth, heads, and the joints with fairseq.
+"""A network as fairseq's model: what every family shares.
 
 A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides ``build_depth``.
 """
 
 import logging
-import math
 import os
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
-import torch
-from fairseq.models import FairseqEncoder, FairseqEncoderModel
-from fairseq.models.roberta.model import RobertaClassificationHead, RobertaLMHead
-from fairseq.modules import PositionalEmbedding
+from fairseq.models import BaseFairseqModel
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fairseq_implicit.depth.output import Depth, DepthOutput
-from fairseq_implicit.fields.shared_dropout import SharedDropout
-from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.compat.outputs import for_fairseq
+from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
+from fairseq_implicit.networks.encoder import Encoder, EncoderConfig
+from fairseq_implicit.networks.heads import ClassificationHead, ClassificationHeadConfig
+from fairseq_implicit.networks.initialisation import initialise
 
 logger = logging.getLogger(__name__)
 
 
-class ImplicitBertEncoder(FairseqEncoder):
-    """Embeddings, depth and masked-LM head.
+class ImplicitBertEncoder(Encoder):
+    """The network, and the names under which fairseq and its users look for its parts."""
 
-    Args:
-        cfg: the checked configuration, ``max_positions`` filled in.
-        dictionary: fairseq dictionary, ``<mask>`` included.
-        depth: what lies between embeddings and head.
-    """
-
-    def __init__(self, cfg: ImplicitBertConfig, dictionary, depth: Depth):
-        super().__init__(dictionary)
-        dim = cfg.encoder_embed_dim
-        self.padding_idx = dictionary.pad()
-        self.positions = cfg.max_positions
-        self.embed_tokens = nn.Embedding(len(dictionary), dim, self.padding_idx)
-        self.embed_positions = PositionalEmbedding(cfg.max_positions, dim, self.padding_idx, learned=True)
-        self.layernorm_embedding = None if cfg.no_layernorm_embedding else cfg.norm().build(dim)
-        self.dropout = SharedDropout(cfg.dropout)
-        self.depth = depth
-        self.lm_head = RobertaLMHead(
-            embed_dim=dim,
-            output_dim=len(dictionary),
-            activation_fn=cfg.activation_fn,
-            weight=None if cfg.untie_weights_roberta else self.embed_tokens.weight,
-        )
-        self.lm_head.layer_norm.eps = cfg.norm().eps
-
-    def layout(self, src_tokens: Tensor, has_padding: Optional[bool] = None) -> Layout:
-        """That of the batch ``src_tokens`` ``(batch, time)``; no GPU is asked whether it holds padding."""
-        if has_padding is False:
-            return UNPADDED
-        real = src_tokens.ne(self.padding_idx)
-        return UNPADDED if has_padding is None and real.device.type == "cpu" and real.all() else Layout(real)
+    def __init__(self, config: EncoderConfig, depth: Depth, dictionary):
+        super().__init__(config, depth)
+        self.dictionary = dictionary
 
     @property
     def sentence_encoder(self) -> "ImplicitBertEncoder":
         """RoBERTa's name for the part below the head, where others look for ``embed_tokens`` and ``layers``."""
         return self
 
-    def embed(self, src_tokens: Tensor, layout: Layout, token_embeddings: Optional[Tensor] = None) -> Tensor:
-        """Token and position embeddings, normalised and dropped, zero at padding: ``(batch, time, dim)``."""
-        if src_tokens.shape[1] > self.positions:
-            raise ValueError(
-                f"an input of {src_tokens.shape[1]} tokens is longer than the model's {self.positions} positions: "
-                "shorten it, or train with a larger --max-positions"
-            )
-        tokens = self.embed_tokens(src_tokens) if token_embeddings is None else token_embeddings
-        # As fairseq has it, the rows up to the padding's own are nobody's.
-        places = layout.positions_of(src_tokens) + self.padding_idx + 1
-        x = tokens + functional.embedding(places, self.embed_positions.weight, self.padding_idx)
-        if self.layernorm_embedding is not None:
-            x = self.layernorm_embedding(x)
-        return layout.keep(self.dropout.prepare(x)(x))
-
-    def forward(
-        self,
-        src_tokens: Tensor,
-        features_only: bool = False,
-        return_all_hiddens: bool = False,
-        masked_tokens: Optional[Tensor] = None,
-        has_padding: Optional[bool] = None,
-        token_embeddings: Optional[Tensor] = None,
-        src_lengths: Optional[Tensor] = None,
-    ) -> Tuple[Tensor, Dict[str, Any]]:
-        """Run the encoder. Inputs that it does not know, such as segments, are refused by Python.
-
-        Args:
-            src_tokens: ``(batch, time)`` ids.
-            features_only: return features ``(batch, time, dim)`` instead of logits.
-            return_all_hiddens: also return the states along the depth.
-            masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
-            has_padding: whether ``src_tokens`` holds padding, where the caller knows.
-            token_embeddings: ``(batch, time, dim)`` in place of those of ``src_tokens``, whose padding still counts.
-            src_lengths: not needed, fairseq's tasks send it.
-
-        Returns:
-            logits or features, and ``inner_states`` (list of ``(time, batch, dim)`` or None), ``statistics``,
-            ``penalties``, ``auxiliary`` (pairs of a weight and what a corrected state gives in place of the first).
-        """
-        layout = self.layout(src_tokens, has_padding)
-        x = self.embed(src_tokens, layout, token_embeddings)
-        depth: DepthOutput = self.depth(x, layout, return_all_hiddens)
-        inner_states: Optional[List[Tensor]] = None
-        if return_all_hiddens:
-            inner_states = [state.transpose(0, 1) for state in depth.hidden_states]
-        extra: Dict[str, Any] = {
-            "inner_states": inner_states,
-            "statistics": depth.statistics,
-            "penalties": depth.penalties,
-            "auxiliary": depth.auxiliary_states,
-        }
-        if features_only:
-            return depth.state, extra
-        selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
-        extra["auxiliary"] = [(weight, self.output_layer(state, selected)) for weight, state in depth.auxiliary_states]
-        return self.output_layer(depth.state, selected), extra
-
-    def output_layer(self, features: Tensor, selected: Optional[Tensor] = None) -> Tensor:
-        """Logits of ``features`` ``(batch, time, dim)``, or of its rows ``selected`` (flat indices) only."""
-        if selected is not None:
-            features = features.flatten(0, 1).index_select(0, selected)
-        # The depth may keep a float32 state around half-precision weights; quantised matrices have no dtype to ask for.
-        return self.lm_head(features.to(self.lm_head.layer_norm.weight.dtype))
-
     def max_positions(self) -> int:
         """Longest input in tokens."""
-        return self.positions
+        return self.embeddings.positions
 
 
 def _positions_of(task) -> int:
@@ -148,15 +55,16 @@ def _positions_of(task) -> int:
     return positions
 
 
-class ImplicitBertModel(FairseqEncoderModel):
+class ImplicitBertModel(BaseFairseqModel):
     """Base of the model families."""
 
     def __init__(self, cfg: ImplicitBertConfig, encoder: ImplicitBertEncoder):
-        super().__init__(encoder)
+        super().__init__()
+        self.encoder = encoder
         # fairseq's trainer, tasks and criterions read the configuration under this name.
         self.args = cfg
         self.classification_heads = nn.ModuleDict()
-        self.initialise(cfg.encoder_init)
+        initialise(encoder, cfg.initialisation(self.layers_in_series))
 
     @classmethod
     def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
@@ -179,8 +87,8 @@ class ImplicitBertModel(FairseqEncoderModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
-            depth = cls.build_depth(typed)
-        return cls(typed, ImplicitBertEncoder(typed, task.source_dictionary, depth))
+            depth, dictionary = cls.build_depth(typed), task.source_dictionary
+        return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod
     def config_class(cls):
@@ -192,65 +100,51 @@ class ImplicitBertModel(FairseqEncoderModel):
         """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
         return self.args.encoder_layers
 
-    def initialise(self, scheme: str) -> None:
-        """N(0, ``--encoder-init-std``), zero biases.
-
-        ``depth-scaled`` divides residual projections by the root of their number in :attr:`layers_in_series`,
-        ``identity`` sets them to 0. What in the depth needs another start has the last word.
-        """
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.args.encoder_init_std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-                if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                    with torch.no_grad():
-                        module.weight[module.padding_idx].zero_()
-        if self.args.encoder_position_start == "sinusoidal":
-            self._start_from_sinusoids(self.encoder.embed_positions.weight)
-        if scheme != "plain":
-            layers = list(self.encoder.depth.layers())
-            projections = [projection for layer in layers for projection in layer.residual_projections()]
-            # With tied blocks the same weights act in every block.
-            repeats = self.layers_in_series / len(layers)
-            with torch.no_grad():
-                divisor = math.sqrt(max(1.0, len(projections) * repeats)) if scheme == "depth-scaled" else math.inf
-                for projection in projections:
-                    projection.weight.div_(divisor)
-        self.encoder.depth.initialise()
-
-    @torch.no_grad()
-    def _start_from_sinusoids(self, weight: Tensor) -> None:
-        """Fill ``weight`` ``(positions, dim)`` with the sines and cosines of arXiv 1706.03762 §3.5, at the scale of the
-        other weights. A head finds a neighbour by one rotation then, instead of learning it place by place."""
-        positions, dim = weight.shape
-        half = (dim + 1) // 2
-        frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half))
-        angles = torch.arange(positions)[:, None] * frequencies
-        waves = torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
-        weight.copy_(math.sqrt(2.0) * self.args.encoder_init_std * waves)
-        weight[self.encoder.padding_idx].zero_()
-
     def forward(
         self,
         src_tokens: Tensor,
         features_only: bool = False,
         return_all_hiddens: bool = False,
         classification_head_name: Optional[str] = None,
-        **kwargs,
+        masked_tokens: Optional[Tensor] = None,
+        segments: Optional[Tensor] = None,
+        has_padding: Optional[bool] = None,
+        token_embeddings: Optional[Tensor] = None,
+        src_lengths: Optional[Tensor] = None,
+        **unknown: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
-        """See :meth:`ImplicitBertEncoder.forward`; a head's name gives its logits ``(batch, classes)``."""
+        """See :meth:`Encoder.forward`; a head's name gives its logits ``(batch, classes)``.
+
+        ``src_lengths`` are not needed, fairseq's tasks send them.
+
+        Returns:
+            logits or features, and a dictionary with ``inner_states``, as RoBERTa has it, and the typed ``output``.
+
+        Raises:
+            TypeError: an input that the model does not take.
+        """
+        if segments is not None and not self.args.segment_types:
+            unknown["segments"] = segments
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} takes no {', '.join(unknown)}: train it with a task and an objective whose "
+                "batches hold no such input"
+            )
         # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
         with self.args.flags.naming():
-            x, extra = self.encoder(
-                src_tokens, features_only or classification_head_name is not None, return_all_hiddens, **kwargs
+            output = self.encoder(
+                src_tokens,
+                segments=segments,
+                features_only=features_only or classification_head_name is not None,
+                masked_tokens=masked_tokens,
+                return_hidden_states=return_all_hiddens,
+                has_padding=has_padding,
+                token_embeddings=token_embeddings,
             )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
-            dtype = self.encoder.lm_head.layer_norm.weight.dtype
-            x = head(x.to(dtype))
-            extra["auxiliary"] = [(weight, head(state.to(dtype))) for weight, state in extra["auxiliary"]]
-        return x, extra
+            output = output.read_by(lambda features: head(features.to(self.encoder.dtype)))
+        return for_fairseq(output)
 
     def get_normalized_probs(self, net_output, log_probs: bool, sample=None) -> Tensor:
         """(Log-)probabilities of the net's output, in float32."""
@@ -265,61 +159,37 @@ class ImplicitBertModel(FairseqEncoderModel):
     def supported_targets(self):
         return {"self"}
 
-    def register_classification_head(self, name: str, num_classes: int, inner_dim: Optional[int] = None, **unused):
-        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position)."""
+    def register_classification_head(
+        self, name: str, num_classes: int, inner_dim: Optional[int] = None, embedding_size: Optional[int] = None
+    ):
+        """Add a sentence head (RoBERTa's: dense, activation, projection of the first position).
+
+        Raises:
+            ValueError: an ``embedding_size`` (fairseq's hub has that argument) that is not the model's width.
+        """
+        if embedding_size not in (None, self.args.encoder_embed_dim):
+            raise ValueError(
+                f"the classification head {name} takes features of the model's width {self.args.encoder_embed_dim}, "
+                f"not of {embedding_size}: leave embedding_size out; the head's own width is inner_dim"
+            )
         if name in self.classification_heads:
             logger.warning("classification head %s is registered anew; its weights start over", name)
-        head = RobertaClassificationHead(
-            input_dim=self.args.encoder_embed_dim,
-            inner_dim=inner_dim or self.args.encoder_embed_dim,
-            num_classes=num_classes,
-            activation_fn=self.args.pooler_activation_fn,
-            pooler_dropout=self.args.pooler_dropout,
-            do_spectral_norm=self.args.spectral_norm_classification_head,
+        config = ClassificationHeadConfig(
+            classes=num_classes,
+            inner_dim=inner_dim,
+            activation=self.args.pooler_activation_fn,
+            dropout=self.args.pooler_dropout,
+            spectral_norm=self.args.spectral_norm_classification_head,
         )
+        head = ClassificationHead(self.args.encoder_embed_dim, config)
         self.classification_heads[name] = head.to(self.encoder.embed_tokens.weight.device)
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
-        """Fit the classification heads of a checkpoint to this model's.
-
-        Heads the model lacks are registered under ``--load-checkpoint-heads`` and dropped otherwise; heads the
-        checkpoint lacks keep their fresh weights.
-        """
+        """Fit a checkpoint to this model: see :mod:`fairseq_implicit.models.stored_weights`."""
         super().upgrade_state_dict_named(state_dict, name)
         prefix = f"{name}." if name else ""
-        self._check_embeddings(state_dict, f"{prefix}encoder.")
-        heads = f"{prefix}classification_heads."
-        found = {key[len(heads) :].split(".")[0] for key in state_dict if key.startswith(heads)}
-        for head in sorted(found):
-            # A spectral norm stores the projection as ``weight_orig``.
-            shape = next(
-                state_dict[key].shape
-                for key in (f"{heads}{head}.out_proj.weight", f"{heads}{head}.out_proj.weight_orig")
-                if key in state_dict
-            )
-            if head not in self.classification_heads and self.args.load_checkpoint_heads:
-                self.register_classification_head(head, shape[0], shape[1])
-            current = self.classification_heads[head] if head in self.classification_heads else None
-            if current is None or tuple(current.out_proj.weight.shape) != tuple(shape):
-                logger.warning("the checkpoint's classification head %s does not fit this model and is left out", head)
-                for key in [key for key in state_dict if key.startswith(f"{heads}{head}.")]:
-                    del state_dict[key]
-        for key, value in self.classification_heads.state_dict().items():
-            state_dict.setdefault(heads + key, value)
-
-    def _check_embeddings(self, state_dict: Dict[str, Tensor], prefix: str) -> None:
-        """ValueError, one sentence, where a checkpoint has another number of positions or of symbols."""
-        for table, flag, offset in (
-            ("embed_positions", "--max-positions", self.encoder.padding_idx + 1),
-            ("embed_tokens", "the data's dict.txt", 0),
-        ):
-            stored = state_dict.get(f"{prefix}{table}.weight")
-            rows = getattr(self.encoder, table).weight.shape[0]
-            if stored is not None and stored.shape[0] != rows:
-                raise ValueError(
-                    f"the checkpoint has {stored.shape[0] - offset} rows in its {table} and this model "
-                    f"{rows - offset}: they must agree, see {flag}"
-                )
+        stored_weights.check_embeddings(self.encoder, state_dict, f"{prefix}encoder.")
+        stored_weights.fit_heads(self, state_dict, f"{prefix}classification_heads.")
 
     @classmethod
     def from_pretrained(

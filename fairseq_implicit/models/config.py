@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
 
-from fairseq import utils
 from fairseq.dataclass import FairseqDataclass
 
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
@@ -15,9 +14,10 @@ from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.shared_dropout import POLICIES
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 from fairseq_implicit.models.flags import Flags
-
-INITIALISATIONS = ("depth-scaled", "identity", "plain")
-POSITION_STARTS = ("normal", "sinusoidal")
+from fairseq_implicit.networks.embeddings import EmbeddingConfig
+from fairseq_implicit.networks.encoder import EncoderConfig
+from fairseq_implicit.networks.heads import MaskedLMHeadConfig
+from fairseq_implicit.networks.initialisation import INITIALISATIONS, POSITION_STARTS, InitialisationConfig
 
 #: The options of mixers, and the fields of the configuration below that set them.
 MIXER_FLAGS = {"heads": "encoder_attention_heads", "dropout": "attention_dropout"}
@@ -50,6 +50,10 @@ class ImplicitBertConfig(FairseqDataclass):
     )
     max_positions: Optional[int] = field(
         default=None, metadata={"help": "longest input in tokens (default: what the task asks for)"}
+    )
+    segment_types: int = field(
+        default=0,
+        metadata={"help": "kinds of segments (BERT's token types) that a task's batches tell apart; 0: they have none"},
     )
     layernorm_eps: float = field(
         default=1e-5, metadata={"help": "added to the variance in every LayerNorm: 1e-5 as in RoBERTa, 1e-12 in BERT"}
@@ -116,7 +120,7 @@ class ImplicitBertConfig(FairseqDataclass):
         """
         check_choice("--mixer", self.mixer, MIXERS)
         check_choice("--activation-fn", self.activation_fn, tuple(ACTIVATIONS))
-        check_choice("--pooler-activation-fn", self.pooler_activation_fn, tuple(utils.get_available_activation_fns()))
+        check_choice("--pooler-activation-fn", self.pooler_activation_fn, tuple(ACTIVATIONS))
         check_choice("--stage-dropout", self.stage_dropout, POLICIES)
         check_choice("--encoder-init", self.encoder_init, INITIALISATIONS)
         check_choice("--encoder-position-start", self.encoder_position_start, POSITION_STARTS)
@@ -128,6 +132,8 @@ class ImplicitBertConfig(FairseqDataclass):
         ):
             if value < 1:
                 raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.segment_types < 0:
+            raise ValueError(f"--segment-types must be at least 0, got {self.segment_types}")
         for flag, rate in (
             ("--dropout", self.dropout),
             ("--attention-dropout", self.attention_dropout),
@@ -164,6 +170,27 @@ class ImplicitBertConfig(FairseqDataclass):
     def norm(self) -> NormConfig:
         """All layer norms of the network."""
         return NormConfig(eps=self.layernorm_eps)
+
+    def network(self, symbols: int, padding: int) -> EncoderConfig:
+        """What lies around the depth, over a vocabulary of ``symbols`` whose padding has the id ``padding``."""
+        return EncoderConfig(
+            EmbeddingConfig(
+                symbols=symbols,
+                dim=self.encoder_embed_dim,
+                positions=self.max_positions,
+                padding=padding,
+                segments=self.segment_types,
+                norm=None if self.no_layernorm_embedding else self.norm(),
+                dropout=self.dropout,
+            ),
+            MaskedLMHeadConfig(self.activation_fn, self.norm(), tied=not self.untie_weights_roberta),
+        )
+
+    def initialisation(self, layers_in_series: int) -> InitialisationConfig:
+        """How the network starts, through which a token passes so many layers."""
+        return InitialisationConfig(
+            self.encoder_init, self.encoder_init_std, self.encoder_position_start, layers_in_series
+        )
 
     def _mixer_options(self) -> Dict[str, Any]:
         """Those of the mixer's options that have a flag; the others keep their defaults."""

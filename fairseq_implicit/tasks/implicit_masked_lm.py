@@ -1,10 +1,11 @@
-"""Masked language modelling on binarised text, without loss of a token."""
+"""Pretraining on binarised text, without loss of a token."""
 
+import functools
 import hashlib
 import logging
 import os
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 from fairseq.criterions import FairseqCriterion
@@ -17,10 +18,12 @@ from omegaconf import II, MISSING
 from fairseq_implicit.compat.training import ComparesCheckpoints
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 from fairseq_implicit.data import data_bin
-from fairseq_implicit.data.blocks import BREAK_MODES, cut_blocks
+from fairseq_implicit.data.batches import Collater
+from fairseq_implicit.data.blocks import BREAK_MODES, Blocks, cut_blocks
+from fairseq_implicit.data.datasets import BlockDataset, InferenceDataset
 from fairseq_implicit.data.dictionary import VocabularyDictionary
-from fairseq_implicit.data.masked_blocks import InferenceDataset, MaskedBlockDataset
-from fairseq_implicit.data.masking import LONGEST_WORD, Masking
+from fairseq_implicit.data.objectives import OBJECTIVES
+from fairseq_implicit.data.objectives.objective import MaskRates, Objective
 from fairseq_implicit.text import kind_of_file
 from fairseq_implicit.text.vocabulary import MASK
 
@@ -29,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 #: Seed of the masks of every split but training.
 EVALUATION_SEED = 1
-#: Words of more pieces than this on average are none. English has 1.3, code and small dictionaries below 3.
-_PIECES_OF_A_WORD = 4.0
 
 
 @dataclass
@@ -50,7 +51,15 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
     tokens_per_sample: int = field(
         default=512, metadata={"help": "longest sequence, with the <s> before each block of text"}
     )
-    mask_prob: float = field(default=0.15, metadata={"help": "share of the tokens (or words) to predict"})
+    objective: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": f"what is to be predicted: {', '.join(OBJECTIVES)} (default: masked-tokens). masked-words selects "
+            "whole words (from one sentencepiece '▁' to the next), and spans of 1 to 4 pieces where the text has no "
+            "word spaces; masked-spans selects such spans everywhere"
+        },
+    )
+    mask_prob: float = field(default=0.15, metadata={"help": "share of the tokens (or words, or spans) to predict"})
     valid_mask_prob: Optional[float] = field(
         default=None,
         metadata={
@@ -64,13 +73,7 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
     random_token_prob: float = field(
         default=0.1, metadata={"help": "share of the tokens to predict that become a random token"}
     )
-    mask_whole_words: bool = field(
-        default=False,
-        metadata={
-            "help": "select whole words (from one sentencepiece '▁' to the next), and spans of 1 to 4 pieces where "
-            "the text has no word spaces"
-        },
-    )
+    mask_whole_words: bool = field(default=False, metadata={"help": "the same as --objective masked-words"})
     pad_to_multiple: int = field(
         default=1, metadata={"help": "pad the length of a batch to a multiple of this (8 suits tensor cores)"}
     )
@@ -82,7 +85,7 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
 
 @register_task("implicit_masked_lm", dataclass=ImplicitMaskedLMConfig)
 class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
-    """Predicts masked tokens; reads folders of ``fairseq-preprocess``, and makes them straight from raw text."""
+    """Predicts what an objective hides; reads folders of ``fairseq-preprocess``, and makes them from raw text."""
 
     cfg: ImplicitMaskedLMConfig
 
@@ -94,24 +97,32 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             )
         self.dictionary = dictionary
         self.mask_idx = dictionary.add_symbol(MASK)
-        self.surface = None
-        if cfg.mask_whole_words:
-            self.surface = data_bin.surface_of_symbols(data_bin.data_folders(cfg.data)[0])
-        self.masking = self._masking(cfg.mask_prob)
-        self.evaluation_masking = self.masking
+        rates = MaskRates(cfg.mask_prob, cfg.leave_unmasked_prob, cfg.random_token_prob)
+        self.objective = self.evaluation_objective = self._objective(rates)
         if cfg.valid_mask_prob is not None:
             if not 0.0 < cfg.valid_mask_prob < 1.0:
                 raise ValueError(f"--valid-mask-prob must lie between 0 and 1, not {cfg.valid_mask_prob}.")
-            self.evaluation_masking = self._masking(cfg.valid_mask_prob)
+            self.evaluation_objective = self._objective(replace(rates, probability=cfg.valid_mask_prob))
 
-    def _masking(self, probability: float) -> Masking:
-        return Masking.for_dictionary(
-            self.dictionary,
-            surface=self.surface,
-            probability=probability,
-            leave_unmasked=self.cfg.leave_unmasked_prob,
-            random=self.cfg.random_token_prob,
-        )
+    def _objective(self, rates: MaskRates) -> Objective:
+        name = self.cfg.objective or ("masked-words" if self.cfg.mask_whole_words else "masked-tokens")
+        if self.cfg.mask_whole_words and name != "masked-words":
+            raise ValueError(f"--mask-whole-words is --objective masked-words, not {name}: leave one of them out.")
+        if name not in OBJECTIVES:
+            raise ValueError(f"--objective {name} is unknown: choose one of {', '.join(OBJECTIVES)}.")
+        try:
+            return OBJECTIVES[name](self.dictionary.symbols, lambda symbol: self._surface(symbol), rates)
+        except ValueError as error:
+            raise ValueError(f"{self._objective_flag}: {error}") from None
+
+    @property
+    def _objective_flag(self) -> str:
+        return f"--objective {self.cfg.objective}" if self.cfg.objective else "--mask-whole-words"
+
+    @functools.cached_property
+    def _surface(self) -> Callable[[str], str]:
+        """The text that a symbol stands for. Most objectives never ask, so that no tokenizer is opened."""
+        return data_bin.surface_of_symbols(data_bin.data_folders(self.cfg.data)[0])
 
     @classmethod
     def setup_task(cls, cfg: ImplicitMaskedLMConfig, **kwargs) -> "ImplicitMaskedLMTask":
@@ -163,7 +174,7 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             )
         return criterion
 
-    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> MaskedBlockDataset:
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> BlockDataset:
         """Loads a split; the training split of epoch ``e`` comes from folder ``(e - 1) mod folders``.
 
         Raises:
@@ -180,22 +191,18 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
         if sum(len(index) for index in indices) == 0:
             raise ValueError(f"{files[0].prefix}.bin holds blank lines only: the text that it was made from is empty.")
         training = split.startswith("train")
-        self.datasets[split] = MaskedBlockDataset(
-            files,
-            indices,
-            self.masking if training else self.evaluation_masking,
-            max_length=self.cfg.tokens_per_sample,
+        blocks = Blocks(files, indices, self.dictionary.symbols)
+        objective = self.objective if training else self.evaluation_objective
+        for remark in objective.remarks(blocks.drawn()):
+            logger.warning(f"{self._objective_flag}: in {files[0].prefix}.bin {remark}")
+        self.datasets[split] = BlockDataset(
+            blocks,
+            objective,
+            Collater(self.cfg.pad_to_multiple, self.cfg.tokens_per_sample),
             seed=self.cfg.seed if training else EVALUATION_SEED,
             fixed=not training,
-            pad_to_multiple=self.cfg.pad_to_multiple,
             share_epoch=self.cfg.persistent_workers,
         )
-        if self.cfg.mask_whole_words and (pieces := self.datasets[split].pieces_per_word()) > _PIECES_OF_A_WORD:
-            logger.warning(
-                f"--mask-whole-words: what stands between two '▁' in {files[0].prefix}.bin has {pieces:.1f} pieces on "
-                "average, so the text has no word spaces; spans of 1 to 4 pieces are masked inside whatever is longer "
-                f"than {LONGEST_WORD}."
-            )
         return self.datasets[split]
 
     def filter_indices_by_size(self, indices, dataset, max_positions=None, ignore_invalid_inputs=False):
@@ -227,7 +234,7 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
                 f"a sequence has {longest} tokens with <s>, the model was trained with {self.cfg.tokens_per_sample}: "
                 "split the text."
             )
-        return InferenceDataset(src_tokens, self.dictionary.pad(), self.dictionary.bos(), sort=sort)
+        return InferenceDataset(src_tokens, sort=sort)
 
     @property
     def source_dictionary(self) -> Dictionary:

@@ -75,11 +75,12 @@ def test_sentence_prediction_pays_penalties_and_judges_corrected_states(deq, tas
     criterion = SentencePredictionCriterion(SentencePredictionConfig(), task)
     torch.manual_seed(5)
     scores, extra = deq(**batch["net_input"], classification_head_name="sentence_classification_head")
+    output = extra["output"]
     expected = functional.cross_entropy(scores, sample["target"].squeeze(1), reduction="sum")
-    assert [round(weight, 4) for weight, _ in extra["auxiliary"]] == [0.56, 0.7]
-    for weight, other in extra["auxiliary"]:
+    assert [round(weight, 4) for weight, _ in output.auxiliary] == [0.56, 0.7]
+    for weight, other in output.auxiliary:
         expected = expected + weight * functional.cross_entropy(other, sample["target"].squeeze(1), reduction="sum")
-    expected = expected + 3 * extra["penalties"]["jacobian_penalty"]
+    expected = expected + 3 * output.penalties["jacobian_penalty"]
     found, _, _ = loss_and_gradients(WithDepthLosses(criterion), deq, sample)
     assert found == pytest.approx(float(expected), rel=1e-5)
 
@@ -97,7 +98,7 @@ def test_a_criterion_that_calls_the_model_twice_pays_once(task, batch):
     torch.manual_seed(0)
     config = NeuralOdeBertConfig(**QUIET, ode_kinetic_energy=2.0)
     model = NeuralOdeBertModel.build_model(config, task).train()
-    energy = model(**batch["net_input"], features_only=True)[1]["penalties"]["kinetic_energy"]
+    energy = model(**batch["net_input"], features_only=True)[1]["output"].penalties["kinetic_energy"]
     loss, _, _ = WithDepthLosses(Twice())(model, batch)
     assert float(loss) == pytest.approx(3 * float(energy), rel=1e-5) and float(energy) > 0
 

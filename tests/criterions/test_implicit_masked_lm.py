@@ -9,7 +9,9 @@ import torch
 from fairseq.data import Dictionary
 from fairseq.logging import metrics, progress_bar
 
+from fairseq_implicit.compat.outputs import for_fairseq
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
+from fairseq_implicit.networks.output import ModelOutput
 
 PAD, VOCABULARY = 1, 11
 
@@ -17,18 +19,17 @@ PAD, VOCABULARY = 1, 11
 class FixedModel(torch.nn.Module):
     """Returns stored logits at the masked positions, as the models of the package do."""
 
-    def __init__(self, logits, **extra):
+    def __init__(self, logits, **reported):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
-        self.extra = extra
+        self.reported = reported
         self.seen = "nothing"
 
     def forward(self, src_tokens, masked_tokens=None, **unused):
         self.seen = masked_tokens
         select = (lambda x: x) if masked_tokens is None else (lambda x: x[masked_tokens])
-        extra = dict(self.extra)
-        extra["auxiliary"] = [(weight, select(logits)) for weight, logits in extra.get("auxiliary", [])]
-        return select(self.logits), extra
+        auxiliary = [(weight, select(logits)) for weight, logits in self.reported.get("auxiliary", [])]
+        return for_fairseq(ModelOutput(select(self.logits), **{**self.reported, "auxiliary": auxiliary}))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from fairseq.data import Dictionary
 
 from fairseq_implicit.data.data_bin import check_vocabulary_matches
 from fairseq_implicit.data.dictionary import VocabularyDictionary
-from fairseq_implicit.data.masking import Masking
 from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMTask
 from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
 from fairseq_implicit.text.vocabulary import word_starts
@@ -195,5 +194,5 @@ def test_words_start_at_the_sign(toy_model):
         assert starts[index] == (special or symbol.startswith("\u2581"))
     plain = Dictionary()
     plain.add_symbol("word")
-    with pytest.raises(ValueError, match="--mask-whole-words: no symbol of dict.txt begins a word"):
-        Masking.for_dictionary(plain, SentencePieceVocabulary.surface)
+    with pytest.raises(ValueError, match="no symbol of dict.txt begins a word"):
+        word_starts(plain.symbols, SentencePieceVocabulary.surface)

@@ -67,7 +67,7 @@ def test_every_gradient_trains_every_parameter(task, tokens, gradient):
     logits, extra = model(tokens)
     logits.log_softmax(-1)[..., 5].sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert extra["statistics"]["evaluations"] > 0
+    assert extra["output"].statistics["evaluations"] > 0
 
 
 def test_hidden_states_are_time_first_and_start_with_the_embedding(task, tokens):
@@ -99,9 +99,9 @@ def test_one_checkpoint_opens_under_every_solver_budget_and_tolerance(task, toke
     torch.testing.assert_close(states["broyden"], states["anderson"], rtol=0, atol=1e-8)
     short = build(task, deq_eval_max_iter=2, deq_eval_tol=1e-10, deq_eval_solver="picard").double().eval()
     short.load_state_dict(source.state_dict())
-    assert short.train()(tokens)[1]["statistics"]["evaluation_budget"] == 30
+    assert short.train()(tokens)[1]["output"].statistics["evaluation_budget"] == 30
     short.eval()
-    residual = short(tokens)[1]["statistics"]["residual"]
+    residual = short(tokens)[1]["output"].statistics["residual"]
     assert residual > 1e-7
 
 
@@ -109,12 +109,12 @@ def test_bfloat16_autocast_and_half_weights_run(task, tokens):
     model = build(task).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, extra = model(tokens)
-    assert float(extra["statistics"]["converged_share"]) == 1.0
+    assert float(extra["output"].statistics["converged_share"]) == 1.0
     logits.float().log_softmax(-1)[..., 5].sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     half = build(task).bfloat16().train()
     logits, extra = half(tokens)
-    assert logits.dtype is torch.bfloat16 and float(extra["statistics"]["converged_share"]) == 1.0
+    assert logits.dtype is torch.bfloat16 and float(extra["output"].statistics["converged_share"]) == 1.0
 
 
 def test_the_depth_finds_its_updates_and_keeps_them_through_a_new_run(task, tokens):
@@ -126,7 +126,7 @@ def test_the_depth_finds_its_updates_and_keeps_them_through_a_new_run(task, toke
     tuned.load_state_dict(model.state_dict())
     tuned.set_num_updates(1)
     assert tuned.encoder.depth.updates.value == 13
-    assert float(tuned(tokens)[1]["statistics"]["evaluation_budget"]) == 30
+    assert float(tuned(tokens)[1]["output"].statistics["evaluation_budget"]) == 30
 
 
 def test_a_finetuning_head_sees_the_equilibrium(task, tokens):

@@ -68,7 +68,7 @@ def test_every_family_takes_it_by_its_name(task, tokens, family, settings):
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     assert mixers and all(isinstance(mixer, Mean) for mixer in mixers)
     logits, extra = model.train()(tokens)
-    (logits[tokens.ne(1)].square().mean() + sum(extra["penalties"].values())).backward()
+    (logits[tokens.ne(1)].square().mean() + sum(extra["output"].penalties.values())).backward()
     reached = [parameter.grad is not None and parameter.grad.any() for parameter in mixers[0].parameters()]
     assert all(reached) and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     model.eval()

@@ -114,8 +114,8 @@ def test_update_number_reaches_the_random_steps(task, tokens):
     taken = []
     for update in range(8):
         model.set_num_updates(update)
-        taken.append(model.train()(tokens)[1]["statistics"]["steps"])
-    assert len(set(taken)) > 1 and model.eval()(tokens)[1]["statistics"]["steps"] == 2
+        taken.append(model.train()(tokens)[1]["output"].statistics["steps"])
+    assert len(set(taken)) > 1 and model.eval()(tokens)[1]["output"].statistics["steps"] == 2
 
 
 @pytest.mark.parametrize("precision", (torch.bfloat16, torch.float16))
@@ -183,8 +183,8 @@ def test_adaptive_blocks_agree_with_fine_fixed_steps(task, tokens, scheme):
     adaptive = opened(model, task, ode_scheme=scheme, ode_tolerance=1e-7, ode_max_evaluations=5000)
     logits, extra = adaptive(tokens)
     torch.testing.assert_close(logits, exact, rtol=0, atol=1e-4)
-    coarse = opened(model, task, ode_scheme=scheme, ode_tolerance=1e-2)(tokens)[1]["statistics"]
-    assert float(coarse["evaluations"]) < float(extra["statistics"]["evaluations"])
+    coarse = opened(model, task, ode_scheme=scheme, ode_tolerance=1e-2)(tokens)[1]["output"].statistics
+    assert float(coarse["evaluations"]) < float(extra["output"].statistics["evaluations"])
     assert coarse["stopped"] == 0
 
 

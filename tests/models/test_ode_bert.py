@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from fairseq.models import MODEL_REGISTRY
+from fairseq.modules import PositionalEmbedding
 from omegaconf import OmegaConf
 
 from fairseq_implicit.layout import Layout
@@ -42,11 +43,13 @@ def test_known_absence_of_padding_is_the_same_computation(task, tokens):
 
 def test_positions_are_fairseqs_until_the_layout_gives_others(task, tokens):
     encoder = build(task, no_layernorm_embedding=True, **QUIET).eval().encoder
+    theirs = PositionalEmbedding(24, 16, encoder.dictionary.pad(), learned=True)
+    theirs.load_state_dict(encoder.embed_positions.state_dict())
     shifted = torch.cat([torch.full_like(tokens[:, :3], 1), tokens], 1)
     for batch in (tokens, shifted, tokens[:1]):
         layout = encoder.layout(batch)
         found = encoder.embed(batch, layout)
-        assert torch.equal(found, layout.keep(encoder.embed_tokens(batch) + encoder.embed_positions(batch)))
+        assert torch.equal(found, layout.keep(encoder.embed_tokens(batch) + theirs(batch)))
     torch.testing.assert_close(found[0], encoder.embed(shifted, encoder.layout(shifted))[0, 3:], rtol=0, atol=0)
     later = encoder.embed(tokens[:1], Layout(positions=torch.arange(5, 17)[None]))
     rows = encoder.embed_positions.weight[1 + 1 + 5 : 1 + 1 + 17]
@@ -125,7 +128,7 @@ def test_positions_that_start_from_sinusoids(task, dim):
 
 
 def test_gate_still_starts_at_the_tableau_after_initialisation(task, tokens):
-    statistics = build(task, ode_scheme="rk2", ode_coefficients="gated").eval()(tokens)[1]["statistics"]
+    statistics = build(task, ode_scheme="rk2", ode_coefficients="gated").eval()(tokens)[1]["output"].statistics
     assert float(statistics["gate_mean"]) == pytest.approx(0.5, abs=0.1)
     assert float(statistics["evaluations"]) == 4
 
@@ -157,7 +160,7 @@ def test_checkpoint_with_learned_coefficients_opens_under_a_fixed_or_longer_sche
         caplog.clear()
         model.load_state_dict(copy.copy(state))  # fairseq's load: upgrades, then strict
         assert "other combination coefficients" in caplog.text
-        statistics = model.eval()(tokens)[1]["statistics"]
+        statistics = model.eval()(tokens)[1]["output"].statistics
         assert float(statistics["coefficient_sum"]) == pytest.approx(1.0)
 
 
@@ -274,6 +277,16 @@ def test_classification_heads_follow_checkpoints(task, tokens):
     before = fresh.classification_heads["topic"].out_proj.weight.clone()
     fresh.load_state_dict(dict(state))
     assert torch.equal(fresh.classification_heads["topic"].out_proj.weight, before)
+
+
+def test_a_head_for_another_width_is_refused(task):
+    model = build(task)
+    width = model.args.encoder_embed_dim
+    model.register_classification_head("topic", num_classes=3, embedding_size=width)
+    with pytest.raises(ValueError, match=f"topic takes features of the model's width {width}, not of {width + 1}"):
+        model.register_classification_head("topic", num_classes=3, embedding_size=width + 1)
+    with pytest.raises(TypeError, match="inner_dims"):
+        model.register_classification_head("topic", num_classes=3, inner_dims=8)
 
 
 def test_unused_and_frozen_parameters_and_two_forwards_before_backward(task, tokens):

@@ -53,7 +53,7 @@ def task_on(folder, mode, **settings):
 def expected(task, split):
     """Tokens of the file without the marks between documents, where the mode drops those, and one <s> a block."""
     dataset = task.dataset(split)
-    lengths = np.concatenate([file.line_lengths for file in dataset.files])
+    lengths = np.concatenate([file.line_lengths for file in dataset.blocks.files])
     separators = int((lengths == 1).sum()) if task.cfg.sample_break_mode in ("complete_doc", "eos") else 0
     return int(lengths.sum()) - separators + len(dataset)
 

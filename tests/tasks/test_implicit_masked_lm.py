@@ -8,6 +8,7 @@ import torch
 from fairseq.data import Dictionary
 
 from fairseq_implicit.data.dictionary import VocabularyDictionary
+from fairseq_implicit.data.objectives import OBJECTIVES
 from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMConfig, ImplicitMaskedLMTask
 
 
@@ -56,6 +57,17 @@ def test_masks_of_the_validation(toy_data):
     assert not torch.equal(targets("train", seed=1), targets("train", seed=2))
 
 
+@pytest.mark.parametrize("flag", [dict(mask_whole_words=True), dict(objective="masked-words")])
+def test_whole_words_need_beginnings_of_words(toy_data, folder, flag):
+    for name, options in (("masked-tokens", {}), ("masked-words", flag)):
+        assert type(setup(toy_data, **options).objective) is OBJECTIVES[name]
+    (folder / "dict.txt").write_text("piece 1\n")
+    (folder / "sentencepiece.bpe.model").unlink()
+    said = "--mask-whole-words" if "mask_whole_words" in flag else "--objective masked-words"
+    with pytest.raises(ValueError, match=f"^{said}: no symbol of dict.txt begins a word"):
+        setup(folder, **flag)
+
+
 def test_whole_words_of_a_text_without_word_spaces_are_announced(toy_data, folder, caplog):
     setup(toy_data, mask_whole_words=True).load_dataset("train")
     assert "--mask-whole-words" not in caplog.text
@@ -64,8 +76,9 @@ def test_whole_words_of_a_text_without_word_spaces_are_announced(toy_data, folde
     rows = [row if row == first else row.replace("\u2581", "_") for row in rows]
     (folder / "dict.txt").write_text("\n".join(rows) + "\n")
     (folder / "sentencepiece.bpe.model").unlink()
-    blocks = setup(folder, mask_whole_words=True).load_dataset("train")
-    assert blocks.pieces_per_word() > 4
+    train = setup(folder, mask_whole_words=True).load_dataset("train")
+    assert train.objective.pieces_per_word(train.blocks.drawn()) > 4
+    assert f"--mask-whole-words: in {folder}/train.bin what stands" in caplog.text
     assert "pieces on average, so the text has no word spaces; spans of 1 to 4 pieces" in caplog.text
 
 
@@ -215,6 +228,11 @@ def test_control_characters_and_blank_lines_survive_preprocessing(toy_model, fai
         (dict(tokens_per_sample=1), "--tokens-per-sample"),
         (dict(mask_prob=2.0), "--mask-prob"),
         (dict(valid_mask_prob=0.0), "--valid-mask-prob"),
+        (
+            dict(objective="masked-verbs"),
+            "--objective masked-verbs is unknown: choose one of masked-tokens, ",
+        ),
+        (dict(objective="masked-spans", mask_whole_words=True), "--mask-whole-words is --objective masked-words, not"),
     ],
 )
 def test_refuses_impossible_flags(toy_data, options, flag):

@@ -8,7 +8,7 @@ from fairseq_implicit import text
 from fairseq_implicit.data.byte_pairs import TOKENIZERS
 from fairseq_implicit.tasks.implicit_masked_lm import ImplicitMaskedLMConfig, ImplicitMaskedLMTask
 from fairseq_implicit.text.token_files import MappedTokens
-from fairseq_implicit.text.vocabulary import EOS, MASK, UNKNOWN, Vocabulary
+from fairseq_implicit.text.vocabulary import EOS, MASK, PAD, UNKNOWN, Vocabulary
 from tests.corpora.formats import run_command
 
 TEXT = "the field is smooth\n\nthe solver integrates\tthe unseen field\n<mask> madeupword0000 <pad>\n"
@@ -68,12 +68,12 @@ def test_whole_words_are_masked_by_its_beginnings(data):
     task = ImplicitMaskedLMTask.setup_task(config)
     assert len(task.dictionary) == 64 and task.dictionary.index(MASK) == 63
     glued = task.dictionary.index("+ly")
-    assert np.flatnonzero(~task.masking.word_starts).tolist() == [glued]
+    assert np.flatnonzero(~task.objective.word_starts).tolist() == [glued]
     sample = task.load_dataset("valid")[0]
-    chosen = sample["target"] != task.masking.pad
-    assert torch.equal(sample["target"][chosen], torch.from_numpy(task.datasets["valid"].tokens(0))[chosen])
+    chosen = sample["target"] != PAD
+    assert torch.equal(sample["target"][chosen], torch.from_numpy(task.datasets["valid"].blocks[0])[chosen])
     tokens = np.array([0, *[5, glued] * 50, 2])
-    fates = task.masking.apply(tokens, np.random.default_rng(0))[1][1:-1].reshape(50, 2) != task.masking.pad
+    fates = task.objective(tokens, np.random.default_rng(0)).target[1:-1].reshape(50, 2) != PAD
     assert (fates[:, 0] == fates[:, 1]).all() and 0 < fates[:, 0].sum() < 50
 
 

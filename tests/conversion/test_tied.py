@@ -6,9 +6,9 @@ import dataclasses
 import pytest
 import torch
 
+from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
-from fairseq_implicit.models.tied_bridge import deq_from_tied, tied_from_deq
 
 SHAPE = dict(encoder_layers=3, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4)
 
@@ -52,7 +52,7 @@ def test_the_same_cell_can_be_asked_for_its_equilibrium(task, tokens):
     solved = opened(there, task, deq_gradient="ift", deq_eval_tol=1e-6)
     with torch.no_grad():
         logits, extra = solved(tokens)
-    assert torch.isfinite(logits).all() and extra["statistics"]["evaluations"] > 3
+    assert torch.isfinite(logits).all() and extra["output"].statistics["evaluations"] > 3
 
 
 @pytest.mark.parametrize(

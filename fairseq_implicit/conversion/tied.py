@@ -1,0 +1,112 @@
+"""Weight-tied ode_bert and deq_bert are one cell read two ways: L steps of it, or its fixed point.
+
+The bridge is exact where the cell is the same: one post-norm or pre-norm layer, Euler steps of size 1, the embedding
+as the start and no injection. The converted model takes the same L steps (``bptt-L``) and so has the same loss; whether
+those steps have an equilibrium is another question, which ``--model-overrides "{'deq_gradient': 'ift'}"`` asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fairseq_implicit.conversion import plain_stack
+from fairseq_implicit.conversion.table import Table
+from fairseq_implicit.solvers.gradients.names import parse_gradient
+
+#: How the names of a family's own settings begin; all others have one meaning in both.
+_OWN = {"ode_bert": ("ode_", "rk_", "enc_", "alpha_", "encoder_layerdrop"), "deq_bert": ("deq_",)}
+_NAMES = Table(
+    "cell",
+    {
+        "encoder.depth.fields.0.{rest}": "encoder.depth.cell.layers.0.{rest}",
+        "encoder.depth.final_norm.{part}": "encoder.depth.output_norm.{part}",
+        "{outside}": "{outside}",
+    },
+)
+#: What belongs to one of the two only: a scheme's coefficients, and the count of updates of a schedule.
+_LEFT_OUT = ("encoder.depth.combinations.", "encoder.depth.updates.")
+
+_PLAIN_CELL: dict[str, Any] = dict(
+    deq_injection="none", deq_qkv_injection=False, deq_initial_state="input", deq_cell_layers=1, deq_prelude_layers=0,
+    deq_coda_layers=0, deq_weight_norm=False,
+)  # fmt: skip
+
+
+def _settings(checkpoint: Mapping[str, Any], family: str) -> dict[str, Any]:
+    stored = checkpoint["cfg"]["model"]
+    if not stored["_name"].startswith(family):
+        raise ValueError(f"the checkpoint holds {stored['_name']}, not {family}")
+    return dict(stored)
+
+
+def _shared(settings: Mapping[str, Any], family: str) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if not name.startswith(_OWN[family])}
+
+
+def _converted(checkpoint: Mapping[str, Any], weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Any]:
+    # The optimiser's state goes by the order of the parameters, which is another one.
+    cfg = {**checkpoint["cfg"], "model": model}
+    return {**checkpoint, "model": weights, "cfg": cfg, "last_optimizer_state": None}
+
+
+def _kept(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in checkpoint["model"].items() if not name.startswith(_LEFT_OUT)}
+
+
+def deq_from_tied(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A weight-tied Euler ode_bert as the deq_bert that takes the same steps.
+
+    Args:
+        checkpoint: as fairseq's ``load_checkpoint_to_cpu`` returns it.
+
+    Raises:
+        ValueError: its cell is not that of any deq_bert; the sentence says why.
+    """
+    settings = _settings(checkpoint, "ode_bert")
+    plain_stack.check(settings, ode_tied=True)
+    field = settings.get("ode_field", "pre-norm")
+    if field not in ("post-norm", "pre-norm"):
+        raise ValueError(f"ode_field is {field}, and an equilibrium cell is post-norm or pre-norm")
+    model = {
+        **_shared(settings, "ode_bert"),
+        "_name": "deq_bert",
+        "deq_cell_norm": field,
+        "deq_no_final_norm": field == "pre-norm",
+        "deq_injection": "none",
+        "deq_initial_state": "input",
+        "deq_gradient": f"bptt-{settings['encoder_layers']}",
+    }
+    return _converted(checkpoint, _NAMES.exported(_kept(checkpoint)), model)
+
+
+def tied_from_deq(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A deq_bert without injection as the weight-tied Euler ode_bert of as many layers as it takes steps.
+
+    A model that solves for its equilibrium becomes ``encoder_layers`` steps towards it.
+
+    Raises:
+        ValueError: its cell is not a plain layer; the sentence says why.
+    """
+    settings = _settings(checkpoint, "deq_bert")
+    for name, value in _PLAIN_CELL.items():
+        # A cell older than one of them had none.
+        if settings.get(name, value) != value:
+            raise ValueError(f"{name} is {settings[name]}, and only {value} makes the cell a plain layer")
+    if settings["deq_cell_norm"] == "pre-norm" and not settings.get("deq_no_final_norm"):
+        raise ValueError("the cell ends in a norm inside the map, which a pre-norm block does not have")
+    gradient = parse_gradient(settings["deq_gradient"], settings.get("deq_gradient_damping"))
+    unrolled = not gradient.needs_equilibrium
+    if unrolled and gradient.damping != 1.0:
+        raise ValueError(f"deq_gradient_damping is {gradient.damping}: blocks take whole steps")
+    model = {
+        **_shared(settings, "deq_bert"),
+        "_name": "ode_bert",
+        "encoder_layers": gradient.steps if unrolled else settings["encoder_layers"],
+        "ode_field": settings["deq_cell_norm"],
+        "ode_scheme": "euler",
+        "ode_tied": True,
+    }
+    return _converted(checkpoint, _NAMES.imported(_kept(checkpoint)), model)

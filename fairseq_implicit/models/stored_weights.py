@@ -1,0 +1,51 @@
+"""Weights of a checkpoint, fitted to the model that they are loaded into."""
+
+import logging
+from typing import Dict
+
+from torch import Tensor
+
+from fairseq_implicit.networks.embeddings import Embeddings
+
+logger = logging.getLogger(__name__)
+
+
+def check_embeddings(network: Embeddings, state_dict: Dict[str, Tensor], prefix: str) -> None:
+    """ValueError, one sentence, where a checkpoint has another number of positions or of symbols."""
+    for table, flag, offset in (
+        ("embed_positions", "--max-positions", network.embeddings.padding + 1),
+        ("embed_tokens", "the data's dict.txt", 0),
+    ):
+        stored = state_dict.get(f"{prefix}{table}.weight")
+        rows = getattr(network, table).weight.shape[0]
+        if stored is not None and stored.shape[0] != rows:
+            raise ValueError(
+                f"the checkpoint has {stored.shape[0] - offset} rows in its {table} and this model "
+                f"{rows - offset}: they must agree, see {flag}"
+            )
+
+
+def fit_heads(model, state_dict: Dict[str, Tensor], prefix: str) -> None:
+    """Fit the classification heads of a checkpoint to a model's.
+
+    Heads the model lacks are registered under ``--load-checkpoint-heads`` and dropped otherwise; heads the checkpoint
+    lacks keep their fresh weights.
+    """
+    heads = model.classification_heads
+    found = {key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)}
+    for head in sorted(found):
+        # A spectral norm stores the projection as ``weight_orig``.
+        shape = next(
+            state_dict[key].shape
+            for key in (f"{prefix}{head}.out_proj.weight", f"{prefix}{head}.out_proj.weight_orig")
+            if key in state_dict
+        )
+        if head not in heads and model.args.load_checkpoint_heads:
+            model.register_classification_head(head, shape[0], shape[1])
+        current = heads[head] if head in heads else None
+        if current is None or tuple(current.out_proj.weight.shape) != tuple(shape):
+            logger.warning("the checkpoint's classification head %s does not fit this model and is left out", head)
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{head}.")]:
+                del state_dict[key]
+    for key, value in heads.state_dict().items():
+        state_dict.setdefault(prefix + key, value)

@@ -1,0 +1,1 @@
+"""Whole networks: embeddings, a depth and heads. Pure torch; fairseq and others wrap them."""

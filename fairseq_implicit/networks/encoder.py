@@ -1,0 +1,94 @@
+"""The encoder: embeddings, a depth, and a masked-LM head on its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.networks.embeddings import EmbeddingConfig, Embeddings
+from fairseq_implicit.networks.heads import MaskedLMHead, MaskedLMHeadConfig
+from fairseq_implicit.networks.output import ModelOutput
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What lies around the depth.
+
+    Attributes:
+        embeddings: what the depth starts from.
+        head: that of the masked-LM loss; ``None``: the network gives features only.
+    """
+
+    embeddings: EmbeddingConfig
+    head: MaskedLMHeadConfig | None = field(default_factory=MaskedLMHeadConfig)
+
+
+class Encoder(Embeddings):
+    """Embeddings, depth and head. With Euler steps on post-norm layers it is BERT and RoBERTa.
+
+    Args:
+        config: see there.
+        depth: what lies between embeddings and head; it ends in its own norm.
+    """
+
+    def __init__(self, config: EncoderConfig, depth: Depth):
+        super().__init__(config.embeddings)
+        self.depth = depth
+        self.lm_head = None if config.head is None else MaskedLMHead(self.embed_tokens, config.head)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        segments: Tensor | None = None,
+        features_only: bool = False,
+        masked_tokens: Tensor | None = None,
+        return_hidden_states: bool = False,
+        has_padding: bool | None = None,
+        token_embeddings: Tensor | None = None,
+    ) -> ModelOutput:
+        """Run the network. Inputs that it does not know are refused.
+
+        Args:
+            tokens: ``(batch, time)`` ids.
+            segments: ``(batch, time)`` int64, BERT's token types; by default all tokens belong to the first.
+            features_only: return features ``(batch, time, dim)`` instead of logits.
+            masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
+            return_hidden_states: also return the states along the depth.
+            has_padding: whether ``tokens`` holds padding, where the caller knows.
+            token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
+
+        Raises:
+            ValueError: more tokens than positions, or logits of a network without a head.
+            TypeError: segments for a network that takes none.
+        """
+        layout = self.layout(tokens, segments, has_padding)
+        depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states)
+        output = ModelOutput(
+            depth.state, depth.hidden_states, depth.statistics, depth.penalties, depth.auxiliary_states
+        )
+        if features_only:
+            return output
+        selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
+        return output.read_by(lambda features: self.logits(features, selected))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights. The depth may keep a float32 state around half-precision ones, and quantised matrices have
+        no dtype to ask for."""
+        return self.embed_tokens.weight.dtype
+
+    def logits(self, features: Tensor, selected: Tensor | None = None) -> Tensor:
+        """Logits of ``features`` ``(batch, time, dim)``, or of its rows ``selected`` (flat indices) only.
+
+        Raises:
+            ValueError: the network has no head.
+        """
+        if self.lm_head is None:
+            raise ValueError("this network has no masked-LM head: ask it for features_only")
+        if selected is not None:
+            features = features.flatten(0, 1).index_select(0, selected)
+        return self.lm_head(features.to(self.dtype))

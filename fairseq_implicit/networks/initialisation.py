@@ -1,0 +1,81 @@
+"""The weights in which a network starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_implicit.networks.encoder import Encoder
+
+INITIALISATIONS = ("depth-scaled", "identity", "plain")
+POSITION_STARTS = ("normal", "sinusoidal")
+
+
+@dataclass(frozen=True)
+class InitialisationConfig:
+    """How a network starts.
+
+    Attributes:
+        scheme: ``plain``: N(0, ``std``) everywhere; ``depth-scaled``: residual projections divided by the root of
+            their number along the depth; ``identity``: residual projections 0.
+        std: standard deviation of the weights.
+        positions: ``normal``, or ``sinusoidal``: sines and cosines of the same scale.
+        layers_in_series: how many layers a token passes, sub-steps and iterations not counted; ``None``: as many as
+            the depth has. With tied blocks the same weights act in every one.
+
+    Raises:
+        ValueError: an unknown name, or a scale that is none.
+    """
+
+    scheme: str = "depth-scaled"
+    std: float = 0.02
+    positions: str = "normal"
+    layers_in_series: int | None = None
+
+    def __post_init__(self):
+        for name, value, choices in (
+            ("scheme", self.scheme, INITIALISATIONS),
+            ("positions", self.positions, POSITION_STARTS),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} of an initialisation {value!r} is unknown: choose {', '.join(choices)}")
+        if not 0.0 < self.std < math.inf:
+            raise ValueError(f"initial weights need a positive standard deviation, got {self.std}")
+
+
+@torch.no_grad()
+def initialise(network: Encoder, config: InitialisationConfig) -> None:
+    """Draw all weights anew, biases 0. What in the depth needs another start has the last word."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=config.std)
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if config.positions == "sinusoidal":
+        network.embed_positions.weight.copy_(math.sqrt(2.0) * config.std * sinusoids(network.embed_positions.weight))
+        network.embed_positions.weight[network.embeddings.padding].zero_()
+    layers = list(network.depth.layers())
+    projections = [projection for layer in layers for projection in layer.residual_projections()]
+    if config.scheme != "plain":
+        repeats = 1.0 if config.layers_in_series is None else config.layers_in_series / len(layers)
+        divisor = math.sqrt(max(1.0, len(projections) * repeats)) if config.scheme == "depth-scaled" else math.inf
+        for projection in projections:
+            projection.weight.div_(divisor)
+    network.depth.initialise()
+
+
+def sinusoids(like: Tensor) -> Tensor:
+    """Sines and cosines of the positions (arXiv 1706.03762 §3.5), in the shape ``(positions, dim)`` of ``like``.
+
+    A head finds a neighbour by one rotation then, instead of learning it place by place.
+    """
+    positions, dim = like.shape
+    half = (dim + 1) // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half))
+    angles = torch.arange(positions)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
