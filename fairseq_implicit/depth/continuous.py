@@ -195,12 +195,16 @@ class ContinuousDepth(Depth):
         return solution
 
     def _solve(self, solver: Solver, f: Increment, x: Tensor, layout: Layout, keep: Keep = NOTHING) -> Solution:
+        parameters: tuple[Tensor, ...] = ()
+        if not solver.gradient.along_the_way:
+            # It arises from no kept graph, so it must be told where to go.
+            parameters = tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
         return solver.solve(
             f,
             x,
             Span(0.0, self.config.duration),
             layout,
-            parameters=tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad),
+            parameters=parameters,
             record=self.adjoint,
             pieces=f.pieces(self.config.duration),
             keep=keep,

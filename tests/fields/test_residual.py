@@ -57,7 +57,7 @@ def config(norm, **options):
 
 MAKERS = {
     "stack": lambda norm: BlockStack(
-        StackConfig(2, DIM, "rk2", final_norm=True, stage_norm=True, history="dlcl", norm=norm),
+        StackConfig(2, DIM, RungeKutta("rk2", stage_norm=True), history="dlcl", final_norm=True, norm=norm),
         lambda layer: TransformerField(config(norm, kind="macaron")),
     ),
     "embedded": lambda norm: DepthEmbeddedField(config(norm), 2.0),
