@@ -32,7 +32,9 @@ from fairseq_implicit.fields.transformer import TransformerFieldConfig  # noqa: 
 from fairseq_implicit.models.deq_bert import MATCHED_SIZES  # noqa: E402
 from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
-from fairseq_implicit.solvers.implicit_grad import Equilibrium, GradientConfig, equilibrium, parse_gradient  # noqa: E402
+from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient  # noqa: E402
+from fairseq_implicit.solvers.gradients.implicit import Implicit  # noqa: E402
+from fairseq_implicit.solvers.gradients.names import parse_gradient  # noqa: E402
 from fairseq_implicit.solvers.jacobian import spectral_radius  # noqa: E402
 from scripts.side_by_side import median_seconds  # noqa: E402
 
@@ -125,7 +127,7 @@ def steps_of_both(
         f_tol=tol, b_tol=tol, f_stop_mode="rel", b_stop_mode="rel",
     )  # fmt: skip
     config = FixedPointConfig("anderson", budget, tol)
-    gradient = GradientConfig(adjoint=FixedPointConfig("anderson", budget, tol))
+    gradient = Implicit(adjoint=FixedPointConfig("anderson", budget, tol))
 
     def theirs() -> None:
         cell.zero_grad()
@@ -135,7 +137,7 @@ def steps_of_both(
 
     def ours() -> None:
         cell.zero_grad()
-        found = equilibrium(cell.prepare(x), torch.zeros_like(x), config, gradient)
+        found = gradient.equilibrium(cell.prepare(x), torch.zeros_like(x), config)
         spent["ours"] = float(found.solve.evaluations.float().mean())
         (found.state * target).sum().backward()
 
@@ -165,13 +167,13 @@ def step(bench: Bench) -> None:
 
 
 def gradient_of(
-    cell: EquilibriumCell, x: Tensor, gradient: GradientConfig, solver: FixedPointConfig
+    cell: EquilibriumCell, x: Tensor, gradient: EquilibriumGradient, solver: FixedPointConfig
 ) -> tuple[Tensor, Equilibrium]:
     """The gradient in all parameters and the input, flat, and the equilibrium that it was taken at."""
     cell.zero_grad()
     leaf = x.clone().requires_grad_()
     f = cell.prepare(leaf)
-    result = equilibrium(f, torch.zeros_like(x), solver, gradient, depends_on=f.depends_on)
+    result = gradient.equilibrium(f, torch.zeros_like(x), solver, depends_on=f.depends_on)
     weight = torch.arange(x.numel(), dtype=x.dtype, device=x.device).view_as(x).sin()
     (result.state * weight).sum().backward()
     return torch.cat([p.grad.flatten() for p in cell.parameters()] + [leaf.grad.flatten()]), result
@@ -186,16 +188,16 @@ def gradients(bench: Bench) -> None:
         x = bench.input(4, 16, 64).double()
 
         sharp = FixedPointConfig("broyden", 400, 1e-10)
-        exact, solved = gradient_of(cell, x, GradientConfig(adjoint=FixedPointConfig("broyden", 600, 1e-10)), sharp)
+        exact, solved = gradient_of(cell, x, Implicit(adjoint=FixedPointConfig("broyden", 600, 1e-10)), sharp)
         radius = float(spectral_radius(cell.prepare(x), solved.solve.state, 60).max())
         row = []
         for mode in modes:
             if mode == "ift":
                 # As trained: tolerances of 1e-3 both ways and thirty evaluations.
                 loose = FixedPointConfig("anderson", 30, 1e-3)
-                candidate, _ = gradient_of(cell, x, GradientConfig(adjoint=loose), loose)
+                candidate, _ = gradient_of(cell, x, Implicit(adjoint=loose), loose)
             elif mode == "reversible":
-                candidate, _ = gradient_of(cell, x, parse_gradient(mode, damping=0.5), FixedPointConfig(max_iter=24))
+                candidate, _ = gradient_of(cell, x, parse_gradient(mode), FixedPointConfig(max_iter=24))
             else:
                 candidate, _ = gradient_of(cell, x, parse_gradient(mode), sharp)
             row.append(torch.nn.functional.cosine_similarity(candidate, exact, dim=0).item())

@@ -25,8 +25,11 @@ logging.disable(logging.WARNING)  # fairseq announces optional packages, the com
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
-from fairseq_implicit.solvers.reversible import solve_reversible  # noqa: E402
-from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit  # noqa: E402
+from fairseq_implicit.layout import UNPADDED  # noqa: E402
+from fairseq_implicit.solvers.names import GRADIENTS  # noqa: E402
+from fairseq_implicit.solvers.reversible import ReversibleHeun  # noqa: E402
+from fairseq_implicit.solvers.runge_kutta import RungeKutta  # noqa: E402
+from fairseq_implicit.solvers.solver import Span  # noqa: E402
 from scripts.side_by_side import peak_bytes  # noqa: E402
 
 Solve = Callable[[Tensor], Tensor]
@@ -53,10 +56,10 @@ def by_hand(f, y: Tensor, steps: int) -> Tensor:
 
 def solvers(field: TransformerField, steps: int, like: Tensor) -> dict[str, Solve]:
     """Solvers of the same problem by name; the libraries where they are installed."""
-    config = ExplicitConfig("rk4", steps)
+    solver = RungeKutta("rk4", steps)
     found: dict[str, Solve] = {
         "hand loop": lambda y: by_hand(field.prepare(y), y, steps),
-        "own rk4": lambda y: solve_explicit(field.prepare(y), y, config).state,
+        "own rk4": lambda y: solver.solve(field.prepare(y), y, Span(), UNPADDED).state,
     }
     span = torch.linspace(0, 1, steps + 1, device=like.device)
     try:
@@ -117,11 +120,11 @@ def report_memory(field: TransformerField, y: Tensor) -> None:
     parameters = list(field.parameters())
     f = field.prepare(y)
     ways: dict[str, Callable[[int], Tensor]] = {
-        "reversible heun": lambda n: solve_reversible(f, y, 1.0, n, parameters).state,
+        "reversible heun": lambda n: ReversibleHeun(n).solve(f, y, Span(), parameters=parameters).state,
         "heun2, checkpoint-step": lambda n: (
-            solve_explicit(f, y, ExplicitConfig("heun2", n, gradient="checkpoint-step")).state
+            RungeKutta("heun2", n, GRADIENTS["checkpoint-step"]).solve(f, y, Span()).state
         ),
-        "heun2, autograd": lambda n: solve_explicit(f, y, ExplicitConfig("heun2", n)).state,
+        "heun2, autograd": lambda n: RungeKutta("heun2", n).solve(f, y, Span()).state,
     }
     sys.stdout.write("\npeak memory of forward and backward, MiB    4 steps   16 steps   64 steps\n")
     for name, solve in ways.items():

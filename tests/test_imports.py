@@ -11,39 +11,30 @@ PACKAGE = "fairseq_implicit"
 ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # What each folder may import of the package, besides itself; the package's own __init__ and __main__ may import all.
 ALLOWED = {
+    "options": set(),
     "layout": set(),
-    "solvers": {"layout"},
-    "fields": {"layout", "solvers"},
-    "depth": {"layout", "solvers", "fields"},
-    "networks": {"layout", "solvers", "fields", "depth"},
-    "models": {"layout", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
+    "solvers": {"layout", "options"},
+    "fields": {"layout", "options", "solvers"},
+    "depth": {"layout", "options", "solvers", "fields"},
+    "networks": {"layout", "options", "solvers", "fields", "depth"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
     "conversion": {"solvers"},
     "text": set(),
     "data": {"text", "compat"},
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
-    "evaluation": {"solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
     "commands": {
-        "solvers",
-        "fields",
-        "depth",
-        "models",
-        "text",
-        "data",
-        "compat",
-        "corpora",
-        "evaluation",
-        "conversion",
-    },
+        "options", "solvers", "depth", "conversion", "models", "text", "data", "compat", "corpora", "evaluation",
+    },  # fmt: skip
     "compat": {"networks", "folder_lock"},
     "folder_lock": set(),
 }
-WITHOUT_FAIRSEQ = {
-    "layout", "solvers", "fields", "depth", "networks", "conversion", "text", "corpora", "folder_lock",
-}  # fmt: skip
+WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
+    "options": set(),
     "layout": {"torch"},
     "solvers": {"torch", "torchdyn", "torchdiffeq"},
     "fields": {"torch"},

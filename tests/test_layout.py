@@ -13,6 +13,7 @@ from fairseq_implicit.fields.mixers.attention import AttentionConfig, MultiHeadA
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout, token_sum
+from fairseq_implicit.solvers.runge_kutta import RungeKutta
 
 REAL = torch.tensor([[True] * 5, [True, True, False, False, False], [False, True, True, True, False]])
 DIM = 6
@@ -141,10 +142,11 @@ LAYER = dict(dim=DIM, ffn_dim=8, mixer=AttentionConfig(2))
     "make",
     [
         lambda: BlockStack(
-            StackConfig(2, DIM, "rk4", final_norm=True), lambda _: TransformerField(TransformerFieldConfig(**LAYER))
+            StackConfig(2, DIM, RungeKutta("rk4"), final_norm=True),
+            lambda _: TransformerField(TransformerFieldConfig(**LAYER)),
         ),
         lambda: ContinuousDepth(
-            ContinuousConfig(DIM, 2.0, "rk4", tolerance=0.0, steps=3),
+            ContinuousConfig(DIM, 2.0, RungeKutta("rk4", 3)),
             DepthEmbeddedField(TransformerFieldConfig(**LAYER), 2.0),
         ),
         lambda: EquilibriumDepth(EquilibriumConfig(CellConfig(TransformerFieldConfig(**LAYER), initial_std=0.3))),

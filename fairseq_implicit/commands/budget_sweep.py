@@ -21,7 +21,8 @@ from fairseq_implicit.commands.checkpoint_arguments import add_dial_arguments, d
 from fairseq_implicit.commands.wording import conditions, counted
 from fairseq_implicit.evaluation.depth_dials import budget_rows
 from fairseq_implicit.evaluation.masked_lm import Averages
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError
+from fairseq_implicit.options import named
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
 
 Rows = list[tuple[str, int, Averages]]  # solver, budget
 
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
     if options.out:
         pictures.check(options.out)
     budgets = [int(budget) for budget in (options.budgets or BUDGETS[options.all]).split(",")]
-    try:
+    with named(lambda option: FLAGS.get(option, option)):
         solvers = [
             FixedPointConfig(solver, budget, options.tol) for solver in options.solvers.split(",") for budget in budgets
         ]
@@ -84,8 +85,6 @@ def run(options: argparse.Namespace) -> None:
             ("as trained" if solver is None else solver.method, budget, found)
             for solver, budget, found in budget_rows(options.checkpoint, dial_blocks(options), solvers)
         ]
-    except OptionError as error:
-        raise ValueError(f"{FLAGS.get(error.option, error.option)}: {error.sentence}") from None
     sys.stdout.write(
         f"{options.checkpoint}: {counted(rows[0][2].blocks, 'block')} of {options.subset} in "
         f"{options.data}; {conditions(options.device, torch.get_num_threads())}\n{table(rows)}\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fairseq_implicit.conversion import plain_stack
 from fairseq_implicit.conversion.table import Table
-from fairseq_implicit.solvers.implicit_grad import parse_gradient
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 
 #: How the names of a family's own settings begin; all others have one meaning in both.
 _OWN = {"ode_bert": ("ode_", "rk_", "enc_", "alpha_", "encoder_layerdrop"), "deq_bert": ("deq_",)}
@@ -97,14 +97,14 @@ def tied_from_deq(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is {settings[name]}, and only {value} makes the cell a plain layer")
     if settings["deq_cell_norm"] == "pre-norm" and not settings.get("deq_no_final_norm"):
         raise ValueError("the cell ends in a norm inside the map, which a pre-norm block does not have")
-    damping = settings.get("deq_gradient_damping")
-    gradient = parse_gradient(settings["deq_gradient"], damping=damping or 0.5)
-    if gradient.kind == "bptt" and damping not in (None, 1.0):
-        raise ValueError(f"deq_gradient_damping is {damping}: blocks take whole steps")
+    gradient = parse_gradient(settings["deq_gradient"], settings.get("deq_gradient_damping"))
+    unrolled = not gradient.needs_equilibrium
+    if unrolled and gradient.damping != 1.0:
+        raise ValueError(f"deq_gradient_damping is {gradient.damping}: blocks take whole steps")
     model = {
         **_shared(settings, "deq_bert"),
         "_name": "ode_bert",
-        "encoder_layers": gradient.steps if gradient.kind == "bptt" else settings["encoder_layers"],
+        "encoder_layers": gradient.steps if unrolled else settings["encoder_layers"],
         "ode_field": settings["deq_cell_norm"],
         "ode_scheme": "euler",
         "ode_tied": True,

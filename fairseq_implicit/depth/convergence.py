@@ -1,23 +1,47 @@
-"""What a depth does about a solve that went wrong: non-finite values are an error, a large residual a warning."""
+"""What a depth does about a solve that went wrong, and in which words it reports what a solve cost.
+
+Statistics of every depth, where its solver has them:
+
+- ``evaluations`` of the field in the forward pass and ``evaluations_backward`` (products with a Jacobian included) of
+  the last backward pass that is known, per sample: means over the batch, and ``…_p95``, ``…_max``;
+- ``residual`` of an equation, ``converged_share`` of the samples (and blocks) that met its tolerance,
+  ``adjoint_residual`` and ``adjoint_fallbacks`` (samples) of the backward pass;
+- ``steps`` accepted, ``rejected`` ones, and ``stopped``, the share of solves that spent their budget;
+- ``state_rms`` over real tokens.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
 
 from fairseq_implicit.solvers.status import Status
+
+logger = logging.getLogger(__name__)
 
 ALARM_RESIDUAL = 0.05  # mean relative residual above which training is warned
 ALARM_INTERVAL = 100  # updates between two warnings
 
+_FAILURES = {
+    Status.NON_FINITE: "the model has diverged; lower the learning rate, or continue from an earlier checkpoint",
+    Status.STEP_UNDERFLOW: "the field is not smooth at this tolerance, or the model has diverged; raise the tolerance",
+}
 
-def refuse_non_finite(status: Status, what: str) -> None:
-    """Stop a network whose field returns non-finite values: the finite state that a solver keeps is no answer.
+
+def refuse_failure(status: Status, what: str, remedy: str = "") -> None:
+    """Stop a network whose solve has no answer: the finite state that a solver keeps is none.
 
     Args:
         status: how the solve ended.
         what: what was solved, such as ``the equilibrium``.
+        remedy: what else helps with this solver.
 
     Raises:
-        ArithmeticError: the status is ``NON_FINITE``.
+        ArithmeticError: the field returned non-finite values, or the steps shrank to nothing.
     """
-    if status is Status.NON_FINITE:
-        raise ArithmeticError(f"the solve of {what} failed ({status.value}): the model has diverged")
+    if status in _FAILURES:
+        raise ArithmeticError(f"the solve of {what} failed ({status.value}): {_FAILURES[status]}{remedy}")
 
 
 class ResidualAlarm:
@@ -37,3 +61,33 @@ class ResidualAlarm:
             return False
         self._last = update
         return True
+
+
+class BudgetAlarm:
+    """Says once that a solve through time has spent its budget."""
+
+    def __init__(self):
+        self._said = False
+
+    def hear(self, status: Status, budget: int) -> None:
+        """A solve with that budget of evaluations has ended like this."""
+        if status is Status.BUDGET_SPENT and not self._said:
+            self._said = True
+            logger.warning(
+                "a solve spent its %d evaluations before its end and goes on with the state it reached: raise "
+                "max_evaluations or the tolerance, or train with a penalty of the kinetic energy (reported once; the "
+                "statistic 'stopped' counts them)",
+                budget,
+            )
+
+
+def mean(values: Sequence[float | Tensor]) -> float | Tensor:
+    """Of numbers and 0-dim tensors."""
+    if isinstance(values[0], Tensor):
+        return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
+    return sum(values) / len(values)
+
+
+def per_sample_mean(counts: int | Tensor) -> float | Tensor:
+    """Of a count that is one for all samples, or ``(batch,)``."""
+    return counts.float().mean() if isinstance(counts, Tensor) else counts

@@ -9,12 +9,12 @@ from fairseq_implicit.depth.continuous import ContinuousDepth
 from fairseq_implicit.depth.stack import BlockStack
 from fairseq_implicit.fields.field import Increment
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.adaptive import (
-    AdaptiveConfig,
-    embedded_step,
-    in_state_precision,
-    solve_adaptive,
-)
+from fairseq_implicit.solvers.adaptive import Adaptive, embedded_step
+from fairseq_implicit.solvers.precision import in_state_precision, state_dtype
+from fairseq_implicit.solvers.solver import Span
+
+# Evaluations per sample and unit of time for the trajectory itself.
+FINE_BUDGET = 50_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def trace(depth: torch.nn.Module, x: Tensor, layout: Layout = UNPADDED) -> Traje
         states, fields, duration, evaluations = _units(depth, x, layout)
     else:
         raise ValueError(f"a {type(depth).__name__} has no trajectory in time: trace an ode_bert or a neural_ode_bert")
-    wide = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
+    wide = [state.to(state_dtype(state.dtype)) for state in states]
     errors = []
     for (f, start), state in zip(fields, wide):
         g, _ = in_state_precision(f, x.dtype)
@@ -88,13 +88,13 @@ def _blocks(depth: BlockStack, x: Tensor, layout: Layout) -> Places:
         for block in range(depth.config.layers)
     ]
     evaluations = torch.zeros(x.shape[0], device=x.device)
-    if depth.config.tolerance > 0:
+    solver, duration = depth.config.solver, depth.config.total_time
+    if solver.adaptive:
         for (f, start), state in zip(fields, states):
-            result = solve_adaptive(f, state, depth.config.total_time, depth.config.adaptive, layout, start)
-            evaluations = evaluations + result.evaluations
+            evaluations = evaluations + solver.solve(f, state, Span(start, duration), layout).evaluations
     else:
         evaluations = evaluations + output.statistics["evaluations"]
-    return states, fields, depth.config.total_time, evaluations
+    return states, fields, duration, evaluations
 
 
 def _units(depth: ContinuousDepth, x: Tensor, layout: Layout) -> Places:
@@ -103,15 +103,9 @@ def _units(depth: ContinuousDepth, x: Tensor, layout: Layout) -> Places:
     intervals = max(1, round(config.duration))
     unit = config.duration / intervals
     f = depth.field.prepare(x, layout)
-    fine = AdaptiveConfig("dopri5", 1e-4, 1e-4, 100 * config.max_evaluations, depth.step_control)
+    fine = Adaptive("dopri5", 1e-4, 1e-4, FINE_BUDGET, depth.step_control)
     states = [x]
     for index in range(intervals):
-        states.append(solve_adaptive(f, states[-1], unit, fine, layout, start=index * unit).state)
-    evaluations = torch.zeros(x.shape[0], device=x.device)
-    if config.adaptive:
-        pieces = f.pieces(config.duration)
-        result = solve_adaptive(f, x, config.duration, config.solve(depth.step_control), layout, pieces=pieces)
-        evaluations = evaluations + result.evaluations
-    else:
-        evaluations = evaluations + depth(x, layout).statistics["evaluations"]
+        states.append(fine.solve(f, states[-1], Span(index * unit, unit), layout).state)
+    evaluations = torch.zeros(x.shape[0], device=x.device) + depth.solve(f, x, layout).evaluations
     return states, [(f, index * unit) for index in range(intervals)], unit, evaluations

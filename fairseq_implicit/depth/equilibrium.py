@@ -3,26 +3,30 @@
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.checkpoint import checkpoint
 
-from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_non_finite
+from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_failure
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
 from fairseq_implicit.depth.schedule import UpdateCount
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, field_dtype, solve
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord, Equilibrium, GradientConfig, equilibrium
+from fairseq_implicit.options import OptionError, check_choice
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig, solve
+from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.jacobian import (
     frobenius_double_backward,
     frobenius_finite_difference,
     spectral_radius,
 )
+from fairseq_implicit.solvers.precision import field_dtype
+from fairseq_implicit.solvers.recomputation import recomputed
 from fairseq_implicit.solvers.vector_field import StateMap
 
 logger = logging.getLogger(__name__)
@@ -35,7 +39,7 @@ REVERSIBLE_ERROR = 0.01  # estimated relative error of a reversible gradient abo
 ACCEPTED_SHARE = 0.95  # share of samples that must converge at update 0
 
 
-class NonConvergentCellError(ValueError):
+class NonConvergentCellError(OptionError):
     """The cell does not converge at update 0."""
 
 
@@ -62,14 +66,14 @@ class EquilibriumConfig:
         allow_nonconvergent: train a cell that does not converge at update 0.
 
     Raises:
-        OptionError, ValueError: an impossible value or combination.
+        OptionError: an impossible value or combination.
     """
 
     cell: CellConfig
-    solver: FixedPointConfig = field(default_factory=FixedPointConfig)
+    solver: FixedPointConfig = FixedPointConfig()
     evaluation: FixedPointConfig | None = None
-    gradient: GradientConfig = field(default_factory=GradientConfig)
-    phases: PhaseConfig = field(default_factory=PhaseConfig)
+    gradient: EquilibriumGradient = Implicit()
+    phases: PhaseConfig = PhaseConfig()
     prelude_layers: int = 0
     coda_layers: int = 0
     initial_state: str = "zero"
@@ -88,17 +92,13 @@ class EquilibriumConfig:
         for name in ("prelude_layers", "coda_layers", "monitor_interval"):
             if getattr(self, name) < 0:
                 raise OptionError(name, f"{getattr(self, name)} is negative.")
-        if self.initial_state not in INITIAL_STATES:
-            raise OptionError("initial_state", f"{self.initial_state!r} is unknown; choose one of zero, input.")
-        if self.jacobian_estimator not in ESTIMATORS:
-            raise OptionError(
-                "jacobian_estimator", f"{self.jacobian_estimator!r} is unknown; choose one of {', '.join(ESTIMATORS)}."
-            )
+        check_choice("initial_state", self.initial_state, INITIAL_STATES)
+        check_choice("jacobian_estimator", self.jacobian_estimator, ESTIMATORS)
         if self.jacobian_probes < 1:
             raise OptionError(
                 "jacobian_probes", f"{self.jacobian_probes} directions estimate nothing; give at least 1."
             )
-        if not self.cell.final_norm and gradient.kind != "bptt":
+        if not self.cell.final_norm and gradient.needs_equilibrium:
             raise OptionError(
                 "no_final_norm",
                 "a pre-norm cell without a norm at its end has spectral radius 1 whatever its weights, so it has no "
@@ -109,26 +109,24 @@ class EquilibriumConfig:
                 "injection",
                 "nothing of the input would reach the state; inject it or start from it (initial state input).",
             )
-        if layer.dropout_policy == "independent" and layer.is_noisy and gradient.kind != "bptt":
+        if layer.dropout_policy == "independent" and layer.is_noisy and gradient.needs_equilibrium:
             which = "attention dropout" if layer.mixer.noise > 0 else "dropout"
             raise OptionError(
                 "stage_dropout",
                 f"{which} with a new mask at every evaluation leaves no fixed point to solve for; share the masks "
                 "(stage dropout shared) or set the rates to 0.",
             )
-        if self.recompute and gradient.kind in ("ift", "neumann", "reversible"):
+        if self.recompute and not gradient.recomputable:
             raise OptionError(
                 "checkpoint_activations",
                 f"{gradient.name} differentiates one evaluation many times in the backward pass, which recomputation "
                 "would repeat or, in its reentrant form, refuse; its memory does not grow with the budget anyway.",
             )
         for count in self.correction:
-            if not 1 <= count < (gradient.steps if gradient.kind == "bptt" else self.solver.max_iter):
+            if not 1 <= count < gradient.budget(self.solver):
                 raise OptionError("correction", f"evaluation {count} lies outside the budget.")
-        if self.correction and gradient.kind == "reversible":
-            raise OptionError(
-                "correction", "the reversible iteration keeps no iterates to correct; drop one of the two."
-            )
+        if self.correction and not gradient.keeps_iterates:
+            raise OptionError("correction", f"{gradient.name} keeps no iterates to correct; drop one of the two.")
         if list(self.correction) != sorted(set(self.correction)):
             raise OptionError("correction", "the evaluation numbers must rise.")
         if self.correction_weight <= 0 or not 0 < self.correction_decay <= 1:
@@ -139,13 +137,10 @@ class _Recomputed(StateMap):
     """A map whose activations are computed again in the backward pass."""
 
     def __init__(self, cell: StateMap):
-        self.cell = cell
+        self.cell, self.function = cell, recomputed(cell)
 
     def __call__(self, z: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self.cell(z)
-        # All noise was drawn when the cell was prepared, so there is no random state to restore.
-        return checkpoint(self.cell, z, use_reentrant=False, preserve_rng_state=False)
+        return self.function(z)
 
     def rows(self, index: Tensor) -> StateMap | None:
         chosen = self.cell.rows(index)
@@ -216,15 +211,8 @@ class EquilibriumDepth(Depth):
         Raises:
             NonConvergentCellError: at update 0 of training, when the cell does not converge.
             ArithmeticError: the cell returned non-finite values.
-            ValueError: the tolerance or the memory cap does not suit the precision or the batch.
+            OptionError: the tolerance or the memory cap does not suit the precision or the batch.
         """
-        try:
-            return self._forward(x, layout, return_hidden_states)
-        except OptionError as error:
-            # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
-            raise ValueError(f"--deq-{error.option.replace('_', '-')}: {error.sentence}") from error
-
-    def _forward(self, x: Tensor, layout: Layout, return_hidden_states: bool) -> DepthOutput:
         hidden = [x] if return_hidden_states else None
         x = self._through(self.prelude, x, layout, hidden)
         # Weights that are computed from others (weight norm) are computed once per pass.
@@ -235,7 +223,7 @@ class EquilibriumDepth(Depth):
             if self.training and not self.checked and self.updates.value == 0:
                 self._check_convergence(cell, x, layout)
             found = self._solve(cell, x, layout, phase)
-            refuse_non_finite(found.solve.status, "the equilibrium")
+            refuse_failure(found.solve.status, "the equilibrium")
             penalties = self._penalties(cell, found, layout, phase)
             if self.training:
                 self._monitor(cell, found, layout)
@@ -264,13 +252,12 @@ class EquilibriumDepth(Depth):
         return x if self.config.initial_state == "input" else torch.zeros_like(x)
 
     def _solve(self, cell: CellMap, x: Tensor, layout: Layout, phase: Phase) -> Equilibrium:
-        f = cell.severed() if phase.gradient.kind == "reversible" else cell
+        f = cell.severed() if phase.gradient.reconstructs else cell
         leaves = f.depends_on
-        return equilibrium(
+        return phase.gradient.equilibrium(
             _Recomputed(f) if self.config.recompute else f,
             self._initial_state(x),
             phase.solver,
-            phase.gradient,
             layout,
             self.adjoint,
             depends_on=leaves,
@@ -314,14 +301,13 @@ class EquilibriumDepth(Depth):
         update, interval = self.updates.value, self.config.monitor_interval
         if interval and update % interval == 0 and self.measured_at != update:
             self._measure(cell, (found.state if found.point is None else found.point).detach(), layout)
-        if self.config.gradient.kind == "reversible":
+        if self.config.gradient.reconstructs:
             # Of the previous backward pass, as all that is known of backward passes.
             error = float(torch.as_tensor(self.adjoint.residual).max())
             if self.gradient_alarm.due(update, error):
                 logger.warning(
                     "update %d: the reversible iteration did not come back to its start, and the gradient is wrong by "
-                    "an estimated %.2g of its size; lower the budget (--deq-max-iter) or the damping "
-                    "(--deq-gradient-damping), or take --deq-gradient ift",
+                    "an estimated %.2g of its size; lower max_iter or gradient_damping, or take the gradient ift",
                     update,
                     error,
                 )
@@ -349,7 +335,7 @@ class EquilibriumDepth(Depth):
         self.checked = True
         config = self.config
         result = solve(cell, self._initial_state(x), config.solver, layout)
-        refuse_non_finite(result.status, "the equilibrium")
+        refuse_failure(result.status, "the equilibrium")
         self._measure(cell, result.state, layout)
         evaluations, residual, share = torch.stack(
             [result.evaluations.double().mean(), result.residual.double().mean(), result.converged.double().mean()]
@@ -368,20 +354,21 @@ class EquilibriumDepth(Depth):
         if share >= ACCEPTED_SHARE or not config.gradient.uses_solver or config.allow_nonconvergent:
             return
         raise NonConvergentCellError(
-            f"The cell does not converge: after {config.solver.max_iter} evaluations {100 * share:.0f} % of the "
+            "allow_nonconvergent",
+            f"the cell does not converge: after {config.solver.max_iter} evaluations {100 * share:.0f} % of the "
             f"samples meet the tolerance {result.tolerance:g} (mean residual {residual:.2g}, spectral radius "
-            f"{self.spectral_radius:.2f}). {self._advice()} --deq-allow-nonconvergent trains it as it is."
+            f"{self.spectral_radius:.2f}). {self._advice()} or set this to train it as it is.",
         )
 
     def _advice(self) -> str:
         injection = self.config.cell.injection
         if not injection.residual:
-            return "Inject the input into the residual stream (--deq-injection residual), which makes the map contract;"
+            return "Inject the input into the residual stream (`injection` residual), which makes the map contract,"
         if self.spectral_radius < 0.95:
-            return "It contracts, so raise --deq-max-iter or loosen --deq-tol;"
+            return "It contracts, so raise `max_iter`, loosen `tol`,"
         return (
-            f"Raise --deq-injection-gain above {injection.gain:g}, lower the scale of the initial weights, or set "
-            "--deq-jacobian-weight;"
+            f"Raise `injection_gain` above {injection.gain:g}, lower the scale of the initial weights, set "
+            "`jacobian_weight`,"
         )
 
     def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, object]:
@@ -391,7 +378,6 @@ class EquilibriumDepth(Depth):
             torch.as_tensor(counts, dtype=torch.float32).flatten()
             for counts in (result.evaluations, adjoint.evaluations)
         )
-        budget = phase.solver.max_iter if phase.gradient.kind != "bptt" else phase.gradient.steps
         # The first ones are those that a line of text shows.
         return {
             "evaluations": forward.mean(),
@@ -401,7 +387,7 @@ class EquilibriumDepth(Depth):
             "adjoint_fallbacks": torch.as_tensor(adjoint.fallbacks, dtype=torch.float32),
             "spectral_radius": self.spectral_radius,
             "injection_gain": 0.0 if gain is None else gain.detach(),
-            "evaluation_budget": float(budget),
+            "evaluation_budget": float(phase.gradient.budget(phase.solver)),
             "jacobian_norm": self.jacobian_norm,
             "adjoint_residual": torch.as_tensor(adjoint.residual, dtype=torch.float32).mean(),
             "evaluations_p95": forward.quantile(0.95),

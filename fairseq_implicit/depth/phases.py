@@ -8,8 +8,11 @@ import math
 import random
 from dataclasses import dataclass, replace
 
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
-from fairseq_implicit.solvers.implicit_grad import GradientConfig
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
+from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
+from fairseq_implicit.solvers.gradients.phantom import Phantom
+from fairseq_implicit.solvers.gradients.unrolled import Unrolled
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class PhaseConfig:
         if self.jacobian_weight_step and not self.jacobian_weight:
             raise OptionError("jacobian_weight_step", "there is no Jacobian penalty to strengthen; give it a weight.")
 
-    def check(self, solver: FixedPointConfig, gradient: GradientConfig) -> None:
+    def check(self, solver: FixedPointConfig, gradient: EquilibriumGradient) -> None:
         """Refuse schedules that contradict the solver or gradient they lead to.
 
         Raises:
@@ -86,7 +89,7 @@ class PhaseConfig:
             for name in ("phantom_updates", "ramp_updates"):
                 if getattr(self, name):
                     raise OptionError(name, f"{gradient.name} has no solver to lead up to; drop one of the two.")
-        if gradient.kind == "bptt" and self.budget_jitter:
+        if not gradient.needs_equilibrium and self.budget_jitter:
             raise OptionError("budget_jitter", f"{gradient.name} has a fixed number of steps; drop one of the two.")
         if self.start_max_iter is not None and self.start_max_iter > solver.max_iter:
             raise OptionError(
@@ -115,11 +118,11 @@ class Phase:
     """
 
     solver: FixedPointConfig
-    gradient: GradientConfig
+    gradient: EquilibriumGradient
     jacobian_weight: float
 
 
-def phase_at(update: int, config: PhaseConfig, solver: FixedPointConfig, gradient: GradientConfig) -> Phase:
+def phase_at(update: int, config: PhaseConfig, solver: FixedPointConfig, gradient: EquilibriumGradient) -> Phase:
     """The phase of update ``update``, counted from 0 over the network's whole life."""
     draw = random.Random(config.seed * 1_000_003 + update)
     penalised = draw.random() < config.jacobian_frequency
@@ -131,7 +134,7 @@ def phase_at(update: int, config: PhaseConfig, solver: FixedPointConfig, gradien
     weight = weight if penalised else 0.0
     if update < config.warmup_updates:
         # Plain tied steps whatever the later damping is.
-        return Phase(solver, replace(gradient, kind="bptt", steps=config.warmup_steps, damping=1.0), weight)
+        return Phase(solver, Unrolled(config.warmup_steps), weight)
 
     since = update - config.warmup_updates
     share = min(1.0, since / config.ramp_updates) if config.ramp_updates else 1.0
@@ -142,5 +145,5 @@ def phase_at(update: int, config: PhaseConfig, solver: FixedPointConfig, gradien
         tol = config.start_tol * (solver.tol / config.start_tol) ** share
     solver = replace(solver, max_iter=budget + jitter, tol=tol)
     if since < config.phantom_updates:
-        gradient = replace(gradient, kind="phantom", steps=config.phantom_steps)
+        gradient = Phantom(config.phantom_steps, gradient.damping)
     return Phase(solver, gradient, weight)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from fairseq_implicit.options import OptionError
+
 
 class RandomSteps(nn.Module):
     """A whole number of steps, uniform in [low, high], that depends on the seed and the update alone.
@@ -17,15 +19,15 @@ class RandomSteps(nn.Module):
         seed: of the run.
 
     Raises:
-        ValueError: not two whole numbers with ``1 <= low <= high``.
+        OptionError: not two whole numbers with ``1 <= low <= high``.
     """
 
     def __init__(self, bounds: Sequence[int], seed: int):
         super().__init__()
         if len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
-            raise ValueError(
-                f"--ode-random-steps {','.join(map(str, bounds))}: give the smallest and the largest number of steps, "
-                "such as 1,4"
+            raise OptionError(
+                "random_steps",
+                f"{','.join(map(str, bounds))} is no range: give the smallest and the largest number, such as 1,4.",
             )
         self.low, self.high = (int(bound) for bound in bounds)
         self.seed = seed

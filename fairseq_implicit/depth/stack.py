@@ -1,41 +1,41 @@
-"""A stack of blocks: the ODE Transformer.
+"""A stack of blocks: the ODE Transformer, explicit or implicit.
 
-Block ``l`` integrates its own field over ``t ∈ [l, l + T]`` with an explicit scheme; Euler with one step of size 1 is
-the ordinary transformer. The weights know nothing of the solver: one checkpoint can be evaluated with another scheme,
-more steps, or adaptive steps to a tolerance.
+Block ``l`` integrates its own field over ``t ∈ [l, l + T]``; Euler with one step of size 1 is the ordinary transformer.
+The weights know nothing of the solver: one checkpoint can be evaluated with another scheme, more steps, adaptive steps
+to a tolerance, or implicit ones.
 """
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fairseq_implicit.depth.convergence import (
+    ALARM_RESIDUAL,
+    BudgetAlarm,
+    ResidualAlarm,
+    mean,
+    per_sample_mean,
+    refuse_failure,
+)
 from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
-from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients
-from fairseq_implicit.solvers.multistep import (
-    correct_by_backward_euler,
-    solve_adams,
-    solve_backward_euler_corrected,
-)
-from fairseq_implicit.solvers.runge_kutta import (
-    ExplicitConfig,
-    entering_dtype,
-    recomputed,
-    solve_explicit,
-    solver_state,
-)
+from fairseq_implicit.options import OptionError, check_choice
+from fairseq_implicit.solvers.coefficients import Combination
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.runge_kutta import RungeKutta
+from fairseq_implicit.solvers.solver import Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
 
-CORRECTORS = ("none", "backward-euler", "adams", "pcformer")
+logger = logging.getLogger(__name__)
+
 HISTORIES = ("none", "dlcl")
 STAGE_DROPOUTS = ("shared", "independent")
 
@@ -44,53 +44,32 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class StackConfig:
-    """What is stacked and how each block is integrated.
+    """What is stacked and how each block is solved.
 
     Attributes:
         layers: number of blocks.
         dim: width of the state.
-        scheme: name or alias of a tableau.
-        steps: sub-steps per block.
+        solver: of each block.
         total_time: length ``T`` of each block's interval.
-        coefficients: mode of the combination coefficients, see :mod:`fairseq_implicit.solvers.coefficients`.
-        start: where learned coefficients start, ``tableau`` or ``ones``.
-        scope: ``block``, ``model`` (one set for all blocks) or ``channel`` (per block and channel).
-        stage_norm: normalise the state and each increment before they are added (PCformer's ``rk_norm``).
-        gradient: ``autograd``, ``checkpoint-step`` or ``checkpoint-stage``.
-        state_float32: keep the state in float32 along the whole stack when the field runs in half precision.
-        residual_in_field: integrate ``z + F(z)`` as the original ODE-Transformer code does (compatibility only).
-        corrector: ``none``; ``backward-euler``; ``adams`` (the AB2/AM2 pair across blocks); ``pcformer`` (backward
-            Euler on mixtures of all earlier blocks).
         history: ``none`` or ``dlcl``, the dynamic linear combination of layers.
         tied: one field serves all blocks (ALBERT).
         layerdrop: probability in [0, 1) with which training skips a block for the whole batch.
-        stage_dropout: the fields' noise policy; ``independent`` makes recomputation replay the random state.
+        stage_dropout: the fields' noise policy.
         consistency_penalty: weight of (Σw − 1)², averaged over blocks.
         second_order_penalty: weight of (Σwc − 1/2)², averaged over blocks.
         final_norm: end with a layer norm, as pre-norm stacks need.
-        norm: all norms outside the fields.
-        tolerance: of adaptive steps in each block (schemes ``bosh3``, ``dopri5``, ``tsit5``); 0: ``steps`` fixed ones.
-        max_evaluations: of adaptive steps, per sample and block.
         random_steps: ``(low, high)``: in training the number of fixed steps per block is drawn at each update.
         seed: of ``random_steps``.
+        norm: all norms outside the fields.
 
     Raises:
-        ValueError: a value or a combination that has no meaning, in one sentence.
+        OptionError: a value or a combination that has no meaning, in one sentence.
     """
 
     layers: int
     dim: int
-    scheme: str = "euler"
-    steps: int = 1
+    solver: Solver = RungeKutta()
     total_time: float = 1.0
-    coefficients: str = "fixed"
-    start: str = "tableau"
-    scope: str = "block"
-    stage_norm: bool = False
-    gradient: str = "autograd"
-    state_float32: bool = False
-    residual_in_field: bool = False
-    corrector: str = "none"
     history: str = "none"
     tied: bool = False
     layerdrop: float = 0.0
@@ -98,110 +77,65 @@ class StackConfig:
     consistency_penalty: float = 0.0
     second_order_penalty: float = 0.0
     final_norm: bool = False
-    norm: NormConfig = field(default_factory=NormConfig)
-    tolerance: float = 0.0
-    max_evaluations: int = 500
     random_steps: tuple[int, int] | None = None
     seed: int = 1
+    norm: NormConfig = NormConfig()
 
     def __post_init__(self):
-        solve = self.solve  # validates what concerns one block
+        solver = self.solver
         if self.layers < 1 or self.dim < 1:
-            raise ValueError(f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1")
-        check_coefficients(solve.tableau, self.coefficients, self.start, self.scope)
-        for name, value, known in (
-            ("corrector", self.corrector, CORRECTORS),
-            ("history", self.history, HISTORIES),
-            ("stage dropout", self.stage_dropout, STAGE_DROPOUTS),
-        ):
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(known)}")
+            raise OptionError(
+                "layers", f"a stack of {self.layers} blocks of width {self.dim}: both must be at least 1."
+            )
+        if not 0 < self.total_time < math.inf:
+            raise OptionError("total_time", f"a total time of {self.total_time} is not positive and finite.")
+        check_choice("history", self.history, HISTORIES)
+        check_choice("stage_dropout", self.stage_dropout, STAGE_DROPOUTS)
         if not 0 <= self.layerdrop < 1:
-            raise ValueError(f"a layer drop of {self.layerdrop} is not a probability below 1")
-        for name, weight in (("consistency", self.consistency_penalty), ("second-order", self.second_order_penalty)):
+            raise OptionError("layerdrop", f"{self.layerdrop} is not a probability below 1.")
+        if self.stage_dropout == "independent" and solver.one_field:
+            raise OptionError(
+                "stage_dropout",
+                "independent makes the field a different function at each evaluation, which has no error estimate: "
+                "adaptive steps need 'shared'.",
+            )
+        if not solver.implicit and not solver.gradient.along_the_way:
+            raise OptionError(
+                "gradient", f"{solver.gradient.name} is for one solve of the whole depth, not for blocks."
+            )
+        if self.random_steps is not None:
+            if solver.adaptive:
+                raise OptionError(
+                    "random_steps", "it draws a number of fixed steps: set `tolerance` 0, or leave it out."
+                )
+            replace(solver, steps=RandomSteps(self.random_steps, self.seed).high)
+        if self.history != "none" and solver.carries_history:
+            raise OptionError(
+                "history",
+                f"`corrector` carries a history of its own; {self.history} goes with none and backward-euler.",
+            )
+        if solver.combines:
+            self._check_penalties(solver)
+
+    def _check_penalties(self, solver: RungeKutta) -> None:
+        for name in ("consistency_penalty", "second_order_penalty"):
+            weight = getattr(self, name)
             if not 0 <= weight < math.inf:
-                raise ValueError(f"the weight {weight} of the {name} penalty must be finite and not negative")
-            if weight > 0 and self.coefficients == "fixed":
-                raise ValueError(f"a {name} penalty needs coefficients that are learned, not the mode 'fixed'")
-        if self.second_order_penalty > 0 and solve.tableau.stages == 1:
-            raise ValueError(f"a second-order penalty needs a scheme with two stages or more, not {self.scheme!r}")
-        if self.history != "none" and self.corrector in ("adams", "pcformer"):
-            raise ValueError(
-                f"corrector {self.corrector!r} carries a history of its own: history {self.history!r} goes with the "
-                "correctors none and backward-euler"
-            )
-        if self.corrector == "adams":
-            self._check_adams()
-        if not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"a tolerance of {self.tolerance}: it must be positive, or 0 for fixed steps")
-        if self.tolerance > 0:
-            self._check_adaptive()
-
-    def _check_adaptive(self) -> None:
-        self.adaptive  # validates scheme and budget
-        if self.coefficients != "fixed" or self.stage_norm or self.residual_in_field or self.corrector != "none":
-            raise ValueError(
-                "adaptive steps (a tolerance above 0) measure the error of the tableau itself: set coefficients "
-                "'fixed', corrector 'none', and neither a stage norm nor the residual in the field"
-            )
-        if self.gradient == "checkpoint-stage" or self.random_steps is not None:
-            raise ValueError(
-                "gradient 'checkpoint-stage' and random steps are for fixed steps: set the tolerance to 0, or leave "
-                "them out"
-            )
-        if self.stage_dropout == "independent":
-            raise ValueError(
-                "stage dropout 'independent' makes the field a different function at each evaluation, which has no "
-                "error estimate: adaptive steps need 'shared'"
-            )
-
-    def _check_adams(self) -> None:
-        if self.scheme not in ("heun2", "rk2") or self.steps != 1:
-            raise ValueError(
-                f"corrector 'adams' takes one step per block and is started by Heun's method: set scheme 'heun2' and "
-                f"1 step, not scheme {self.scheme!r} and {self.steps}"
-            )
-        if self.coefficients != "fixed" or self.stage_norm:
-            raise ValueError("corrector 'adams' has coefficients of its own: set mode 'fixed' and no stage norm")
-
-    @property
-    def solve(self) -> ExplicitConfig:
-        """The solve of one block."""
-        return ExplicitConfig(
-            scheme=self.scheme,
-            steps=self.steps,
-            total_time=self.total_time,
-            gradient=self.gradient,
-            state_float32=self.state_float32,
-            residual_in_field=self.residual_in_field,
-            replay_random=self.stage_dropout == "independent",
-        )
-
-    @property
-    def adaptive(self) -> AdaptiveConfig:
-        """The adaptive solve of one block."""
-        return AdaptiveConfig(self.scheme, self.tolerance, self.tolerance, self.max_evaluations)
-
-    @property
-    def is_plain_euler(self) -> bool:
-        """Whether a block is one Euler step of size 1 with nothing around it: the field's own layer."""
-        return (
-            self.scheme in ("euler", "rk1")
-            and self.steps == 1
-            and self.total_time == 1
-            and self.coefficients == "fixed"
-            and self.corrector == "none"
-            and not (self.stage_norm or self.residual_in_field)
-        )
+                raise OptionError(name, f"the weight {weight} must be finite and not negative.")
+            if weight > 0 and not solver.learns:
+                raise OptionError(name, "it needs learned `coefficients`, not fixed ones.")
+        if self.second_order_penalty > 0 and solver.tableau.stages == 1:
+            raise OptionError("second_order_penalty", f"{solver.scheme!r} has one stage; take two stages or more.")
 
 
 class BlockStack(Depth):
-    """``layers`` blocks, each a field and the coefficients of its solve.
+    """``layers`` blocks, each a field and its solve. The weights have the same names whatever the solver.
 
-    Statistics, each also as ``block<l>/<name>``: ``state_rms`` over real tokens (of the last block),
-    ``coefficient_sum`` Σw, ``coefficient_moment`` Σwc, and where the mode has them ``gate_mean``, ``gate_entropy``,
-    ``alpha`` (means over blocks); ``evaluations`` counts the fields' evaluations in the forward pass, per sample where
-    steps are adaptive; ``stopped`` is the share of adaptive solves that spent their budget.
+    Statistics, see :mod:`fairseq_implicit.depth.convergence`: ``evaluations``, summed over blocks. Of schemes with
+    stages also, and each as ``block<l>/<name>``: ``state_rms`` (of the last block), ``coefficient_sum`` Σw,
+    ``coefficient_moment`` Σwc, and where the mode has them ``gate_mean``, ``gate_entropy``, ``alpha`` (means over
+    blocks); ``stopped`` of adaptive steps. Of implicit ones ``residual`` of the worst block, ``converged_share`` of all
+    samples and blocks, ``evaluations_backward`` and ``adjoint_fallbacks`` of the previous backward pass.
 
     A block that layer drop skips is the identity: it reports the coefficients of a zero increment.
 
@@ -213,32 +147,30 @@ class BlockStack(Depth):
     def __init__(self, config: StackConfig, field_factory: Callable[[int], Field]):
         super().__init__()
         self.config = config
-        self.solve_config = config.solve
-        tableau = self.solve_config.tableau
+        solver = config.solver
         self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
-        self.combinations = nn.ModuleList(
-            Combination(
-                tableau,
-                config.coefficients,
-                config.start,
-                channels=config.dim if config.scope == "channel" else None,
-                dim=config.dim,
-                stage_norms=config.stage_norm,
-                norm=config.norm.build,
+        self.combinations = nn.ModuleList()
+        if not solver.implicit:
+            shared = solver.combines and solver.scope == "model"
+            self.combinations.extend(
+                solver.combination(config.dim, config.norm.build) for _ in range(1 if shared else config.layers)
             )
-            for _ in range(1 if config.scope == "model" else config.layers)
-        )
-        pcformer = config.corrector == "pcformer"
-        keeps_history = pcformer or config.history == "dlcl"
-        self.history = LayerHistory(config.layers, config.dim, config.norm, not pcformer) if keeps_history else None
-        self.predictor_history = LayerHistory(config.layers, config.dim, config.norm, False) if pcformer else None
+        mixes = solver.mixes_history
+        keeps_history = mixes or config.history == "dlcl"
+        self.history = LayerHistory(config.layers, config.dim, config.norm, not mixes) if keeps_history else None
+        self.predictor_history = LayerHistory(config.layers, config.dim, config.norm, False) if mixes else None
         self.final_norm = config.norm.build(config.dim) if config.final_norm else None
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
-        if self.random_steps is not None and config.corrector == "adams":
-            raise ValueError("corrector 'adams' takes one step per block: it has no random number of steps")
+        self.adjoints: list[AdjointRecord] = []
+        self.residual_alarm, self.budget_alarm = ResidualAlarm(), BudgetAlarm()
+        self.update = 0
 
     def layers(self) -> Iterator[Field]:
         return iter(self.fields)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq before every update."""
+        self.update = num_updates
 
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.
@@ -247,35 +179,37 @@ class BlockStack(Depth):
             x: embedding ``(batch, time, dim)``.
             layout: of the batch.
             return_hidden_states: collect the embedding and the state after each block (before the final norm).
+
+        Raises:
+            ArithmeticError: a solve failed; the sentence names the block.
+            OptionError: the tolerance or the memory cap does not suit the precision or the batch.
         """
-        state = solver_state(x, self.solve_config)
+        solver = self.config.solver
+        if self.random_steps is not None and self.training:
+            solver = replace(solver, steps=self.random_steps.draw())
+        state = solver.state(x)
         hidden_states = [x] if return_hidden_states else None
-        report = _Report(self.config, layout)
+        report = (_EquationReport if solver.implicit else _SchemeReport)(self, layout)
+        if solver.implicit and torch.is_grad_enabled():
+            self.adjoints = []
         entries: list[Tensor] = []
-        increment = None
+        carried = None
         if self.history is not None:
             entries.append(self.history.entry(0, state))
             state = self.history.mix(entries)
         skipped = self._draw_skipped_blocks()
-        solve = self.solve_config
-        if self.random_steps is not None and self.training:
-            solve = replace(solve, steps=self.random_steps.draw())
         for block in range(self.config.layers):
-            combination = self.combinations[block % len(self.combinations)]
             if block in skipped:
-                # The Adams pair has no coefficients to report, and restarts after a gap.
-                passed = _Passed(state, () if self.config.corrector == "adams" else (combination.at_rest(),), 0)
+                # What is carried along is lost: the Adams pair restarts after a gap.
+                result = None
             else:
                 f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), layout)
-                if self.config.tolerance > 0:
-                    passed = self._integrate_adaptively(f, state, block, combination, layout, x.dtype)
-                else:
-                    passed = self._integrate(f, state, block, combination, entries, increment, x.dtype, solve)
-            state, increment = passed.state, passed.increment
+                result = self._solve(solver, f, state, block, layout, entries, carried, x.dtype)
+            state, carried = (state, None) if result is None else (result.state, result.carried)
             if self.history is not None:
                 entries.append(self.history.entry(block + 1, state))
                 state = self.history.mix(entries)
-            report.add(block, combination, passed, state)
+            report.add(block, result, state)
             if hidden_states is not None:
                 hidden_states.append(state.to(x.dtype))
         state = state.to(x.dtype)
@@ -283,70 +217,45 @@ class BlockStack(Depth):
             state = self.final_norm(state)
         return DepthOutput(state, hidden_states, report.statistics(), report.penalties())
 
-    def _integrate(
+    def _solve(
         self,
+        solver: Solver,
         f: Increment,
         state: Tensor,
         block: int,
-        combination: Combination,
+        layout: Layout,
         entries: list[Tensor],
-        increment: Tensor | None,
+        carried: Tensor | None,
         dtype: torch.dtype,
-        solve: ExplicitConfig,
-    ) -> "_Passed":
-        """Pass one block: ``entries`` is the layer history, ``increment`` what the Adams pair carries along."""
-        config, t0 = self.config, float(block)
-        layer = f.layer if config.is_plain_euler and solve.steps == 1 else None
+    ) -> Solution:
+        """Pass one block: ``entries`` is the layer history, ``carried`` what the block before it handed on."""
+        span = Span(float(block), self.config.total_time)
+        layers = solver.plain_layers(span)
+        layer = f.layer if layers else None
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
-            layer = layer if solve.gradient == "autograd" else recomputed(layer, solve)
-            return _Passed(layer(t0, state.to(dtype)).to(state.dtype), (combination.at_rest(),), 1)
-        if config.corrector == "adams":
-            adams = solve_adams(f, state, solve, increment, t0, dtype)
-            return _Passed(adams.state, (), adams.evaluations, adams.increment)
-        if config.corrector == "backward-euler":
-            result = solve_backward_euler_corrected(f, state, solve, combination, t0, dtype)
-        else:
-            result = solve_explicit(f, state, solve, combination, t0, dtype)
-        if config.corrector == "pcformer":
-            predicted = self.predictor_history.entry(block + 1, result.state)
-            mixed = self.predictor_history.mix(entries + [predicted])
-            corrected = correct_by_backward_euler(f, mixed, mixed, solve, t0, dtype)
-            return _Passed(corrected, result.weights, result.evaluations + 1)
-        return _Passed(result.state, result.weights, result.evaluations)
+            if not solver.implicit:
+                layer = solver.gradient.around_step(layer, solver.replay_random)
+            for _ in range(layers):
+                state = layer(span.start, state.to(dtype)).to(state.dtype)
+            return Solution(state, layers, weights=((1.0,),))
+        options: dict[str, object] = {"dtype": dtype}
+        if solver.implicit:
+            options["records"] = self.adjoints if torch.is_grad_enabled() else None
+        if solver.combines:
+            mixture = None
+            if self.predictor_history is not None:
 
-    def _integrate_adaptively(
-        self,
-        f: Increment,
-        state: Tensor,
-        block: int,
-        combination: Combination,
-        layout: Layout,
-        dtype: torch.dtype,
-    ) -> "_Passed":
-        """Pass one block with adaptive steps, each sample with its own.
+                def mixture(predicted: Tensor) -> Tensor:
+                    return self.predictor_history.mix(entries + [self.predictor_history.entry(block + 1, predicted)])
 
-        Raises:
-            ArithmeticError: non-finite values, or steps that shrink to nothing.
-        """
-        result = solve_adaptive(
-            entering_dtype(f, dtype),
-            state,
-            self.config.total_time,
-            self.config.adaptive,
-            layout,
-            start=float(block),
-            recompute=self.config.gradient == "checkpoint-step",
-        )
-        if result.status in (Status.NON_FINITE, Status.STEP_UNDERFLOW):
-            raise ArithmeticError(
-                f"the adaptive solve of block {block} failed ({result.status.value}): the model has diverged, or its "
-                "tolerance is too small"
-            )
-        evaluations = result.evaluations
-        evaluations = evaluations.float().mean() if isinstance(evaluations, Tensor) else evaluations
-        stopped = float(result.status is Status.BUDGET_SPENT)
-        return _Passed(result.state, (combination.at_rest(),), evaluations, stopped=stopped)
+            options.update(combination=self._combination(block), carried=carried, mixture=mixture)
+        result = solver.solve(f, state, span, layout, **options)
+        refuse_failure(result.status, f"block {block}")
+        return result
+
+    def _combination(self, block: int) -> Combination:
+        return self.combinations[block % len(self.combinations)]
 
     def _draw_skipped_blocks(self) -> set[int]:
         """Blocks that layer drop skips in this pass. Drawn on the host: nothing is read back from the device."""
@@ -356,39 +265,36 @@ class BlockStack(Depth):
         return {block for block, draw in enumerate(draws) if draw < self.config.layerdrop}
 
 
-class _Passed(NamedTuple):
-    """A state after one block, the weights of each of its sub-steps, and its cost."""
+class _SchemeReport:
+    """Statistics and penalties of one pass through schemes with stages, as 0-dim tensors that nobody has read back."""
 
-    state: Tensor
-    weights: tuple[tuple[Weight, ...], ...]
-    evaluations: Scalar
-    increment: Tensor | None = None
-    stopped: float = 0.0
-
-
-class _Report:
-    """Statistics and penalties of one forward pass, as 0-dim tensors that nobody has read back."""
-
-    def __init__(self, config: StackConfig, layout: Layout):
-        self.config = config
-        self.layout = layout
+    def __init__(self, stack: BlockStack, layout: Layout):
+        self.stack, self.config, self.layout = stack, stack.config, layout
         self.evaluations = 0
         self.blocks: list[dict[str, Scalar]] = []
         self.consistency: list[Scalar] = []
         self.second_order: list[Scalar] = []
 
-    def add(self, block: int, combination: Combination, passed: _Passed, state: Tensor) -> None:
-        self.evaluations += passed.evaluations
-        found = _means([combination.statistics(weights, self.layout) for weights in passed.weights])
+    def add(self, block: int, result: Solution | None, state: Tensor) -> None:
+        """Of a block that was passed, or skipped."""
+        solver, combination = self.config.solver, self.stack._combination(block)
+        if result is None:
+            weights = () if solver.own_coefficients else (combination.at_rest(),)
+        else:
+            weights = result.weights
+            self.evaluations += per_sample_mean(result.evaluations)
+        found = _means([combination.statistics(each, self.layout) for each in weights])
         found["state_rms"] = self.layout.rms(state)
-        if self.config.tolerance > 0:
-            found["stopped"] = passed.stopped
+        if solver.adaptive:
+            status = Status.CONVERGED if result is None else result.status
+            self.stack.budget_alarm.hear(status, solver.max_evaluations)
+            found["stopped"] = float(status is Status.BUDGET_SPENT)
         self.blocks.append(found)
-        for weights in passed.weights:
+        for each in weights:
             if self.config.consistency_penalty > 0:
-                self.consistency.append(combination.consistency_penalty(weights, self.layout))
+                self.consistency.append(combination.consistency_penalty(each, self.layout))
             if self.config.second_order_penalty > 0:
-                self.second_order.append(combination.second_order_penalty(weights, self.layout))
+                self.second_order.append(combination.second_order_penalty(each, self.layout))
 
     def statistics(self) -> dict[str, Scalar]:
         flat: dict[str, Scalar] = {"evaluations": self.evaluations}
@@ -401,18 +307,70 @@ class _Report:
     def penalties(self) -> dict[str, Tensor]:
         found = {}
         if self.consistency:
-            found["consistency"] = self.config.consistency_penalty * _mean(self.consistency)
+            found["consistency"] = self.config.consistency_penalty * mean(self.consistency)
         if self.second_order:
-            found["second_order"] = self.config.second_order_penalty * _mean(self.second_order)
+            found["second_order"] = self.config.second_order_penalty * mean(self.second_order)
         return found
 
 
-def _mean(values: Sequence[Scalar]) -> Scalar:
-    if isinstance(values[0], Tensor):
-        return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
-    return sum(values) / len(values)
+class _EquationReport:
+    """Statistics of one pass through blocks that solve equations, and the warning where they end far from them."""
+
+    def __init__(self, stack: BlockStack, layout: Layout):
+        self.stack = stack
+        self.backward = [(record.evaluations, record.fallbacks) for record in stack.adjoints]
+        self.evaluations = 0
+        self.residuals: list[Tensor] = []
+        self.converged: list[Tensor] = []
+        self.unfinished = False
+
+    def add(self, block: int, result: Solution | None, state: Tensor) -> None:
+        if result is None:
+            return
+        self.evaluations = self.evaluations + result.evaluations
+        self.unfinished = self.unfinished or result.status in (Status.BUDGET_SPENT, Status.STAGNATED)
+        if result.residual is not None:
+            self.residuals.append(result.residual.float())
+            self.converged.append(result.converged)
+
+    def statistics(self) -> dict[str, Scalar]:
+        if self.stack.training and self.unfinished:
+            self._warn()
+        evaluations, fallbacks = zip(*self.backward) if self.backward else ((), ())
+        return {
+            "evaluations": torch.as_tensor(self.evaluations, dtype=torch.float32).mean(),
+            "residual": torch.stack(self.residuals).amax(0).mean() if self.residuals else 0.0,
+            "converged_share": torch.stack(self.converged).float().mean() if self.converged else 1.0,
+            "evaluations_backward": _total(evaluations),
+            "adjoint_fallbacks": _total(fallbacks),
+        }
+
+    def penalties(self) -> dict[str, Tensor]:
+        return {}
+
+    def _warn(self) -> None:
+        """Say which block ended how far from its tolerance, after one read of all of them."""
+        stack, solver = self.stack, self.stack.config.solver.solver
+        means = torch.stack(self.residuals).mean(1).tolist()
+        worst = max(range(len(means)), key=means.__getitem__)
+        if solver.criterion == "relative" and stack.residual_alarm.due(stack.update, means[worst]):
+            logger.warning(
+                "update %d: the mean residual %.3f of implicit block %d is above %.2f; raise max_iter (now %d), "
+                "or take more and smaller steps",
+                stack.update,
+                means[worst],
+                worst,
+                ALARM_RESIDUAL,
+                solver.max_iter,
+            )
 
 
-def _means(found: Sequence[dict[str, Scalar]]) -> dict[str, Scalar]:
+def _total(found) -> Tensor:
+    """Sum of the means over the samples."""
+    values = [torch.as_tensor(value, dtype=torch.float32) for value in found]
+    return sum((value.mean() for value in values), torch.zeros(()))
+
+
+def _means(found: list[dict[str, Scalar]]) -> dict[str, Scalar]:
     """Mean of each name over dicts of the same names."""
-    return {name: _mean([values[name] for values in found]) for name in found[0]} if found else {}
+    return {name: mean([values[name] for values in found]) for name in found[0]} if found else {}

@@ -11,6 +11,7 @@ from fairseq_implicit.depth.equilibrium import EquilibriumDepth
 from fairseq_implicit.evaluation.checkpoints import open_checkpoint
 from fairseq_implicit.evaluation.masked_lm import Averages, Blocks, averages, batches, evaluate
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
+from fairseq_implicit.solvers.gradients.implicit import Implicit
 
 
 class Setting(NamedTuple):
@@ -123,7 +124,7 @@ def budget_rows(
     trained = depth.config
     yield None, trained.solver.max_iter, averages(opened, samples, blocks.device)
     # An unrolled model is read at its equilibrium here.
-    gradient = trained.gradient if trained.gradient.uses_solver else dataclasses.replace(trained.gradient, kind="ift")
+    gradient = trained.gradient if trained.gradient.uses_solver else Implicit(adjoint=trained.gradient.adjoint)
     for solver in solvers:
         depth.config = dataclasses.replace(trained, gradient=gradient, evaluation=solver)
         yield solver, solver.max_iter, averages(opened, samples, blocks.device)

@@ -25,7 +25,7 @@ from fairseq_implicit.fields.injection import Injection, InjectionConfig
 from fairseq_implicit.fields.residual import Residual
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.fixed_point import OptionError
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.vector_field import StateMap
 
 NORM_PLACEMENTS = ("post-norm", "pre-norm")

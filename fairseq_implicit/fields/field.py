@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.adaptive import Piece
+from fairseq_implicit.solvers.solver import Piece
 from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 

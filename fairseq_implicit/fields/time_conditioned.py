@@ -19,7 +19,8 @@ from torch.func import functional_call
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.adaptive import Piece
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.solver import Piece
 from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 INTERPOLATIONS = ("linear", "constant")
@@ -73,14 +74,15 @@ class DepthEmbeddedField(TransformerField):
         duration: the depth T that the embedding resolves.
 
     Raises:
-        ValueError: another kind of field.
+        OptionError: another kind of field.
     """
 
     def __init__(self, config: TransformerFieldConfig, duration: float):
         if config.kind not in ("pre-norm", "parallel"):
-            raise ValueError(
-                f"a depth embedding moves the norms of a pre-norm or parallel field, not of a {config.kind} one: "
-                "set --ode-field pre-norm, or --ode-depth-weights linear for the others"
+            raise OptionError(
+                "field",
+                f"a depth embedding moves the norms of a pre-norm or parallel field, not of a {config.kind} one: set "
+                "pre-norm, or `depth_weights` linear for the others.",
             )
         super().__init__(config)
         self.depth_embedding = DepthEmbedding(duration, config.residual.norm_count * 2 * config.dim)
@@ -126,7 +128,7 @@ class InterpolatedField(Field):
         interpolation: one of ``INTERPOLATIONS``.
 
     Raises:
-        ValueError: no knots or an unknown interpolation.
+        OptionError: no knots or an unknown interpolation.
     """
 
     piecewise = True
@@ -134,9 +136,11 @@ class InterpolatedField(Field):
     def __init__(self, config: TransformerFieldConfig, duration: float, knots: int, interpolation: str = "linear"):
         super().__init__()
         if knots < 1:
-            raise ValueError(f"weights along the depth need at least one knot, got --ode-knots {knots}")
+            raise OptionError("knots", f"weights along the depth need at least one knot, got {knots}.")
         if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"unknown interpolation {interpolation!r}: choose one of {', '.join(INTERPOLATIONS)}")
+            raise OptionError(
+                "depth_weights", f"{interpolation!r} is unknown: choose one of {', '.join(INTERPOLATIONS)}."
+            )
         self.per_unit, self.interpolation = knots / duration, interpolation
         self.knots = nn.ModuleList(TransformerField(config) for _ in range(knots))
 
@@ -206,9 +210,9 @@ class _Interpolation:
         if len(times) == 1:
             return self._at(position(times[0]), self._prepared, z)
         if self._field.training:
-            raise ValueError(
-                "weights interpolated along the depth need one time for the whole batch in training: use "
-                "--ode-step-control batch or auto"
+            raise OptionError(
+                "step_control",
+                "weights interpolated along the depth need one time for the whole batch in training: use batch or auto.",
             )
         rows_at: dict[tuple[int, float], list[int]] = {}
         for row, place in enumerate(map(position, times)):

@@ -68,7 +68,7 @@ class ImplicitBertModel(BaseFairseqModel):
 
     @classmethod
     def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
-        """The hook of a family: the module between embeddings and head."""
+        """The hook of a family: the module between embeddings and head, made of what ``cfg.check()`` returns."""
         raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
 
     @classmethod
@@ -86,8 +86,9 @@ class ImplicitBertModel(BaseFairseqModel):
             typed = cfg
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
-        typed.check()
-        depth, dictionary = cls.build_depth(typed), task.source_dictionary
+        with typed.flags.naming():
+            depth = cls.build_depth(typed)
+        dictionary = task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod
@@ -130,15 +131,17 @@ class ImplicitBertModel(BaseFairseqModel):
                 f"{type(self).__name__} takes no {', '.join(unknown)}: train it with a task and an objective whose "
                 "batches hold no such input"
             )
-        output = self.encoder(
-            src_tokens,
-            segments=segments,
-            features_only=features_only or classification_head_name is not None,
-            masked_tokens=masked_tokens,
-            return_hidden_states=return_all_hiddens,
-            has_padding=has_padding,
-            token_embeddings=token_embeddings,
-        )
+        # Whether a tolerance or a memory cap suits the precision and the batch is known only here.
+        with self.args.flags.naming():
+            output = self.encoder(
+                src_tokens,
+                segments=segments,
+                features_only=features_only or classification_head_name is not None,
+                masked_tokens=masked_tokens,
+                return_hidden_states=return_all_hiddens,
+                has_padding=has_padding,
+                token_embeddings=token_embeddings,
+            )
         if classification_head_name is not None:
             head = self.classification_heads[classification_head_name]
             output = output.read_by(lambda features: head(features.to(self.encoder.dtype)))

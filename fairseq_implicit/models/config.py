@@ -13,6 +13,7 @@ from fairseq_implicit.fields.mixers.mixer import MixerConfig
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.shared_dropout import POLICIES
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
+from fairseq_implicit.models.flags import Flags
 from fairseq_implicit.networks.embeddings import EmbeddingConfig
 from fairseq_implicit.networks.encoder import EncoderConfig
 from fairseq_implicit.networks.heads import MaskedLMHeadConfig
@@ -106,8 +107,13 @@ class ImplicitBertConfig(FairseqDataclass):
         },
     )
 
-    def check(self) -> None:
-        """Refuse impossible values with one sentence that names the flag.
+    @property
+    def flags(self) -> Flags:
+        """What the options of the depth are called here."""
+        return Flags("encoder")
+
+    def check(self):
+        """Refuse impossible values with one sentence that names the flag. A family returns its depth's configuration.
 
         Raises:
             ValueError: naming the flag, the value and what is possible.

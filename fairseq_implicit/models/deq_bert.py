@@ -1,9 +1,8 @@
 """DEQ-BERT: the encoder's depth is the equilibrium of one cell (arXiv 1909.01377)."""
 
-import contextlib
 import logging
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from fairseq.models import register_model
 
@@ -14,17 +13,19 @@ from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.flags import Flags, flag
 from fairseq_implicit.models.presets import SIZES, register_presets
-from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig, OptionError
-from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
+from fairseq_implicit.options import OptionError, named
+from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig
+from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 
 logger = logging.getLogger(__name__)
 
 SOLVERS = ("auto", "none", *METHODS)
 INJECTIONS = ("residual", "none")
 
-# The flags whose name is not simply "deq" and the option's.
-_FLAGS = {"checkpoint_activations": "--checkpoint-activations", "stage_dropout": "--stage-dropout"}
+FLAGS = Flags("deq", checkpoint_activations="checkpoint_activations", stage_dropout="stage_dropout")
 
 
 @dataclass
@@ -140,7 +141,11 @@ class DeqBertConfig(ImplicitBertConfig):
     )
     deq_seed: int = field(default=1, metadata={"help": "seed of the budget jitter and of the penalty's draws"})
 
-    def check(self) -> None:
+    @property
+    def flags(self) -> Flags:
+        return FLAGS
+
+    def check(self) -> EquilibriumConfig:
         super().check()
         for name, choices in (
             ("deq_cell_norm", NORM_PLACEMENTS),
@@ -148,59 +153,46 @@ class DeqBertConfig(ImplicitBertConfig):
             ("deq_solver", SOLVERS),
             ("deq_adjoint_solver", ("auto", *METHODS)),
         ):
-            check_choice(_flag(name), getattr(self, name), choices)
-        self.equilibrium()
+            check_choice(flag(name), getattr(self, name), choices)
+        with self.flags.naming():
+            return self.equilibrium()
 
     def equilibrium(self) -> EquilibriumConfig:
         """The depth's configuration.
 
         Raises:
-            ValueError: a value or combination that cannot be, in one sentence that names the flag.
+            OptionError: a value or combination that cannot be, in one sentence.
         """
-        with _flags_named():
-            gradient = self._gradient()
-            solver = self._solver(gradient)
-            return EquilibriumConfig(
-                cell=self._cell(),
-                solver=solver,
-                evaluation=self._evaluation(solver, gradient),
-                gradient=gradient,
-                phases=PhaseConfig(**{name: getattr(self, f"deq_{name}") for name in PhaseConfig.__dataclass_fields__}),
-                prelude_layers=self.deq_prelude_layers,
-                coda_layers=self.deq_coda_layers,
-                initial_state=self.deq_initial_state,
-                recompute=self.checkpoint_activations,
-                correction=self._correction(),
-                correction_weight=self.deq_correction_weight,
-                correction_decay=self.deq_correction_decay,
-                jacobian_estimator=self.deq_jacobian_estimator,
-                jacobian_probes=self.deq_jacobian_probes,
-                monitor_interval=self.deq_monitor_interval,
-                allow_nonconvergent=self.deq_allow_nonconvergent,
-            )
+        gradient = self._gradient()
+        solver = self._solver(gradient)
+        options = self.flags.options(EquilibriumConfig, self)
+        options.update(
+            cell=self._cell(),
+            solver=solver,
+            evaluation=self._evaluation(solver, gradient),
+            gradient=gradient,
+            phases=PhaseConfig(**self.flags.options(PhaseConfig, self)),
+            recompute=self.checkpoint_activations,
+            correction=self._correction(),
+        )
+        return EquilibriumConfig(**options)
 
-    def _gradient(self) -> GradientConfig:
-        reversible = self.deq_gradient == "reversible"
-        damping = self.deq_gradient_damping
-        if damping is None:
-            damping = 0.5 if reversible else 1.0
-        elif self.deq_gradient in ("ift", "jfb"):
-            raise OptionError("gradient_damping", f"{self.deq_gradient} has nothing to damp; drop one of the two.")
+    def _gradient(self) -> EquilibriumGradient:
         method = "anderson" if self.deq_adjoint_solver == "auto" else self.deq_adjoint_solver
-        with _adjoint_named():
+        with named("adjoint_{}".format):
             adjoint = FixedPointConfig(method, self.deq_adjoint_max_iter, self.deq_adjoint_tol)
-        return parse_gradient(self.deq_gradient, damping=damping, adjoint=adjoint)
+        return parse_gradient(self.deq_gradient, self.deq_gradient_damping, adjoint)
 
-    def _solver(self, gradient: GradientConfig) -> FixedPointConfig:
+    def _solver(self, gradient: EquilibriumGradient) -> FixedPointConfig:
         method = self.deq_solver
         if gradient.uses_solver:
             if method == "none":
                 raise OptionError(
-                    "solver", f"none contradicts --deq-gradient {gradient.name}, which is taken at a fixed point."
+                    "solver", f"none contradicts `gradient` {gradient.name}, which is taken at a fixed point."
                 )
         elif method not in ("auto", "none"):
             raise OptionError(
-                "solver", f"{method} contradicts --deq-gradient {gradient.name}, which iterates without a solver."
+                "solver", f"{method} contradicts `gradient` {gradient.name}, which iterates without a solver."
             )
         method = "anderson" if method in ("auto", "none") else method
         options: Dict[str, Any] = {}
@@ -209,7 +201,7 @@ class DeqBertConfig(ImplicitBertConfig):
             if value is None:
                 continue
             if method != owner or not gradient.uses_solver:
-                raise OptionError(name, f"only --deq-solver {owner} has one; drop the flag or take {owner}.")
+                raise OptionError(name, f"only `solver` {owner} has one; drop the flag or take {owner}.")
             options[name] = value
         return FixedPointConfig(
             method=method,
@@ -222,19 +214,17 @@ class DeqBertConfig(ImplicitBertConfig):
             **options,
         )
 
-    def _evaluation(self, solver: FixedPointConfig, gradient: GradientConfig) -> Optional[FixedPointConfig]:
+    def _evaluation(self, solver: FixedPointConfig, gradient: EquilibriumGradient) -> Optional[FixedPointConfig]:
         """The training's solver with the dials of evaluation turned."""
         dials = {"method": self.deq_eval_solver, "max_iter": self.deq_eval_max_iter, "tol": self.deq_eval_tol}
         turned = {name: value for name, value in dials.items() if value is not None}
-        if turned and gradient.kind == "bptt":
+        if turned and not gradient.needs_equilibrium:
             name = "solver" if "method" in turned else next(iter(turned))
             raise OptionError(
                 f"eval_{name}", f"{gradient.name} iterates a fixed number of steps without a solver; drop the flag."
             )
-        try:
+        with named("eval_{}".format):
             return replace(solver, **turned) if turned else None
-        except OptionError as error:
-            raise OptionError(f"eval_{error.option}", error.sentence) from error
 
     def _cell(self) -> CellConfig:
         layer = self.transformer_field(self.deq_cell_norm)
@@ -275,29 +265,6 @@ class DeqBertConfig(ImplicitBertConfig):
             raise OptionError("correction", f"{self.deq_correction!r} is no list of numbers such as 4,8.") from None
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-@contextlib.contextmanager
-def _flags_named() -> Iterator[None]:
-    """Say an option's sentence with the flag that set it."""
-    try:
-        yield
-    except OptionError as error:
-        flag = _FLAGS.get(error.option, _flag(f"deq_{error.option}"))
-        raise ValueError(f"{flag}: {error.sentence}") from error
-
-
-@contextlib.contextmanager
-def _adjoint_named() -> Iterator[None]:
-    """The options of the adjoint solver go by names of their own."""
-    try:
-        yield
-    except OptionError as error:
-        raise OptionError(f"adjoint_{error.option}", error.sentence) from error
-
-
 def matched_ffn_dim(layers: int, dim: int, ffn_dim: int) -> int:
     """Feed-forward width at which one layer has the matrices of ``layers`` layers of width ``ffn_dim``.
 
@@ -311,7 +278,7 @@ def cost_report(cfg: DeqBertConfig, depth: EquilibriumDepth) -> str:
 
     The solver is counted at its whole budget; what it really spends is logged.
     """
-    config = cfg.equilibrium()
+    config = depth.config
     own = sum(parameter.numel() for parameter in depth.parameters())
     cell = sum(parameter.numel() for layer in depth.cell.layers for parameter in layer.parameters())
     twin_ffn = cfg.encoder_ffn_embed_dim
@@ -338,7 +305,7 @@ class DeqBertModel(ImplicitBertModel):
 
     @classmethod
     def build_depth(cls, cfg: DeqBertConfig) -> Depth:
-        depth = EquilibriumDepth(cfg.equilibrium())
+        depth = EquilibriumDepth(cfg.check())
         logger.info(cost_report(cfg, depth))
         return depth
 

@@ -8,19 +8,28 @@ from typing import Any, Dict, List, Optional
 from fairseq.models import register_model
 from torch import Tensor
 
-from fairseq_implicit.depth.continuous import GRADIENTS, REVERSIBLE_SCHEME, ContinuousConfig, ContinuousDepth
+from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import KINDS
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.flags import Flags
 from fairseq_implicit.models.presets import register_presets
 from fairseq_implicit.solvers.adaptive import PAIRS, STEP_CONTROLS
-from fairseq_implicit.solvers.backends import BACKENDS
+from fairseq_implicit.solvers.names import BACKENDS, GRADIENTS, REVERSIBLE_SCHEME, continuous_solver
 
 logger = logging.getLogger(__name__)
 
 DEPTH_WEIGHTS = ("embedding",) + INTERPOLATIONS
+FLAGS = Flags(
+    "ode",
+    dim="encoder_embed_dim",
+    duration="ode_time",
+    rtol="ode_tolerance",
+    atol="ode_absolute_tolerance",
+    stage_dropout="stage_dropout",
+)
 
 
 @dataclass
@@ -93,7 +102,11 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
     ode_local_error: float = field(default=0.0, metadata={"help": "weight of the solver's error estimate"})
     ode_seed: int = field(default=1, metadata={"help": "seed of --ode-random-steps"})
 
-    def check(self) -> None:
+    @property
+    def flags(self) -> Flags:
+        return FLAGS
+
+    def check(self) -> ContinuousConfig:
         super().check()
         check_choice("--ode-field", self.ode_field, KINDS)
         check_choice("--ode-depth-weights", self.ode_depth_weights, DEPTH_WEIGHTS)
@@ -106,7 +119,8 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             )
         if self.checkpoint_activations and self.ode_backend != "own":
             raise ValueError(f"--checkpoint-activations needs --ode-backend own, not {self.ode_backend}")
-        self.continuous()
+        with self.flags.naming():
+            return self.continuous()
 
     @property
     def duration(self) -> float:
@@ -126,12 +140,10 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         """The solve.
 
         Raises:
-            ValueError: an impossible combination, in one sentence.
+            OptionError: an impossible combination, in one sentence.
         """
         layer = self.transformer_field(self.ode_field)
-        return ContinuousConfig(
-            dim=self.encoder_embed_dim,
-            duration=self.duration,
+        solver = continuous_solver(
             scheme=self.scheme,
             tolerance=self.ode_tolerance,
             absolute_tolerance=self.ode_absolute_tolerance,
@@ -139,19 +151,21 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
             max_evaluations=self.ode_max_evaluations,
             first_step=self.ode_first_step,
             backend=self.ode_backend,
-            step_control=self.ode_step_control,
             gradient=self.recomputed(self.ode_gradient),
-            kinetic_energy=self.ode_kinetic_energy,
-            jacobian=self.ode_jacobian,
-            local_error=self.ode_local_error,
+            replay_random=self.stage_dropout == "independent",
+        )
+        options = self.flags.options(ContinuousConfig, self)
+        options.update(
+            duration=self.duration,
+            solver=solver,
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
-            seed=self.ode_seed,
             noise=layer.is_noisy,
             independent_noise=self.stage_dropout == "independent",
             # Fields that end in a norm pull the state to a normed one, as BERT's layers do.
             final_norm=not layer.residual.ends_in_norm,
             norm=layer.norm,
         )
+        return ContinuousConfig(**options)
 
 
 @register_model("neural_ode_bert", dataclass=NeuralOdeBertConfig)
@@ -160,7 +174,7 @@ class NeuralOdeBertModel(ImplicitBertModel):
 
     @classmethod
     def build_depth(cls, cfg: NeuralOdeBertConfig) -> Depth:
-        config = cfg.transformer_field(cfg.ode_field)
+        depth, config = cfg.check(), cfg.transformer_field(cfg.ode_field)
         if cfg.ode_field == "post-norm" and cfg.scheme == REVERSIBLE_SCHEME:
             logger.warning(
                 "--ode-field post-norm contracts the state and --ode-scheme %s does not damp its own error: in fresh "
@@ -170,9 +184,9 @@ class NeuralOdeBertModel(ImplicitBertModel):
                 REVERSIBLE_SCHEME,
             )
         if cfg.ode_depth_weights == "embedding":
-            return ContinuousDepth(cfg.continuous(), DepthEmbeddedField(config, cfg.duration))
+            return ContinuousDepth(depth, DepthEmbeddedField(config, cfg.duration))
         knots = cfg.encoder_layers if cfg.ode_knots is None else cfg.ode_knots
-        return ContinuousDepth(cfg.continuous(), InterpolatedField(config, cfg.duration, knots, cfg.ode_depth_weights))
+        return ContinuousDepth(depth, InterpolatedField(config, cfg.duration, knots, cfg.ode_depth_weights))
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
         """Let an ode_bert checkpoint be opened: its blocks become the knots, a tied block the field of all depths."""

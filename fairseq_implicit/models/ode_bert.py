@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -9,35 +10,53 @@ from typing import Any, Dict, List, NamedTuple, Optional
 from fairseq.models import register_model
 from torch import Tensor
 
-from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
 from fairseq_implicit.depth.output import Depth
-from fairseq_implicit.depth.stack import CORRECTORS, HISTORIES, BlockStack, StackConfig
+from fairseq_implicit.depth.stack import HISTORIES, BlockStack, StackConfig
 from fairseq_implicit.fields.transformer import KINDS, TransformerField
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig, check_choice
+from fairseq_implicit.models.flags import Flags, flag
+from fairseq_implicit.models.original_flags import from_original_flags
 from fairseq_implicit.models.presets import register_presets
-from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS, from_original_flags
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError
-from fairseq_implicit.solvers.implicit_grad import parse_gradient
-from fairseq_implicit.solvers.runge_kutta import GRADIENTS
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.adaptive import Adaptive
+from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
+from fairseq_implicit.solvers.gradients.names import parse_gradient
+from fairseq_implicit.solvers.names import CORRECTORS, FIXED_GRADIENTS, trajectory_gradient
+from fairseq_implicit.solvers.runge_kutta import RungeKutta
+from fairseq_implicit.solvers.solver import Solver
 from fairseq_implicit.solvers.tableau import get_tableau
 from fairseq_implicit.solvers.theta import SCHEMES as IMPLICIT_SCHEMES
-from fairseq_implicit.solvers.theta import ThetaConfig
+from fairseq_implicit.solvers.theta import Theta
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SCHEME = "rk2"
 
-# How the options of an implicit step are called here.
-_THETA_FLAGS = {
-    "theta": "--ode-theta",
-    "steps": "--ode-steps",
-    "total_time": "--ode-time",
-    "solver": "--ode-theta-solver",
-    "max_iter": "--ode-theta-max-iter",
-    "tol": "--ode-theta-tol",
-    "gradient": "--ode-theta-gradient",
+_COMMON = dict(total_time="ode_time", layers="encoder_layers", dim="encoder_embed_dim", stage_dropout="stage_dropout")
+FLAGS = Flags(
+    "ode",
+    start="ode_coefficient_start",
+    scope="ode_coefficient_scope",
+    stage_norm="rk_norm",
+    state_float32="ode_float32_state",
+    layerdrop="encoder_layerdrop",
+    consistency_penalty="ode_consistency_weight",
+    second_order_penalty="ode_second_order_weight",
+    **_COMMON,
+)
+#: Flags that explicit and implicit schemes have in common.
+SHARED_FLAGS = {
+    *(item.name for item in dataclasses.fields(ImplicitBertConfig) if item.name != "checkpoint_activations"),
+    *("ode_field", "ode_scheme", "ode_steps", "ode_time", "ode_split", "ode_tied", "ode_seed", "ode_max_evaluations"),
 }
+IMPLICIT_FLAGS = Flags(
+    "ode",
+    **{option: f"ode_theta_{option}" for option in ("solver", "max_iter", "tol", "memory", "gradient")},
+    adjoint_tol="ode_theta_tol",
+    **_COMMON,
+)
 
 
 class Coefficients(NamedTuple):
@@ -129,7 +148,9 @@ class OdeBertConfig(ImplicitBertConfig):
     )
     ode_gradient: str = field(
         default="autograd",
-        metadata={"help": f"{', '.join(GRADIENTS)}: the same gradient, less memory, one more evaluation of the field"},
+        metadata={
+            "help": f"{', '.join(FIXED_GRADIENTS)}: the same gradient, less memory, one more evaluation of the field"
+        },
     )
     ode_float32_state: bool = field(
         default=False, metadata={"help": "keep the state in float32 around half-precision blocks"}
@@ -170,9 +191,9 @@ class OdeBertConfig(ImplicitBertConfig):
             "ode_coefficient_scope": self.ode_coefficient_scope,
         }
         if self.enc_calculate_num is None:
-            for flag in ("rk_type", "enc_learnable_type", "alpha_type"):
-                if getattr(self, flag) is not None:
-                    raise ValueError(f"{_flag(flag)} {getattr(self, flag)} needs --enc-calculate-num, the order")
+            for name in ("rk_type", "enc_learnable_type", "alpha_type"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{flag(name)} {getattr(self, name)} needs --enc-calculate-num, the order")
             defaults = Coefficients(DEFAULT_SCHEME, "fixed", "tableau", "block")
             return Coefficients(
                 *(given if given is not None else value for given, value in zip(own.values(), defaults))
@@ -184,12 +205,16 @@ class OdeBertConfig(ImplicitBertConfig):
             same = given == value or (name == "ode_scheme" and given and get_tableau(given) is get_tableau(value))
             if given is not None and not same:
                 raise ValueError(
-                    f"{_flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its "
+                    f"{flag(name)} {given} contradicts --enc-calculate-num {self.enc_calculate_num} with its "
                     f"--rk-type, which means {value}: give one of the two"
                 )
         return Coefficients(*mapped)
 
-    def check(self) -> None:
+    @property
+    def flags(self) -> Flags:
+        return IMPLICIT_FLAGS if self.is_implicit else FLAGS
+
+    def check(self) -> StackConfig:
         super().check()
         for name, choices in (
             ("ode_field", KINDS),
@@ -198,10 +223,10 @@ class OdeBertConfig(ImplicitBertConfig):
             ("ode_coefficient_scope", SCOPES),
             ("ode_corrector", CORRECTORS),
             ("ode_history", HISTORIES),
-            ("ode_gradient", GRADIENTS),
+            ("ode_gradient", FIXED_GRADIENTS),
         ):
             if getattr(self, name) is not None:
-                check_choice(_flag(name), getattr(self, name), choices)
+                check_choice(flag(name), getattr(self, name), choices)
         if self.ode_split < 1:
             raise ValueError(f"--ode-split {self.ode_split}: each layer becomes at least one block")
         if self.ode_split > 1 and (self.ode_history != "none" or self.ode_corrector in ("adams", "pcformer")):
@@ -215,41 +240,91 @@ class OdeBertConfig(ImplicitBertConfig):
                 f"--ode-split {self.ode_split} with --rk-norm normalises the state {self.ode_split} times in place of "
                 "each layer's once, which is another function: leave one of the two out"
             )
-        if self.is_implicit:
-            self.implicit_stack()
-            return
+        self._check_strangers()
+        with self.flags.naming():
+            return self.stack()
+
+    def _check_strangers(self) -> None:
+        """Refuse the flags that belong to schemes of the other kind, explicit or implicit.
+
+        Raises:
+            ValueError: naming the first one that is set.
+        """
+        scheme = self.ode_scheme or DEFAULT_SCHEME
         for item in dataclasses.fields(OdeBertConfig):
-            if item.name.startswith("ode_theta") and getattr(self, item.name) != item.default:
+            implicit = item.name.startswith("ode_theta")
+            known = implicit if self.is_implicit else not implicit
+            if known or item.name in SHARED_FLAGS or getattr(self, item.name) == item.default:
+                continue
+            if implicit:
                 raise ValueError(
-                    f"{_flag(item.name)} {getattr(self, item.name)} belongs to the implicit schemes "
-                    f"({', '.join(IMPLICIT_SCHEMES)}), and --ode-scheme is {self.ode_scheme or DEFAULT_SCHEME}: "
-                    "leave it out"
+                    f"{flag(item.name)} {getattr(self, item.name)} belongs to the implicit schemes "
+                    f"({', '.join(IMPLICIT_SCHEMES)}), and --ode-scheme is {scheme}: leave it out"
                 )
-        self.stack()
+            raise ValueError(
+                f"{flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme {scheme} is "
+                "implicit: leave it out (its gradient is --ode-theta-gradient)"
+            )
 
     @property
     def is_implicit(self) -> bool:
         """Whether each block solves an equation."""
         return self.ode_scheme in IMPLICIT_SCHEMES
 
-    def implicit_stack(self) -> ImplicitStackConfig:
-        """The depth's configuration for an implicit scheme.
+    def stack(self) -> StackConfig:
+        """The depth's configuration, its blocks' solver included.
 
         Raises:
-            ValueError: a flag that only explicit schemes have, or an impossible value, in one sentence.
+            OptionError: an impossible value or combination, in one sentence.
         """
-        explicit_only = (
-            "ode_random_steps", "ode_tolerance", "ode_coefficients", "ode_coefficient_start", "ode_coefficient_scope",
-            "rk_norm", "ode_consistency_weight", "ode_second_order_weight", "ode_corrector", "ode_history",
-            "ode_gradient", "ode_float32_state", "ode_residual_in_field", "encoder_layerdrop", "enc_calculate_num",
-            "rk_type", "enc_learnable_type", "alpha_type", "checkpoint_activations",
-        )  # fmt: skip
-        for item in dataclasses.fields(OdeBertConfig):
-            if item.name in explicit_only and getattr(self, item.name) != item.default:
-                raise ValueError(
-                    f"{_flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme "
-                    f"{self.ode_scheme} is implicit: leave it out (its gradient is --ode-theta-gradient)"
-                )
+        layer = self.transformer_field(self.ode_field)
+        options = self.flags.options(StackConfig, self)
+        options.update(
+            layers=self.encoder_layers * self.ode_split,
+            solver=self._implicit_solver() if self.is_implicit else self._explicit_solver(),
+            total_time=self.ode_time / self.ode_split,
+            # Layers that end in a norm of their own, as BERT's do, need no other.
+            final_norm=not layer.residual.ends_in_norm,
+            norm=layer.norm,
+            random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
+        )
+        return StackConfig(**options)
+
+    def _explicit_solver(self) -> Solver:
+        """Fixed steps, or adaptive ones where there is a tolerance."""
+        coefficients = self.coefficients()
+        options = self.flags.options(RungeKutta, self)
+        options.update(
+            scheme=coefficients.scheme,
+            coefficients=coefficients.mode,
+            start=coefficients.start,
+            scope=coefficients.scope,
+            gradient=trajectory_gradient(self.recomputed(self.ode_gradient)),
+            replay_random=self.stage_dropout == "independent",
+        )
+        solver = CORRECTORS[self.ode_corrector](**options)
+        if not 0 <= self.ode_tolerance < math.inf:
+            raise OptionError(
+                "tolerance", f"a tolerance of {self.ode_tolerance}: give a positive one, or 0 for fixed steps."
+            )
+        if self.ode_tolerance == 0:
+            return solver
+        if solver.learns or solver.stage_norm or solver.residual_in_field or self.ode_corrector != "none":
+            raise OptionError(
+                "tolerance",
+                "adaptive steps (above 0) measure the error of the tableau itself: set `coefficients` fixed, "
+                "`corrector` none, and neither `stage_norm` nor `residual_in_field`.",
+            )
+        return Adaptive(
+            solver.scheme,
+            self.ode_tolerance,
+            self.ode_tolerance,
+            self.ode_max_evaluations,
+            gradient=solver.gradient,
+            state_float32=solver.state_float32,
+        )
+
+    def _implicit_solver(self) -> Theta:
         if self.ode_scheme == "implicit-midpoint" and self.ode_theta != 1.0:
             raise ValueError(f"--ode-theta {self.ode_theta}: the implicit midpoint rule has no theta; leave it out")
         layer = self.transformer_field(self.ode_field)
@@ -258,67 +333,13 @@ class OdeBertConfig(ImplicitBertConfig):
                 "--stage-dropout independent makes the field a different function at each evaluation, so an implicit "
                 "step has no solution: take shared"
             )
-        if self.ode_theta_gradient == "reversible":
-            raise ValueError("--ode-theta-gradient reversible solves no implicit step: take ift or phantom-K")
-        try:
-            adjoint = FixedPointConfig("anderson", self.ode_theta_max_iter, self.ode_theta_tol)
-            theta = ThetaConfig(
-                scheme=self.ode_scheme,
-                theta=self.ode_theta,
-                steps=self.ode_steps,
-                total_time=self.ode_time / self.ode_split,
-                solver=FixedPointConfig(self.ode_theta_solver, self.ode_theta_max_iter, self.ode_theta_tol),
-                gradient=parse_gradient(self.ode_theta_gradient, adjoint=adjoint),
-            )
-        except OptionError as error:
-            raise ValueError(f"{_THETA_FLAGS[error.option]}: {error.sentence}") from error
-        return ImplicitStackConfig(
-            layers=self.encoder_layers * self.ode_split,
-            dim=self.encoder_embed_dim,
-            theta=theta,
-            tied=self.ode_tied,
-            final_norm=not layer.residual.ends_in_norm,
-            norm=layer.norm,
+        adjoint = FixedPointConfig("anderson", self.ode_theta_max_iter, self.ode_theta_tol)
+        options = self.flags.options(Theta, self)
+        options.update(
+            solver=FixedPointConfig(self.ode_theta_solver, self.ode_theta_max_iter, self.ode_theta_tol),
+            gradient=parse_gradient(self.ode_theta_gradient, adjoint=adjoint),
         )
-
-    def stack(self) -> StackConfig:
-        """The depth's configuration.
-
-        Raises:
-            ValueError: an impossible combination, in one sentence.
-        """
-        coefficients, layer = self.coefficients(), self.transformer_field(self.ode_field)
-        return StackConfig(
-            layers=self.encoder_layers * self.ode_split,
-            dim=self.encoder_embed_dim,
-            scheme=coefficients.scheme,
-            steps=self.ode_steps,
-            total_time=self.ode_time / self.ode_split,
-            coefficients=coefficients.mode,
-            start=coefficients.start,
-            scope=coefficients.scope,
-            stage_norm=self.rk_norm,
-            gradient=self.recomputed(self.ode_gradient),
-            state_float32=self.ode_float32_state,
-            residual_in_field=self.ode_residual_in_field,
-            corrector=self.ode_corrector,
-            history=self.ode_history,
-            tied=self.ode_tied,
-            layerdrop=self.encoder_layerdrop,
-            stage_dropout=self.stage_dropout,
-            consistency_penalty=self.ode_consistency_weight,
-            second_order_penalty=self.ode_second_order_weight,
-            final_norm=not layer.residual.ends_in_norm,
-            norm=layer.norm,
-            tolerance=self.ode_tolerance,
-            max_evaluations=self.ode_max_evaluations,
-            random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
-            seed=self.ode_seed,
-        )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        return Theta(**options)
 
 
 @register_model("ode_bert", dataclass=OdeBertConfig)
@@ -327,10 +348,8 @@ class OdeBertModel(ImplicitBertModel):
 
     @classmethod
     def build_depth(cls, cfg: OdeBertConfig) -> Depth:
-        config = cfg.transformer_field(cfg.ode_field)
-        if cfg.is_implicit:
-            return ImplicitStack(cfg.implicit_stack(), lambda layer: TransformerField(config))
-        return BlockStack(cfg.stack(), lambda layer: TransformerField(config))
+        depth, config = cfg.check(), cfg.transformer_field(cfg.ode_field)
+        return BlockStack(depth, lambda layer: TransformerField(config))
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Tensor], name: str) -> None:
         """Let a checkpoint be opened under another scheme.

@@ -11,18 +11,24 @@ Sources: Hairer, Norsett, Wanner, *Solving Ordinary Differential Equations I*, I
 Gustafsson, ACM TOMS 17 (1991) (PI control); Pal et al., arXiv 2105.03918 (the error estimate as a regulariser).
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.status import SolveResult, Status
+from fairseq_implicit.options import OptionError, check_choice
+from fairseq_implicit.solvers.coefficients import Combination
+from fairseq_implicit.solvers.gradients.trajectory import Direct
+from fairseq_implicit.solvers.precision import entered_in, in_state_precision, state_dtype
+from fairseq_implicit.solvers.solver import Keep, Piece, Solution, Solver, Span
+from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 from fairseq_implicit.solvers.vector_field import Time, VectorField
 
@@ -32,26 +38,14 @@ STEP_CONTROLS = ("sample", "batch")
 FLOOR_IN_ROUNDING_UNITS = 10.0
 # Steps below this share of the interval (in rounding units of the state) no longer move it.
 SMALLEST_STEP_IN_ROUNDING_UNITS = 16.0
+# Called with whether a trial was accepted and its step.
+OnTrial = Callable[[bool, float], None]
 SAFETY, SMALLEST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0
 
 
-class Piece(NamedTuple):
-    """A field on a stretch of time where it is smooth, both ends included.
-
-    Attributes:
-        field: ``f(t, z)`` for the times of the stretch.
-        end: the time at which the stretch ends.
-        continues: whether the field starts with the value that the piece before it ends with (a kink, not a jump).
-    """
-
-    field: VectorField
-    end: float
-    continues: bool = False
-
-
 @dataclass(frozen=True)
-class AdaptiveConfig:
-    """What an adaptive solve may spend and how exact it has to be.
+class Adaptive(Solver):
+    """An embedded pair that chooses its steps: what it may spend and how exact it has to be.
 
     Attributes:
         scheme: embedded pair, one of ``PAIRS``.
@@ -61,10 +55,15 @@ class AdaptiveConfig:
             nor its evaluations; the field then sees a ``(batch,)`` tensor of times whenever the samples differ.
             ``"batch"``: one step size for all, ruled by the sample with the largest error.
         first_step: first trial step in the units of time; ``None``: the whole interval.
+        gradient: how its gradient is formed.
+        state_float32: return a half-precision state in float32, for the next block of a stack.
 
     Raises:
-        ValueError: unknown scheme or step control, tolerance or first step not positive, budget smaller than one step.
+        OptionError: unknown scheme or step control, tolerance or first step not positive, budget under one step.
     """
+
+    kind: ClassVar[str] = "adaptive"
+    adaptive: ClassVar[bool] = True
 
     scheme: str = "dopri5"
     rtol: float = 1e-3
@@ -72,48 +71,77 @@ class AdaptiveConfig:
     max_evaluations: int = 1000
     step_control: str = "sample"
     first_step: float | None = None
+    gradient: Direct = Direct()
+    state_float32: bool = False
 
     def __post_init__(self):
+        self.check_gradient()
         stages = embedded_pair(self.scheme)[0].stages
-        if self.step_control not in STEP_CONTROLS:
-            raise ValueError(f"Unknown step control '{self.step_control}': choose one of {', '.join(STEP_CONTROLS)}.")
+        check_choice("step_control", self.step_control, STEP_CONTROLS)
         for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
             if not (tolerance > 0 and math.isfinite(tolerance)):
-                raise ValueError(f"The tolerance {name} must be a positive number, got {tolerance}.")
+                raise OptionError(name, f"a tolerance must be a positive number, got {tolerance}.")
         if self.first_step is not None and not 0 < self.first_step < math.inf:
-            raise ValueError(f"The first step must be a positive time, got {self.first_step}.")
+            raise OptionError("first_step", f"the first step must be a positive time, got {self.first_step}.")
         if self.max_evaluations < stages:
-            raise ValueError(
-                f"max_evaluations is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: "
-                f"raise it to at least {stages}."
+            raise OptionError(
+                "max_evaluations",
+                f"the budget is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: raise it to "
+                f"at least {stages}.",
             )
+
+    def state(self, x: Tensor) -> Tensor:
+        return x.to(state_dtype(x.dtype)) if self.state_float32 else x
+
+    def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
+        """The weights of the stages: always the tableau's b, whose error is estimated."""
+        return Combination(embedded_pair(self.scheme)[0])
+
+    def integrate(
+        self,
+        f: VectorField,
+        x: Tensor,
+        span: Span,
+        layout: Layout = UNPADDED,
+        *,
+        dtype: torch.dtype | None = None,
+        pieces: Sequence[Piece] = (),
+        keep: Keep = Keep(),
+        on_trial: OnTrial | None = None,
+    ) -> AdaptiveSolution:
+        """See :meth:`Solver.integrate`. A half-precision state is carried in float32 and returned in its own dtype.
+
+        Args:
+            layout: of the batch; padding does not enter the error norm.
+            pieces: every sample ends a step at the end of each piece and waits there for the others, so that all of
+                them are always in the same piece.
+            on_trial: called with ``(accepted, step)`` after each trial; batch control only.
+
+        Returns:
+            the state with its costs. A solve that runs out of evaluations or into non-finite values returns the last
+            accepted state of each sample and says so in ``status``; the sample with the worst ending decides.
+
+        Raises:
+            OptionError: the tolerance is below the rounding floor of the state.
+        """
+        if dtype not in (None, x.dtype):
+            f = entered_in(f, dtype)
+        solve = _Solve(self, x, span, layout, keep, on_trial)
+        for piece in pieces or (Piece(f, span.start + span.length),):
+            solve.over(piece)
+        return solve.result()
 
 
 @dataclass(frozen=True)
-class AdaptiveResult(SolveResult):
-    """A :class:`SolveResult` with the history of the step control.
+class AdaptiveSolution(Solution):
+    """A :class:`Solution` with the history of the step control.
 
     Attributes:
-        accepted, rejected: trial steps per sample: an ``int`` when all samples agree, else a ``(batch,)`` tensor.
-        field_calls: evaluations of the field on the whole batch, the number that time is proportional to.
-        reached: the time that each sample reached; the end of the interval unless the solve stopped early.
-        states: the states after the accepted steps when they were asked for, the initial one first.
-        times: the time of each of ``states``, a ``(batch,)`` tensor where the samples differ.
-        energy: ``(batch,)``, with gradient, the integral of the mean squared rate of change over the depth.
-        local_error: ``(batch,)``, with gradient, the sum over accepted steps of the rms error estimate.
         accepted_steps: ``(time, step)`` of each accepted step under batch control, the grid that a later
             solve can replay; empty under sample control.
         piece_states: the state at the end of each piece of the field when they were asked for.
     """
 
-    accepted: int | Tensor = 0
-    rejected: int | Tensor = 0
-    field_calls: int = 0
-    reached: tuple[float, ...] = ()
-    states: Sequence[Tensor] = ()
-    times: Sequence[Time] = ()
-    energy: Tensor | None = None
-    local_error: Tensor | None = None
     accepted_steps: Sequence[tuple[float, float]] = ()
     piece_states: Sequence[Tensor] = ()
 
@@ -123,43 +151,28 @@ def embedded_pair(scheme: str) -> tuple[Tableau, tuple[float, ...], int]:
     """The tableau of that name, the weights of its error estimate (b minus b-hat), and the estimate's order in h.
 
     Raises:
-        ValueError: the scheme has no embedded weights, or its last stage is not its new state (the loop takes the
+        OptionError: the scheme has no embedded weights, or its last stage is not its new state (the loop takes the
             last stage of a step as the first of the next one).
     """
     tableau = get_tableau(scheme)
     if tableau.b_hat is None or not tableau.first_same_as_last:
-        raise ValueError(
-            f"'{scheme}' has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}, or take "
-            "fixed steps with --ode-tolerance 0."
+        raise OptionError(
+            "scheme",
+            f"{scheme!r} has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}, or take "
+            "fixed steps with `tolerance` 0.",
         )
     weights = tuple(b - b_hat for b, b_hat in zip(tableau.b_values, tableau.b_hat_values))
     return tableau, weights, min(tableau.order, tableau.embedded_order) + 1
 
 
-def in_state_precision(f: VectorField, dtype: torch.dtype) -> tuple[VectorField, torch.dtype]:
-    """The field seen from a state of at least single precision.
-
-    Half-precision states lose small updates (an error of 42 % of the update after four RK4 steps in bfloat16, 11 % with
-    a float32 state), so the state stays in float32 and only the field computes in ``dtype``.
-
-    Returns:
-        the wrapped field and the dtype of the state.
-    """
-    state_dtype = torch.promote_types(dtype, torch.float32)
-    if state_dtype == dtype:
-        return (lambda t, z: f(t, z).to(state_dtype)), state_dtype
-    return (lambda t, z: f(t, z.to(dtype)).to(state_dtype)), state_dtype
-
-
-def check_tolerance(config: AdaptiveConfig, dtype: torch.dtype) -> None:
+def check_tolerance(config: Adaptive, dtype: torch.dtype) -> None:
     """Raises:
-    ValueError: the tolerance is below what the dtype of the state can resolve.
+    OptionError: the tolerance is below what the dtype of the state can resolve.
     """
     floor = FLOOR_IN_ROUNDING_UNITS * torch.finfo(dtype).eps
     if config.rtol < floor:
-        raise ValueError(
-            f"The tolerance {config.rtol:g} is below the floor of a {str(dtype)[6:]} state ({floor:.1e}): "
-            f"raise --ode-tolerance."
+        raise OptionError(
+            "tolerance", f"{config.rtol:g} is below the floor of a {str(dtype)[6:]} state ({floor:.1e}): raise it."
         )
 
 
@@ -268,143 +281,127 @@ class _Progress:
         return True
 
 
-def solve_adaptive(
-    f: VectorField,
-    y: Tensor,
-    duration: float,
-    config: AdaptiveConfig,
-    layout: Layout = UNPADDED,
-    start: float = 0.0,
-    keep_states: bool = False,
-    penalties: bool = False,
-    recompute: bool = False,
-    on_trial: Callable[[bool, float], None] | None = None,
-    pieces: Sequence[Piece] = (),
-    keep_piece_states: bool = False,
-) -> AdaptiveResult:
-    """Integrates ``dy/dt = f(t, y)`` from ``start`` to ``start + duration``.
+class _Solve:
+    """One adaptive solve: the state, its progress in time, and what is kept of the way."""
 
-    Args:
-        f: field, deterministic during the solve, zero at padding.
-        y: ``(batch, time, dim)``; a half-precision state is carried in float32 and returned in its own dtype.
-        layout: of the batch; padding does not enter the error norm.
-        keep_states: return the states after the accepted steps.
-        penalties: compute ``energy`` and ``local_error``.
-        recompute: keep only the state at each step for the backward pass and evaluate the stages again there: exact
-            gradients, memory of one step instead of ``stages`` times all steps.
-        on_trial: called with ``(accepted, step)`` after each trial; batch control only.
-        pieces: ``f`` cut at the times where it is not smooth; empty: it is smooth. Every sample ends a step at the end
-            of each piece and waits there for the others, so that all of them are always in the same piece.
-        keep_piece_states: return the states at the ends of the pieces.
+    def __init__(self, config: Adaptive, y: Tensor, span: Span, layout: Layout, keep: Keep, on_trial: OnTrial | None):
+        self.config, self.layout, self.keep, self.on_trial = config, layout, keep, on_trial
+        self.returned_dtype, dtype = y.dtype, state_dtype(y.dtype)
+        check_tolerance(config, dtype)
+        tableau, _, self.exponent = embedded_pair(config.scheme)
+        self.stages = tableau.stages
+        self.y, self.k1, self.start = y.to(dtype), None, span.start
+        self.smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * span.length
+        self.per_sample = config.step_control == "sample"
+        first_step = span.length if config.first_step is None else min(config.first_step, span.length)
+        self.progress = [_Progress(span.start, first_step) for _ in range(y.shape[0] if self.per_sample else 1)]
+        self.step = config.gradient.around_step(self._trial, replay_random=False)
+        self.calls = 0
+        self.energy = self.local_error = self.y.new_zeros(y.shape[0]) if keep.penalties else None
+        self.states: list[Tensor] = [self.y]
+        self.times: list[Time] = [span.start]
+        self.piece_states: list[Tensor] = []
 
-    Returns:
-        the state with its costs. A solve that runs out of evaluations or into non-finite values returns the last
-        accepted state of each sample and says so in ``status``; the sample with the worst ending decides.
+    def _mean_square(self, x: Tensor) -> Tensor:
+        return self.layout.sample_mean(x.square())
 
-    Raises:
-        ValueError: the tolerance is below the rounding floor of the state.
-    """
-    tableau, _, exponent = embedded_pair(config.scheme)
-    stages, rows, returned_dtype = tableau.stages, y.shape[0], y.dtype
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    check_tolerance(config, dtype)
-    y = y.to(dtype)
-    smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * duration
-    per_sample = config.step_control == "sample"
-    first_step = duration if config.first_step is None else min(config.first_step, duration)
-    progress = [_Progress(start, first_step) for _ in range(rows if per_sample else 1)]
-    recompute = recompute and torch.is_grad_enabled()
-
-    def mean_square(x: Tensor) -> Tensor:
-        return layout.sample_mean(x.square())
-
-    def trial(g, t, h, y, k1):
+    def _trial(self, g: VectorField, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
+        """New state, field there, scaled error ``(batch,)``; with penalties also their parts in this step."""
+        config = self.config
         y_new, k_new, error = embedded_step(g, config.scheme, t, h, y, k1)
         with torch.no_grad():
             scale = torch.maximum(y.abs(), y_new.abs()).mul_(config.rtol).add_(config.atol)
-            ratio = mean_square(error / scale).sqrt()
-        if not penalties:
+            ratio = self._mean_square(error / scale).sqrt()
+        if not self.keep.penalties:
             return y_new, k_new, ratio
         # Trapezoid over the end points: the pairs' own weights are negative in places, and training would exploit it.
-        energy = (mean_square(k1) + mean_square(k_new)) * (0.5 * h)
-        return y_new, k_new, ratio, energy, (mean_square(error) + torch.finfo(dtype).tiny).sqrt()
+        energy = (self._mean_square(k1) + self._mean_square(k_new)) * (0.5 * h)
+        return y_new, k_new, ratio, energy, (self._mean_square(error) + torch.finfo(y.dtype).tiny).sqrt()
 
-    calls, k1 = 0, None
-    energy = local_error = y.new_zeros(rows) if penalties else None
-    states: list[Tensor] = [y]
-    times: list[Time] = [start]
-    piece_states: list[Tensor] = []
-    for piece in pieces or (Piece(f, start + duration),):
-        g, _ = in_state_precision(piece.field, returned_dtype)
-        anew = k1 is None or not piece.continues
-        for one in progress:
+    def over(self, piece: Piece) -> None:
+        """Go on to the end of ``piece``."""
+        g, _ = in_state_precision(piece.field, self.returned_dtype)
+        self._enter(g, piece)
+        while any(active := [one.status is None for one in self.progress]):
+            t, h = _times_and_steps(self.progress, active, self.y)
+            new = self.step(g, t, h, self.y, self.k1)
+            self.calls += self.stages - 1
+            accepted = self._judge(new[2], active, piece.end)
+            if any(accepted):
+                self._accept(new, accepted)
+        self.piece_states.append(self.y)
+        self.start = piece.end
+
+    def _enter(self, g: VectorField, piece: Piece) -> None:
+        """Evaluate the field where the piece begins, unless the step before has done it."""
+        anew = self.k1 is None or not piece.continues
+        for one in self.progress:
             one.enter(piece.end)
-            one.spend(int(anew), stages - 1, config.max_evaluations)
-        if anew and any(one.status is None for one in progress):
-            k1 = g(start, y)
-            calls += 1
-            finite = torch.isfinite(k1).flatten(1).all(1).tolist()
-            for row, one in enumerate(progress):
-                if one.status is None and not (finite[row] if per_sample else all(finite)):
+            one.spend(int(anew), self.stages - 1, self.config.max_evaluations)
+        if anew and any(one.status is None for one in self.progress):
+            self.k1 = g(self.start, self.y)
+            self.calls += 1
+            finite = torch.isfinite(self.k1).flatten(1).all(1).tolist()
+            for row, one in enumerate(self.progress):
+                if one.status is None and not (finite[row] if self.per_sample else all(finite)):
                     one.status = Status.NON_FINITE
-        while any(active := [one.status is None for one in progress]):
-            t, h = _times_and_steps(progress, active, y)
-            if recompute:
-                new = checkpoint(trial, g, t, h, y, k1, use_reentrant=False, preserve_rng_state=False)
-            else:
-                new = trial(g, t, h, y, k1)
-            calls += stages - 1
-            ratios = new[2].tolist()
-            if not per_sample:
-                ratios = [math.nan if any(map(math.isnan, ratios)) else max(ratios)]
-            broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios)]
-            accepted = [False] * len(progress)
-            for row, one in enumerate(progress):
-                # A trial with non-finite numbers in one sample is dropped for all: kept in the graph, they would
-                # reach every parameter's gradient as 0 * nan. The others repeat their step unchanged, free of charge.
-                if active[row] and (broken[row] or not any(broken)):
-                    step = one.h
-                    accepted[row] = one.record(ratios[row], piece.end, exponent, stages, smallest)
-                    one.spend(0, stages - 1, config.max_evaluations)
-                    if on_trial is not None:
-                        on_trial(accepted[row], step)
-            if not any(accepted):
-                continue
-            if all(accepted):
-                y, k1 = new[0], new[1]
-            else:
-                chosen = torch.tensor(accepted, device=y.device).view(-1, 1, 1)
-                y, k1 = torch.where(chosen, new[0], y), torch.where(chosen, new[1], k1)
-            if penalties:
-                mask = torch.tensor(accepted, device=y.device)
-                energy = torch.where(mask, energy + new[3], energy)
-                local_error = torch.where(mask, local_error + new[4], local_error)
-            if keep_states:
-                states.append(y)
-                reached = {one.t for one in progress}
-                times.append(reached.pop() if len(reached) == 1 else y.new_tensor([one.t for one in progress]))
-        if keep_piece_states:
-            piece_states.append(y)
-        start = piece.end
 
-    if not per_sample:
-        progress = progress * rows
-    return AdaptiveResult(
-        state=y.to(returned_dtype),
-        evaluations=_per_sample([one.evaluations for one in progress], y),
-        residual=y.new_tensor([one.largest_ratio for one in progress]),
-        status=Status.worst(one.status for one in progress),
-        accepted=_per_sample([one.accepted for one in progress], y),
-        rejected=_per_sample([one.rejected for one in progress], y),
-        field_calls=calls,
-        reached=tuple(one.t for one in progress),
-        states=states if keep_states else (),
-        times=times if keep_states else (),
-        energy=energy,
-        local_error=local_error,
-        accepted_steps=() if per_sample else tuple(progress[0].steps) if progress else (),
-        piece_states=piece_states,
-    )
+    def _judge(self, ratios: Tensor, active: list[bool], end: float) -> list[bool]:
+        """Which of the samples accept a trial of that scaled error; the others, and these, get their next step."""
+        ratios = ratios.tolist()
+        if not self.per_sample:
+            ratios = [math.nan if any(map(math.isnan, ratios)) else max(ratios)]
+        broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios)]
+        accepted = [False] * len(self.progress)
+        for row, one in enumerate(self.progress):
+            # A trial with non-finite numbers in one sample is dropped for all: kept in the graph, they would reach
+            # every parameter's gradient as 0 * nan. The others repeat their step unchanged, free of charge.
+            if active[row] and (broken[row] or not any(broken)):
+                step = one.h
+                accepted[row] = one.record(ratios[row], end, self.exponent, self.stages, self.smallest)
+                one.spend(0, self.stages - 1, self.config.max_evaluations)
+                if self.on_trial is not None:
+                    self.on_trial(accepted[row], step)
+        return accepted
+
+    def _accept(self, new: tuple[Tensor, ...], accepted: list[bool]) -> None:
+        """Take the trial's state where it is accepted."""
+        if all(accepted):
+            self.y, self.k1 = new[0], new[1]
+        else:
+            chosen = torch.tensor(accepted, device=self.y.device).view(-1, 1, 1)
+            self.y, self.k1 = torch.where(chosen, new[0], self.y), torch.where(chosen, new[1], self.k1)
+        if self.keep.penalties:
+            mask = torch.tensor(accepted, device=self.y.device)
+            self.energy = torch.where(mask, self.energy + new[3], self.energy)
+            self.local_error = torch.where(mask, self.local_error + new[4], self.local_error)
+        if self.keep.states:
+            self.states.append(self.y)
+            reached = {one.t for one in self.progress}
+            self.times.append(
+                reached.pop() if len(reached) == 1 else self.y.new_tensor([one.t for one in self.progress])
+            )
+
+    def result(self) -> AdaptiveSolution:
+        y, alone = self.y, self.per_sample
+        progress = self.progress if alone else self.progress * y.shape[0]
+        return AdaptiveSolution(
+            state=y.to(self.returned_dtype),
+            evaluations=_per_sample([one.evaluations for one in progress], y),
+            residual=y.new_tensor([one.largest_ratio for one in progress]),
+            status=Status.worst(one.status for one in progress),
+            accepted=_per_sample([one.accepted for one in progress], y),
+            rejected=_per_sample([one.rejected for one in progress], y),
+            field_calls=self.calls,
+            reached=tuple(one.t for one in progress),
+            states=self.states if self.keep.states else (),
+            times=self.times if self.keep.states else (),
+            energy=self.energy,
+            local_error=self.local_error,
+            weights=(embedded_pair(self.config.scheme)[0].b_values,),
+            accepted_steps=() if alone else tuple(progress[0].steps) if progress else (),
+            piece_states=self.piece_states,
+        )
 
 
 def _times_and_steps(progress: list[_Progress], active: list[bool], y: Tensor) -> tuple[Time, Time]:

@@ -10,122 +10,116 @@ Only ``torchdyn.numerics`` is touched, with a fresh solver object per solve: its
 of the state, so that one half-precision solve would spoil every later one.
 """
 
+from __future__ import annotations
+
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.adaptive import (
     LARGEST_FACTOR,
     SMALLEST_FACTOR,
     SMALLEST_STEP_IN_ROUNDING_UNITS,
-    AdaptiveConfig,
-    AdaptiveResult,
-    Piece,
+    Adaptive,
+    AdaptiveSolution,
     check_tolerance,
-    in_state_precision,
-    solve_adaptive,
 )
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.gradients.trajectory import Direct
+from fairseq_implicit.solvers.precision import in_state_precision, state_dtype
+from fairseq_implicit.solvers.solver import Keep, Piece, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import VectorField
 
-BACKENDS = ("own", "torchdyn", "torchdiffeq")
-BACKEND_PAIRS = {
-    "own": ("bosh3", "dopri5", "tsit5"),
-    "torchdyn": ("dopri5", "tsit5"),
-    "torchdiffeq": ("bosh3", "dopri5"),
-}
-_INSTALL = {
-    "torchdyn": "pip install --no-deps torchdyn==1.0.6 torchcde==0.2.5 torchdiffeq==0.2.5 torchsde==0.2.6 "
-    "trampoline attrs && pip install scipy",
-    "torchdiffeq": "pip install --no-deps torchdiffeq==0.2.5 && pip install scipy",
-}
 
-
-def check_backend(backend: str, scheme: str) -> None:
-    """Raises:
-    ValueError: unknown back end, or one that does not offer the scheme.
-    ModuleNotFoundError: the back end is not installed; the sentence holds the install line.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown ODE back end '{backend}': choose one of {', '.join(BACKENDS)}.")
-    if scheme not in BACKEND_PAIRS[backend]:
-        raise ValueError(
-            f"The back end {backend} has no sound adaptive '{scheme}': choose one of "
-            f"{', '.join(BACKEND_PAIRS[backend])}, or --ode-backend own."
-        )
-    if backend != "own":
-        _module(backend)
-
-
-def _module(backend: str):
-    # torchdyn.core would pull in Lightning and torchvision; numerics needs neither.
-    name = "torchdyn.numerics" if backend == "torchdyn" else "torchdiffeq"
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"--ode-backend {backend} needs the package {backend} ({error}): install it with "
-            f"`{_INSTALL[backend]}` or use --ode-backend own."
-        ) from error
-
-
-def solve_with(
-    backend: str,
-    f: VectorField,
-    y: Tensor,
-    duration: float,
-    config: AdaptiveConfig,
-    layout: Layout = UNPADDED,
-    start: float = 0.0,
-    pieces: Sequence[Piece] = (),
-    **options,
-) -> AdaptiveResult:
-    """Integrates like :func:`solve_adaptive`, with the back end of that name.
-
-    torchdyn measures the error over the whole batch, padding included; its answers are within tolerance of the batch,
-    not of each sample, and it chooses its first step itself. torchdiffeq takes the first step that the own loop takes.
-
-    Args:
-        pieces: ``f`` cut at the times where it is not smooth; the libraries solve one after the other.
-        options: further options of :func:`solve_adaptive`, for the back end ``own`` only.
+@dataclass(frozen=True)
+class Library(Adaptive):
+    """An adaptive solver of a library, which has one step for all samples.
 
     Raises:
-        ValueError, ModuleNotFoundError: see :func:`check_backend`.
+        OptionError: the library has no such pair, or no such gradient.
+        ModuleNotFoundError: it is not installed; the sentence holds the install line.
     """
-    check_backend(backend, config.scheme)
-    if backend == "own":
-        return solve_adaptive(f, y, duration, config, layout, start, pieces=pieces, **options)
-    if options:
-        raise ValueError(f"{', '.join(sorted(options))}: only the back end own offers this, not {backend}.")
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    check_tolerance(config, dtype)
-    probe = _Probe(start, config.max_evaluations, y.to(dtype))
-    integrate = _torchdyn if backend == "torchdyn" else _torchdiffeq
-    smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * duration
-    status = Status.CONVERGED
-    try:
-        for piece in pieces or (Piece(f, start + duration),):
-            probe.g, _ = in_state_precision(piece.field, y.dtype)
-            _cover(integrate, probe, piece.end, config, layout, smallest)
-    except _Stopped as stopped:
-        status = stopped.status
-    return AdaptiveResult(
-        state=probe.last_state.to(y.dtype),
-        evaluations=probe.evaluations,
-        status=status,
-        accepted=probe.accepted,
-        rejected=probe.trials - probe.accepted,
-        field_calls=probe.evaluations,
-        reached=(probe.last_time,) * y.shape[0],
-    )
+
+    keeps: ClassVar[bool] = False
+    shares_steps: ClassVar[bool] = True
+    #: what it is called, its sound pairs, the module with its solvers and how it is installed
+    pairs: ClassVar[tuple[str, ...]]
+    module: ClassVar[str]
+    install: ClassVar[str]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scheme not in self.pairs:
+            raise OptionError(
+                "scheme",
+                f"{self.kind} has no sound adaptive {self.scheme!r}: choose one of {', '.join(self.pairs)}, or `backend` "
+                "own.",
+            )
+        self.import_module()
+
+    @classmethod
+    def import_module(cls):
+        """The module with the solvers."""
+        try:
+            return importlib.import_module(cls.module)
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                f"the back end {cls.kind} needs the package {cls.kind} ({error}): install it with `{cls.install}` or use "
+                "the back end own."
+            ) from error
+
+    def library_solve(self, probe: _Probe, y: Tensor, duration: float, layout: Layout) -> Tensor:
+        """The state that the library reaches from ``y`` in its own times from 0 to ``duration``."""
+        raise TypeError(f"{type(self).__name__} defines no library_solve()")
+
+    def integrate(
+        self,
+        f: VectorField,
+        x: Tensor,
+        span: Span,
+        layout: Layout = UNPADDED,
+        *,
+        dtype: torch.dtype | None = None,
+        pieces: Sequence[Piece] = (),
+        keep: Keep = Keep(),
+    ) -> AdaptiveSolution:
+        """See :meth:`Adaptive.integrate`. The pieces are solved one after the other.
+
+        torchdyn measures the error over the whole batch, padding included; its answers are within tolerance of the
+        batch, not of each sample, and it chooses its first step itself. torchdiffeq takes the own loop's first step.
+        """
+        if keep.penalties:
+            raise OptionError("backend", f"penalties along the depth need own, not {self.kind}.")
+        wide = state_dtype(x.dtype)
+        check_tolerance(self, wide)
+        probe = _Probe(span.start, self.max_evaluations, x.to(wide))
+        smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(wide).eps * span.length
+        status = Status.CONVERGED
+        try:
+            for piece in pieces or (Piece(f, span.start + span.length),):
+                probe.g, _ = in_state_precision(piece.field, dtype or x.dtype)
+                _cover(self, probe, piece.end, layout, smallest)
+        except _Stopped as stopped:
+            status = stopped.status
+        return AdaptiveSolution(
+            state=probe.last_state.to(x.dtype),
+            evaluations=probe.evaluations,
+            status=status,
+            accepted=probe.accepted,
+            rejected=probe.trials - probe.accepted,
+            field_calls=probe.evaluations,
+            reached=(probe.last_time,) * x.shape[0],
+        )
 
 
-def _cover(
-    integrate: Callable, probe: "_Probe", end: float, config: AdaptiveConfig, layout: Layout, smallest: float
-) -> None:
+def _cover(solver: Library, probe: _Probe, end: float, layout: Layout, smallest: float) -> None:
     """Let a library integrate from where the probe stands to ``end``.
 
     Raises:
@@ -137,7 +131,7 @@ def _cover(
         length = length if rest - length > smallest else rest
         probe.begin(length)
         try:
-            state = integrate(probe, probe.last_state, length, config, layout)
+            state = solver.library_solve(probe, probe.last_state, length, layout)
         except _Stopped as stopped:
             # A trial step that overshoots says nothing about the field: the own loop, too, tries a smaller one. The
             # first call is at the state itself, where no smaller step helps.
@@ -156,7 +150,7 @@ class _Stopped(ArithmeticError):
 
     def __init__(self, status: Status):
         super().__init__(
-            f"torchdyn's adjoint failed on its way back ({status.value}): use --ode-backend own with --ode-gradient "
+            f"torchdyn's adjoint failed on its way back ({status.value}): use the back end own with the gradient "
             "checkpoint-step."
         )
         self.status = status
@@ -192,7 +186,7 @@ class _Probe:
 
 def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> nn.Module:
     """A fresh solver of the library that reports its trial steps to ``probe``."""
-    _module("torchdyn")
+    Torchdyn.import_module()
     solver = importlib.import_module("torchdyn.numerics.solvers.ode").str_to_solver(scheme, y.dtype)
     library_step = solver.step
     smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(y.dtype).eps * duration
@@ -216,122 +210,154 @@ def _torchdyn_solver(probe: _Probe, y: Tensor, duration: float, scheme: str) -> 
     return solver
 
 
-def _torchdyn(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, layout: Layout) -> Tensor:
-    solver = _torchdyn_solver(probe, y, duration, config.scheme)
-    odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
-    span = torch.tensor([0.0, duration], dtype=y.dtype, device=y.device)
-    times, states = odeint(probe, y, span, solver, atol=config.atol, rtol=config.rtol)
-    if len(states) != len(span):
-        raise ArithmeticError(
-            f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use "
-            f"--ode-backend own or torchdiffeq."
-        )
-    probe.accepted += 1
-    return states[-1]
+@dataclass(frozen=True)
+class Torchdyn(Library):
+    """torchdyn's solvers; only ``torchdyn.numerics``, because ``core`` would pull in Lightning and torchvision."""
 
+    kind: ClassVar[str] = "torchdyn"
+    pairs: ClassVar[tuple[str, ...]] = ("dopri5", "tsit5")
+    module: ClassVar[str] = "torchdyn.numerics"
+    install: ClassVar[str] = (
+        "pip install --no-deps torchdyn==1.0.6 torchcde==0.2.5 torchdiffeq==0.2.5 torchsde==0.2.6 trampoline attrs && "
+        "pip install scipy"
+    )
 
-def _torchdiffeq(probe: _Probe, y: Tensor, duration: float, config: AdaptiveConfig, layout: Layout) -> Tensor:
-    odeint = _module("torchdiffeq").odeint
-
-    def field(t, z):
-        return probe(t, z)
-
-    def on_accept(t, state, dt):
+    def library_solve(self, probe: _Probe, y: Tensor, duration: float, layout: Layout) -> Tensor:
+        solver = _torchdyn_solver(probe, y, duration, self.scheme)
+        odeint = importlib.import_module("torchdyn.numerics.odeint").odeint
+        span = torch.tensor([0.0, duration], dtype=y.dtype, device=y.device)
+        times, states = odeint(probe, y, span, solver, atol=self.atol, rtol=self.rtol)
+        if len(states) != len(span):
+            raise ArithmeticError(
+                f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use the back end "
+                "own or torchdiffeq."
+            )
         probe.accepted += 1
-
-    def on_step(t, state, dt):
-        probe.accept(float(t.detach()), state)
-        probe.trials += 1
-        probe.step = float(dt.detach())
-
-    field.callback_step, field.callback_accept_step = on_step, on_accept
-    end = torch.tensor([duration], dtype=torch.float64, device=y.device)
-    options = {
-        "norm": lambda error: layout.sample_mean(error.square()).sqrt().max(),
-        "first_step": duration if config.first_step is None else min(config.first_step, duration),
-        # Stop exactly at the end: by default the library steps past it and interpolates.
-        "step_t": end,
-    }
-    span = torch.cat([torch.zeros_like(end), end])
-    try:
-        states = odeint(field, y, span, rtol=config.rtol, atol=config.atol, method=config.scheme, options=options)
-    except AssertionError as error:
-        if "underflow" in str(error):
-            raise _Stopped(Status.STEP_UNDERFLOW) from error
-        raise
-    return states[-1]
+        return states[-1]
 
 
-def solve_torchdyn_adjoint(
-    f: VectorField,
-    y: Tensor,
-    duration: float,
-    config: AdaptiveConfig,
-    parameters: tuple[Tensor, ...],
-    start: float = 0.0,
-    on_backward: Callable[[int], None] | None = None,
-) -> AdaptiveResult:
+@dataclass(frozen=True)
+class Torchdiffeq(Library):
+    """torchdiffeq's solvers, with the error norm per sample over real tokens."""
+
+    kind: ClassVar[str] = "torchdiffeq"
+    pairs: ClassVar[tuple[str, ...]] = ("bosh3", "dopri5")
+    module: ClassVar[str] = "torchdiffeq"
+    install: ClassVar[str] = "pip install --no-deps torchdiffeq==0.2.5 && pip install scipy"
+
+    def library_solve(self, probe: _Probe, y: Tensor, duration: float, layout: Layout) -> Tensor:
+        odeint = self.import_module().odeint
+
+        def field(t, z):
+            return probe(t, z)
+
+        def on_accept(t, state, dt):
+            probe.accepted += 1
+
+        def on_step(t, state, dt):
+            probe.accept(float(t.detach()), state)
+            probe.trials += 1
+            probe.step = float(dt.detach())
+
+        field.callback_step, field.callback_accept_step = on_step, on_accept
+        end = torch.tensor([duration], dtype=torch.float64, device=y.device)
+        options = {
+            "norm": lambda error: layout.sample_mean(error.square()).sqrt().max(),
+            "first_step": duration if self.first_step is None else min(self.first_step, duration),
+            # Stop exactly at the end: by default the library steps past it and interpolates.
+            "step_t": end,
+        }
+        span = torch.cat([torch.zeros_like(end), end])
+        try:
+            states = odeint(field, y, span, rtol=self.rtol, atol=self.atol, method=self.scheme, options=options)
+        except AssertionError as error:
+            if "underflow" in str(error):
+                raise _Stopped(Status.STEP_UNDERFLOW) from error
+            raise
+        return states[-1]
+
+
+@dataclass(frozen=True)
+class TorchdynAdjoint(Direct):
     """torchdyn's own continuous adjoint around its adaptive solvers.
 
-    Its adjoint fails on frozen and on unused parameters, so only those are handed to it that need a gradient and
-    receive one at the start of the interval, which costs one more evaluation and its gradient. Its backward pass
-    integrates with the same tolerances: exact to the tolerance where the flow can be run backwards, wrong by 100 % on
-    strongly contracting ones. torchdyn's interpolated adjoint is not offered: it measures no error of its
-    interpolation.
-
-    Args:
-        parameters: every tensor with gradient that ``f`` reads, other than its arguments.
-        on_backward: called after the backward solve with its evaluations of the field.
-
-    Raises:
-        ValueError: a half-precision state, which torchdyn's adjoint cannot carry.
-        ArithmeticError: the solve, forward or backward, did not reach its end, without which there is no adjoint.
+    It fails on frozen and on unused parameters, so only those are handed to it that need a gradient and receive one at
+    the start of the interval, which costs one more evaluation and its gradient. Its backward pass integrates with the
+    same tolerances: exact to the tolerance where the flow can be run backwards, wrong by 100 % on strongly contracting
+    ones. torchdyn's interpolated adjoint is not offered: it measures no error of its interpolation.
     """
-    check_backend("torchdyn", config.scheme)
-    check_tolerance(config, torch.promote_types(y.dtype, torch.float32))
-    if y.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use --ode-gradient adjoint instead."
+
+    name: ClassVar[str] = "torchdyn-adjoint"
+    serves: ClassVar[tuple[str, ...]] = ("torchdyn",)
+    condition: ClassVar[str] = "needs `backend` torchdyn and a `tolerance`"
+    along_the_way: ClassVar[bool] = False
+    takes_pieces: ClassVar[bool] = False
+
+    def solve(
+        self,
+        solver: Torchdyn,
+        f: VectorField,
+        y: Tensor,
+        span: Span,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        record: AdjointRecord | None,
+        **options,
+    ) -> AdaptiveSolution:
+        """See :meth:`Solver.solve`.
+
+        Raises:
+            OptionError: a half-precision state, which torchdyn's adjoint cannot carry.
+            ArithmeticError: the solve, forward or backward, did not reach its end, without which there is no adjoint.
+        """
+        if not torch.is_grad_enabled():
+            return solver.integrate(f, y, span, layout, **options)
+        start, duration = span
+        check_tolerance(solver, state_dtype(y.dtype))
+        if y.dtype not in (torch.float32, torch.float64):
+            raise OptionError(
+                "gradient",
+                f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use adjoint with `backend` own.",
+            )
+        gather = importlib.import_module("torchdyn.numerics.sensitivity")._gather_odefunc_adjoint
+        probe = _Probe(start, solver.max_evaluations, y)
+        probe.g = lambda t, z: f(t, z).to(y.dtype)
+        with torch.enable_grad():
+            z = y.detach().requires_grad_()
+            wanted = tuple(p for p in parameters if p.requires_grad)
+            gradients = torch.autograd.grad(f(start, z).sum(), (z,) + wanted, allow_unused=True)[1:]
+            used = [p for p, gradient in zip(wanted, gradients) if gradient is not None]
+        vector_field = _ModuleField(probe, used)
+        flat = torch.cat([p.contiguous().flatten() for p in used]) if used else y.new_zeros(0)
+        library = _torchdyn_solver(probe, y, duration, solver.scheme)
+        solve = gather(
+            vector_field, flat, library, solver.atol, solver.rtol, None, solver.scheme, solver.atol, solver.rtol,
+            None, "standard",
+        )  # fmt: skip
+        try:
+            _, states = solve.apply(flat, y, y.new_tensor([0.0, duration]))
+        except _Stopped as stopped:
+            raise ArithmeticError(
+                f"The forward solve stopped at depth {probe.last_time:.3g} of {start + duration:g} "
+                f"({stopped.status.value}), so torchdyn's adjoint has no end point to start from: raise "
+                "max_evaluations or the tolerance, or use the gradient autograd."
+            ) from None
+        if len(states) != 2:
+            raise ArithmeticError("torchdyn lost the end of the interval: use the gradient autograd instead.")
+        forward, accepted, trials = probe.evaluations, probe.accepted + 1, probe.trials
+        # The backward solve has a budget of its own, and nobody left to receive a status: it ends in an error.
+        probe.limit = forward + 10 * solver.max_evaluations
+        if record is not None and flat.requires_grad:
+            flat.register_hook(lambda gradient: setattr(record, "evaluations", probe.evaluations - forward))
+        return AdaptiveSolution(
+            state=states[-1],
+            evaluations=forward,
+            status=Status.CONVERGED,
+            accepted=accepted,
+            rejected=trials - accepted,
+            field_calls=forward,
+            reached=(start + duration,) * y.shape[0],
         )
-    gather = importlib.import_module("torchdyn.numerics.sensitivity")._gather_odefunc_adjoint
-    probe = _Probe(start, config.max_evaluations, y)
-    probe.g = lambda t, z: f(t, z).to(y.dtype)
-    with torch.enable_grad():
-        z = y.detach().requires_grad_()
-        wanted = tuple(p for p in parameters if p.requires_grad)
-        gradients = torch.autograd.grad(f(start, z).sum(), (z,) + wanted, allow_unused=True)[1:]
-        used = [p for p, gradient in zip(wanted, gradients) if gradient is not None]
-    vector_field = _ModuleField(probe, used)
-    flat = torch.cat([p.contiguous().flatten() for p in used]) if used else y.new_zeros(0)
-    solver = _torchdyn_solver(probe, y, duration, config.scheme)
-    solve = gather(
-        vector_field, flat, solver, config.atol, config.rtol, None, config.scheme, config.atol, config.rtol,
-        None, "standard",
-    )  # fmt: skip
-    try:
-        _, states = solve.apply(flat, y, y.new_tensor([0.0, duration]))
-    except _Stopped as stopped:
-        raise ArithmeticError(
-            f"The forward solve stopped at depth {probe.last_time:.3g} of {start + duration:g} "
-            f"({stopped.status.value}), so torchdyn's adjoint has no end point to start from: raise "
-            "--ode-max-evaluations or --ode-tolerance, or use --ode-gradient autograd."
-        ) from None
-    if len(states) != 2:
-        raise ArithmeticError("torchdyn lost the end of the interval: use --ode-gradient autograd instead.")
-    forward, accepted, trials = probe.evaluations, probe.accepted + 1, probe.trials
-    # The backward solve has a budget of its own, and nobody left to receive a status: it ends in an error.
-    probe.limit = forward + 10 * config.max_evaluations
-    if on_backward is not None and flat.requires_grad:
-        flat.register_hook(lambda gradient: on_backward(probe.evaluations - forward))
-    return AdaptiveResult(
-        state=states[-1],
-        evaluations=forward,
-        status=Status.CONVERGED,
-        accepted=accepted,
-        rejected=trials - accepted,
-        field_calls=forward,
-        reached=(start + duration,) * y.shape[0],
-    )
 
 
 class _ModuleField(nn.Module):

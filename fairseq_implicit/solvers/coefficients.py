@@ -19,13 +19,13 @@ Sources: arXiv 2203.09176 (ODE Transformer), 2411.03042 (PCformer).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.tableau import Tableau
 
 MODES = ("fixed", "learned", "softmax", "gated", "ema", "ema-normalised")
@@ -46,9 +46,10 @@ def _full_precision(parameter: Tensor) -> Tensor:
 def _positive_start(tableau: Tableau, mode: str) -> tuple[float, ...]:
     """The tableau's b as positive shares of 1."""
     if min(tableau.b_values) < 0:
-        raise ValueError(
-            f"coefficient mode {mode!r} has positive weights only, but scheme {tableau.name!r} has a negative one; "
-            "use the modes fixed, learned or ema, or a scheme with positive weights"
+        raise OptionError(
+            "coefficients",
+            f"{mode!r} has positive weights only, but scheme {tableau.name!r} has a negative one; use fixed, learned or "
+            "ema, or a scheme with positive weights.",
         )
     floored = [max(weight, SMALLEST_START) for weight in tableau.b_values]
     return tuple(weight / sum(floored) for weight in floored)
@@ -167,7 +168,7 @@ class Combination(nn.Module):
         norm: makes a norm of a width.
 
     Raises:
-        ValueError: an unknown mode or start, or a combination that has no meaning; the sentence says which.
+        OptionError: an unknown mode or start, or a combination that has no meaning; the sentence says which.
     """
 
     def __init__(
@@ -183,7 +184,9 @@ class Combination(nn.Module):
         super().__init__()
         check_coefficients(tableau, mode, start, "block" if channels is None else "channel")
         if dim is None and (mode == "gated" or stage_norms):
-            raise ValueError(f"coefficient mode {mode!r} and stage norms need the width of the state: pass dim")
+            raise OptionError(
+                "dim", f"coefficient mode {mode!r} and stage norms need the width of the state: pass dim."
+            )
         self.tableau = tableau
         self.mode = mode
         if mode == "learned":
@@ -279,78 +282,24 @@ def check_coefficients(tableau: Tableau, mode: str, start: str, scope: str) -> N
     """Refuse what has no meaning.
 
     Raises:
-        ValueError: one sentence that names what is at fault and what to use.
+        OptionError: one sentence that names what is at fault and what to use.
     """
-    if mode not in MODES:
-        raise ValueError(f"unknown coefficient mode {mode!r}; the modes are {', '.join(MODES)}")
-    if start not in STARTS:
-        raise ValueError(f"unknown start {start!r} of the coefficients; the starts are {', '.join(STARTS)}")
-    if scope not in SCOPES:
-        raise ValueError(f"unknown scope {scope!r} of the coefficients; the scopes are {', '.join(SCOPES)}")
+    check_choice("coefficients", mode, MODES)
+    check_choice("start", start, STARTS)
+    check_choice("scope", scope, SCOPES)
     if start == "ones" and mode != "learned":
-        raise ValueError(f"start 'ones' belongs to coefficient mode 'learned', not to {mode!r}")
+        raise OptionError("start", f"ones belongs to `coefficients` learned, not to {mode!r}.")
     if scope == "channel" and mode in ("fixed", "gated"):
-        raise ValueError(
-            f"coefficient mode {mode!r} has no weight per channel; scope 'channel' goes with learned, softmax and ema"
+        raise OptionError(
+            "scope", f"`coefficients` {mode!r} has no weight per channel; channel goes with learned, softmax and ema."
         )
     if scope == "model" and mode == "fixed":
-        raise ValueError("coefficient mode 'fixed' has nothing to share over the model; use scope 'block'")
+        raise OptionError("scope", "`coefficients` 'fixed' has nothing to share over the model; use block.")
     if tableau.stages == 1 and mode in ("softmax", "gated", "ema-normalised"):
-        raise ValueError(
-            f"coefficient mode {mode!r} shares 1 among the stages, but scheme {tableau.name!r} has one stage only; "
-            "use a scheme with two stages or more, or the modes fixed or learned"
+        raise OptionError(
+            "coefficients",
+            f"{mode!r} shares 1 among the stages, but scheme {tableau.name!r} has one stage only; use a scheme with two "
+            "stages or more, or fixed or learned.",
         )
     if mode in ("softmax", "gated"):
         _positive_start(tableau, mode)
-
-
-class OriginalFlags(NamedTuple):
-    """What the ODE-Transformer's flags say, in this project's terms."""
-
-    scheme: str
-    coefficients: str
-    start: str
-    scope: str
-
-
-def from_original_flags(
-    enc_calculate_num: int,
-    rk_type: str = "standard",
-    enc_learnable_type: str | None = None,
-    alpha_type: str | None = None,
-) -> OriginalFlags:
-    """Map ``--enc-calculate-num``, ``--rk-type``, ``--enc-learnable-type`` and ``--alpha-type``.
-
-    As in the ODE-Transformer's code, one set of coefficients or one gate serves the whole encoder. The third stage of
-    order 3 is Kutta's, not the original's (whose wrong index leaves order 2).
-
-    Raises:
-        ValueError: an unknown value or a contradiction, in one sentence.
-    """
-    schemes = {1: "euler", 2: "heun2", 3: "kutta3", 4: "rk4"}
-    if enc_calculate_num not in schemes:
-        raise ValueError(f"--enc-calculate-num {enc_calculate_num} has no scheme; choose 1, 2, 3 or 4")
-    _check_choice("--rk-type", rk_type, ("standard", "learnable", "initialization"))
-    _check_choice("--enc-learnable-type", enc_learnable_type, (None, "gated", "ema"))
-    _check_choice("--alpha-type", alpha_type, (None, "scalar", "vector"))
-    if enc_learnable_type is not None and rk_type != "learnable":
-        raise ValueError(
-            f"--enc-learnable-type {enc_learnable_type} contradicts --rk-type {rk_type}; it needs --rk-type learnable"
-        )
-    if alpha_type is not None and enc_learnable_type != "ema":
-        raise ValueError(f"--alpha-type {alpha_type} is the shape of the EMA's α; it needs --enc-learnable-type ema")
-    if enc_calculate_num == 1 and rk_type != "standard":
-        raise ValueError(f"--rk-type {rk_type} combines several evaluations; it needs --enc-calculate-num 2, 3 or 4")
-    scheme = schemes[enc_calculate_num]
-    if rk_type == "standard":
-        return OriginalFlags(scheme, "fixed", "tableau", "block")
-    if rk_type == "initialization":
-        return OriginalFlags(scheme, "learned", "ones", "model")
-    if enc_learnable_type == "ema":
-        return OriginalFlags(scheme, "ema", "tableau", "channel" if alpha_type == "vector" else "model")
-    return OriginalFlags(scheme, "gated", "tableau", "model")
-
-
-def _check_choice(flag: str, value: str | None, choices: Sequence[str | None]) -> None:
-    if value not in choices:
-        raise ValueError(f"{flag} {value} is not one of {', '.join(choice for choice in choices if choice)}")

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
+from fairseq_implicit.solvers.precision import Autocast, field_dtype, state_dtype
 from fairseq_implicit.solvers.status import SolveResult, Status
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -37,20 +39,6 @@ STAGNATION_SPREAD = 1.3  # max / min of the last residuals below which nothing m
 STAGNATION_MARGIN = 3.0  # ... which ends the solve only this close to the tolerance: rounding, not slowness
 TRACKING_MARGIN = 2.0  # the next evaluation is tracked when it is predicted to end within this many tolerances
 COMPACTION_SHARE = 0.5  # rows are compacted when fewer than this share of them is still active
-
-
-class OptionError(ValueError):
-    """One option of a solver is wrong. Callers that know the option by another name can say so.
-
-    Attributes:
-        option: the field of the configuration at fault.
-        sentence: what is wrong and what to do.
-    """
-
-    def __init__(self, option: str, sentence: str):
-        super().__init__(f"{option}: {sentence}")
-        self.option = option
-        self.sentence = sentence
 
 
 @dataclass(frozen=True)
@@ -89,10 +77,8 @@ class FixedPointConfig:
     stagnation_window: int = 6
 
     def __post_init__(self):
-        if self.method not in METHODS:
-            raise OptionError("solver", f"{self.method!r} is unknown; choose one of {', '.join(METHODS)}.")
-        if self.criterion not in CRITERIA:
-            raise OptionError("criterion", f"{self.criterion!r} is unknown; choose one of {', '.join(CRITERIA)}.")
+        check_choice("solver", self.method, METHODS)
+        check_choice("criterion", self.criterion, CRITERIA)
         if self.max_iter < 1:
             raise OptionError("max_iter", f"a budget of {self.max_iter} evaluations finds nothing; give at least 1.")
         if self.tol is not None and not (math.isfinite(self.tol) and self.tol > 0):
@@ -164,19 +150,6 @@ class FixedPointResult(SolveResult):
             f"{self.tolerance:g}, worst residual {float(self.residual.max()):.2e} "
             f"after {int(self.evaluations.max())} evaluations"
         )
-
-
-def field_dtype(z: Tensor) -> torch.dtype:
-    """The precision in which a field called on ``z`` now computes: autocast's, where it is on, else ``z``'s own."""
-    device = z.device.type
-    if z.dtype is torch.float32 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return z.dtype
-
-
-def algebra_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is iterated in float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class _Picard:
@@ -297,19 +270,17 @@ def solve(
     """
     dtype = field_dtype(z0) if precision is None else precision
     tol = config.tolerance_for(dtype)
-    device = z0.device.type
-    autocast = torch.is_autocast_enabled(device)
-    autocast_dtype = torch.get_autocast_dtype(device) if autocast else None
+    autocast = Autocast(z0.device)
 
     def evaluate(function, state: Tensor) -> Tensor:
-        if not autocast:
+        if not autocast.enabled:
             return function(state.to(z0.dtype))
-        with torch.autocast(device, dtype=autocast_dtype):
+        with autocast.on():
             return function(state.to(z0.dtype))
 
-    with torch.autocast(device, enabled=False):
+    with autocast.off():
         iteration = _Iteration(config, tol, dtype, layout, scale, evaluate, linear, track)
-        rows, iterates, tracked = iteration.run(f, z0.to(algebra_dtype(z0.dtype)), capture)
+        rows, iterates, tracked = iteration.run(f, z0.to(state_dtype(z0.dtype)), capture)
     return FixedPointResult(
         state=rows.best.to(z0.dtype),
         evaluations=rows.evaluations,

@@ -14,14 +14,22 @@ The scheme is stable on the imaginary axis only: with strongly contracting field
 ``runge_kutta.py`` with recomputation.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fairseq_implicit.solvers.adaptive import in_state_precision
-from fairseq_implicit.solvers.sensitivity import Surroundings, accumulate
-from fairseq_implicit.solvers.status import SolveResult, Status
+from fairseq_implicit.layout import UNPADDED
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.gradients.accumulation import accumulate
+from fairseq_implicit.solvers.gradients.trajectory import Direct
+from fairseq_implicit.solvers.precision import Autocast, in_state_precision
+from fairseq_implicit.solvers.solver import Keep, Solution, Solver, Span
+from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import VectorField
 
 # 64-bit integers in units of 2^-44: a resolution of 6e-14, and sums that wrap beyond 5.2e5. A step adds up to five
@@ -30,33 +38,75 @@ UNITS = float(2**44)
 LARGEST_STATE = 1e5
 
 
-def solve_reversible(
-    f: VectorField, y: Tensor, duration: float, steps: int, parameters: Sequence[Tensor] = (), start: float = 0.0
-) -> SolveResult:
-    """Integrates ``dy/dt = f(t, y)`` over ``steps`` equal steps; ``steps + 1`` evaluations, as many again backward.
+@dataclass(frozen=True)
+class Reconstruction(Direct):
+    """The backward pass meets the very states of the forward pass, which were not kept."""
 
-    Args:
-        f: field, deterministic during the solve and in the backward pass.
-        y: ``(batch, time, dim)``, magnitudes below ``LARGEST_STATE``.
-        parameters: every tensor with gradient that ``f`` reads, other than its arguments: those left out receive none.
+    name: ClassVar[str] = "reversible"
+    serves: ClassVar[tuple[str, ...]] = ("reversible",)
+    condition: ClassVar[str] = "and `scheme` reversible-heun belong together, with `tolerance` 0"
+    along_the_way: ClassVar[bool] = False
 
-    Returns:
-        the state; with ``Status.NON_FINITE``, and NaN for each sample of which a state or an increment on the way was
-        not finite or beyond ``LARGEST_STATE``. Reading that is the one synchronisation of the solve.
+    def solve(self, solver, f, x, span, layout, parameters, record, **options):
+        result = solver.integrate(f, x, span, layout, parameters=parameters, **options)
+        if record is not None:
+            record.evaluations = result.field_calls if torch.is_grad_enabled() else 0
+        return result
+
+
+@dataclass(frozen=True)
+class ReversibleHeun(Solver):
+    """Reversible Heun in equal steps; ``steps + 1`` evaluations, as many again backward.
 
     Raises:
-        ValueError: fewer than one step.
+        OptionError: fewer than one step.
     """
-    if steps < 1:
-        raise ValueError(f"The reversible scheme needs at least one step, got {steps}.")
-    g, dtype = in_state_precision(f, y.dtype)
-    extremes = _Extremes(y)
-    state = _ReversibleHeun.apply(g, y.to(dtype), duration / steps, steps, start, extremes, *parameters)
-    kept = extremes.largest < LARGEST_STATE
-    status = Status.COMPLETED if bool(kept.all()) else Status.NON_FINITE
-    if status is Status.NON_FINITE:
-        state = state.masked_fill(~kept.view(-1, 1, 1), float("nan"))
-    return SolveResult(state.to(y.dtype), steps + 1, status=status)
+
+    kind: ClassVar[str] = "reversible"
+    keeps: ClassVar[bool] = False
+    remedy: ClassVar[str] = (
+        f", or, where a state beyond {LARGEST_STATE:g} is no fault of the model's, take more steps, or another scheme with "
+        "the gradient checkpoint-step"
+    )
+
+    steps: int = 1
+    gradient: Direct = Reconstruction()
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise OptionError("steps", f"the reversible scheme needs at least one step, got {self.steps}.")
+        if self.kind not in self.gradient.serves:
+            raise OptionError(
+                "scheme", f"reversible-heun and `gradient` reversible belong together, got {self.gradient.name}."
+            )
+
+    def integrate(
+        self,
+        f: VectorField,
+        x: Tensor,
+        span: Span,
+        layout=UNPADDED,
+        *,
+        dtype=None,
+        pieces=(),
+        keep=Keep(),
+        parameters=(),
+    ) -> Solution:
+        """See :meth:`Solver.integrate`; magnitudes of ``x`` are below ``LARGEST_STATE``.
+
+        Returns:
+            the state; with ``Status.NON_FINITE``, and NaN for each sample of which a state or an increment on the way
+            was not finite or beyond ``LARGEST_STATE``. Reading that is the one synchronisation of the solve.
+        """
+        g, wide = in_state_precision(f, dtype or x.dtype)
+        extremes, h = _Extremes(x), span.length / self.steps
+        state = _ReversibleHeun.apply(g, x.to(wide), h, self.steps, span.start, extremes, *parameters)
+        kept = extremes.largest < LARGEST_STATE
+        status = Status.COMPLETED if bool(kept.all()) else Status.NON_FINITE
+        if status is Status.NON_FINITE:
+            state = state.masked_fill(~kept.view(-1, 1, 1), float("nan"))
+        spent = self.steps + 1
+        return Solution(state.to(x.dtype), spent, status=status, field_calls=spent, accepted=self.steps)
 
 
 class _Extremes:
@@ -85,7 +135,7 @@ class _ReversibleHeun(torch.autograd.Function):
     def forward(
         ctx, g: Callable, y: Tensor, h: float, steps: int, start: float, extremes: _Extremes, *parameters: Tensor
     ) -> Tensor:
-        ctx.surroundings = Surroundings(y.device)
+        ctx.autocast = Autocast(y.device)
         dtype = y.dtype
 
         def half_increment(t: float, z: Tensor) -> Tensor:
@@ -118,7 +168,7 @@ class _ReversibleHeun(torch.autograd.Function):
         def evaluate(n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
             """Half an increment at the companion of step ``n`` and the product of its transposed Jacobian."""
             z = _numbers(companion, dtype).requires_grad_()
-            with torch.enable_grad(), ctx.surroundings:
+            with torch.enable_grad(), ctx.autocast.on():
                 increment = ctx.g(ctx.start + n * h, z) * (h / 2)
 
             def pull_back(cotangent: Tensor) -> Tensor:

@@ -2,74 +2,150 @@
 
 Nothing here reads a value back from the device, times and coefficients are Python floats, and the loops have lengths
 known before the solve: a solve can be captured by ``torch.compile(fullgraph=True)``.
-
-Memory: a plain solve keeps the activations of every evaluation. ``checkpoint-step`` keeps one state per sub-step,
-``checkpoint-stage`` one state per evaluation; both evaluate the field once more in the backward pass and give the same
-gradients as ``autograd``, because all noise was drawn when the field was prepared, outside the recomputed part.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
-from fairseq_implicit.solvers.coefficients import Combination, Weight, combine
-from fairseq_implicit.solvers.status import SolveResult
+from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients, combine
+from fairseq_implicit.solvers.gradients.trajectory import Direct
+from fairseq_implicit.solvers.precision import entered_in, state_dtype
+from fairseq_implicit.solvers.solver import Keep, Piece, Solution, Solver, Span
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 from fairseq_implicit.solvers.vector_field import VectorField
 
-GRADIENTS = ("autograd", "checkpoint-step", "checkpoint-stage")
-
 
 @dataclass(frozen=True)
-class ExplicitConfig:
-    """An explicit solve: ``steps`` steps of size ``total_time / steps``.
+class RungeKutta(Solver):
+    """An explicit scheme in equal steps.
 
     Attributes:
         scheme: name or alias of a tableau.
         steps: number of sub-steps, at least 1.
-        total_time: length of the interval, positive.
-        gradient: one of ``GRADIENTS``.
+        gradient: how its gradient is formed.
         state_float32: keep a half-precision state in float32; the field still sees its own dtype.
         residual_in_field: integrate ``z + F(z)`` instead of ``F(z)``, as the original ODE-Transformer code does. It
             has a spurious exponential mode (a zero field multiplies the state by 2.7 per RK4 block); for compatibility.
         replay_random: on recomputation restore the random state. Needed only when the field draws random numbers in
             each evaluation.
+        coefficients: how the stages are combined, see :mod:`fairseq_implicit.solvers.coefficients`.
+        start: where learned coefficients start, ``tableau`` or ``ones``.
+        scope: ``block``, ``model`` (one set for all blocks of a stack) or ``channel`` (per block and channel).
+        stage_norm: normalise the state and each increment before they are added (PCformer's ``rk_norm``).
+
+    Raises:
+        OptionError: a value or a combination that has no meaning.
     """
+
+    kind: ClassVar[str] = "fixed"
+    combines: ClassVar[bool] = True
+    one_field: ClassVar[bool] = False
 
     scheme: str = "euler"
     steps: int = 1
-    total_time: float = 1.0
-    gradient: str = "autograd"
+    gradient: Direct = Direct()
     state_float32: bool = False
     residual_in_field: bool = False
     replay_random: bool = True
+    coefficients: str = "fixed"
+    start: str = "tableau"
+    scope: str = "block"
+    stage_norm: bool = False
 
     def __post_init__(self):
-        get_tableau(self.scheme)
+        check_coefficients(self.tableau, self.coefficients, self.start, self.scope)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"{self.steps} steps per solve: the number of steps must be a whole number of at least 1")
-        if not 0 < self.total_time < float("inf"):
-            raise ValueError(f"a total time of {self.total_time} per solve: it must be positive and finite")
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"unknown gradient mode {self.gradient!r}; the modes are {', '.join(GRADIENTS)}")
+            raise OptionError("steps", f"{self.steps} steps per solve: give a whole number of at least 1.")
+        self.check_gradient()
 
     @property
     def tableau(self) -> Tableau:
         return get_tableau(self.scheme)
 
     @property
-    def step_size(self) -> float:
-        return self.total_time / self.steps
+    def learns(self) -> bool:
+        """Whether the weights of the stages are learned."""
+        return self.coefficients != "fixed"
 
+    def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
+        """The weights of the stages, for a state of width ``dim``; ``norm`` makes a norm of a width."""
+        channels = dim if self.scope == "channel" else None
+        return Combination(self.tableau, self.coefficients, self.start, channels, dim, self.stage_norm, norm)
 
-@dataclass(frozen=True)
-class ExplicitResult(SolveResult):
-    """A solve's result with the weights that each sub-step used (see ``coefficients.Combination.statistics``)."""
+    def plain_layers(self, span: Span) -> int:
+        plain = self.tableau.stages == 1 and not (self.learns or self.stage_norm or self.residual_in_field)
+        return int(plain and self.steps == 1 and span.length == 1)
 
-    weights: tuple[tuple[Weight, ...], ...] = ()
+    def state(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype in which the solve accumulates, and a stack carries it from solve to solve."""
+        return x.to(state_dtype(x.dtype)) if self.state_float32 else x
+
+    def field(self, f: VectorField, dtype: torch.dtype) -> VectorField:
+        """The field as it is evaluated: entered in ``dtype``, with the configured residual and recomputation."""
+        if self.residual_in_field:
+            f = with_residual(f)
+        return self.gradient.around_stage(entered_in(f, dtype), self.replay_random)
+
+    def integrate(
+        self,
+        f: VectorField,
+        x: Tensor,
+        span: Span,
+        layout: Layout = UNPADDED,
+        *,
+        dtype: torch.dtype | None = None,
+        pieces: Sequence[Piece] = (),
+        keep: Keep = Keep(),
+        combination: Combination | None = None,
+        carried: Tensor | None = None,
+        mixture: None = None,
+    ) -> Solution:
+        """See :meth:`Solver.integrate`.
+
+        Args:
+            combination: weights of the stages; without it the tableau's b.
+            carried: what the previous block of a stack gave as ``carried``, for schemes that reach back.
+            mixture: of a predicted state with earlier blocks, for schemes that correct it.
+
+        Raises:
+            OptionError: ``combination`` was made for another scheme.
+        """
+        tableau, h, dtype = self.tableau, span.length / self.steps, dtype or x.dtype
+        if combination is not None and combination.tableau.name != tableau.name:
+            raise OptionError(
+                "coefficients", f"made for scheme {combination.tableau.name!r}, the solve uses {tableau.name!r}."
+            )
+        evaluated = self.field(f, dtype)
+        step = self.gradient.around_step(explicit_step, self.replay_random)
+        state = self.state(x)
+        jumps = not all(piece.continues for piece in pieces[1:])
+        energy = x.new_zeros(x.shape[0], dtype=state_dtype(x.dtype)) if keep.penalties else None
+        weights, states, times = [], [x], [span.start]
+        for index in range(self.steps):
+            end = span.start + (index + 1) * h
+            g = self.field(_from_the_left(f, pieces, end, h), dtype) if jumps else evaluated
+            following, step_weights = step(g, span.start + index * h, state, h, tableau, combination)
+            if keep.penalties:
+                # The mean velocity of the step: a lower bound of the energy that needs no further evaluation.
+                energy = energy + h * layout.sample_mean(((following - state) / h).square())
+            state = following
+            weights.append(step_weights)
+            if keep.states:
+                states.append(state)
+                times.append(end)
+        spent = self.steps * sum(tableau.required if combination is None else combination.required)
+        kept = dict(states=states, times=times) if keep.states else {}
+        return Solution(
+            state, spent, field_calls=spent, accepted=self.steps, energy=energy, weights=tuple(weights), **kept
+        )
 
 
 def explicit_stages(
@@ -116,76 +192,13 @@ def embedded_error(tableau: Tableau, stages: Sequence[Tensor], h: float) -> Tens
     return combine(torch.zeros_like(stages[0]), stages, differences, h)
 
 
-def entering_dtype(f: VectorField, dtype: torch.dtype) -> VectorField:
-    """The field for a state that may be wider than ``dtype``: the state is cast on entry."""
-    return lambda t, z: f(t, z.to(dtype))
-
-
 def with_residual(f: VectorField) -> VectorField:
     """The field ``z + F(z)`` of the original ODE-Transformer code."""
     return lambda t, z: z + f(t, z)
 
 
-def recomputed(function: Callable, config: ExplicitConfig) -> Callable:
-    """``function`` with its activations recomputed in the backward pass; itself when no gradient is recorded."""
-    if not torch.is_grad_enabled():
-        return function
-
-    def run(*arguments):
-        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=config.replay_random)
-
-    return run
-
-
-def solver_state(x: Tensor, config: ExplicitConfig) -> Tensor:
-    """``x`` in the dtype in which the solve accumulates."""
-    return x.float() if config.state_float32 and x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def solver_field(f: VectorField, config: ExplicitConfig, dtype: torch.dtype) -> VectorField:
-    """The field as the engine evaluates it: entered in ``dtype``, with the configured residual and recomputation."""
-    if config.residual_in_field:
-        f = with_residual(f)
-    f = entering_dtype(f, dtype)
-    return recomputed(f, config) if config.gradient == "checkpoint-stage" else f
-
-
-def solve_explicit(
-    f: VectorField,
-    x: Tensor,
-    config: ExplicitConfig,
-    combination: Combination | None = None,
-    t0: float = 0.0,
-    field_dtype: torch.dtype | None = None,
-) -> ExplicitResult:
-    """Integrate ``dy/dt = f(t, y)`` from ``y(t0) = x`` over ``config.total_time``.
-
-    Args:
-        f: prepared field, ``f(t, z) -> dz``; all noise constant along the solve.
-        x: initial state ``(batch, time, dim)``.
-        config: scheme, steps, gradient mode.
-        combination: weights of the stages; without it the tableau's b.
-        t0: start time.
-        field_dtype: dtype in which the field is entered; that of ``x`` by default.
-
-    Returns:
-        the state at ``t0 + total_time`` (float32 where ``config.state_float32`` asks for it) and its cost.
-
-    Raises:
-        ValueError: ``combination`` was made for another scheme.
-    """
-    tableau = config.tableau
-    if combination is not None and combination.tableau.name != tableau.name:
-        raise ValueError(
-            f"the coefficients were made for scheme {combination.tableau.name!r}, the solve uses {tableau.name!r}"
-        )
-    f = solver_field(f, config, field_dtype or x.dtype)
-    step = recomputed(explicit_step, config) if config.gradient == "checkpoint-step" else explicit_step
-    state = solver_state(x, config)
-    h = config.step_size
-    weights = []
-    for index in range(config.steps):
-        state, step_weights = step(f, t0 + index * h, state, h, tableau, combination)
-        weights.append(step_weights)
-    required = tableau.required if combination is None else combination.required
-    return ExplicitResult(state, evaluations=config.steps * sum(required), weights=tuple(weights))
+def _from_the_left(f: VectorField, pieces: Sequence[Piece], end: float, h: float) -> VectorField:
+    """``f`` for one step: weights that jump at its end are those before the jump for all its stages."""
+    before = end - 1e-6 * h
+    left = next(piece.field for piece in pieces if piece.end > before)
+    return lambda t, z: left(t, z) if t > before else f(t, z)

@@ -15,6 +15,8 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+from fairseq_implicit.options import OptionError
+
 Number = Fraction | float
 
 # Rationals are compared exactly; decimals of sixteen digits and magnitude ten can be off by this much in a sum.
@@ -249,10 +251,10 @@ def get_tableau(name: str) -> Tableau:
     """The tableau of that name or alias.
 
     Raises:
-        ValueError: no scheme has that name; the sentence lists those that exist.
+        OptionError: no scheme has that name; the sentence lists those that exist.
     """
     canonical = _ALIASES.get(name, name)
     if canonical not in TABLEAUS:
         known = ", ".join(list(TABLEAUS) + [f"{alias} (= {target})" for alias, target in _ALIASES.items()])
-        raise ValueError(f"unknown scheme {name!r}; the known schemes are {known}")
+        raise OptionError("scheme", f"unknown scheme {name!r}; the known schemes are {known}.")
     return TABLEAUS[canonical]

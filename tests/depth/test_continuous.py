@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
+from fairseq_implicit.depth.continuous import ContinuousDepth
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
+from tests.depth.configs import continuous_config
 
 DIM = 16
 
@@ -43,7 +44,7 @@ def states(batch=3, time=5):
 
 def depth(field, **settings):
     settings = {"tolerance": 1e-6, "max_evaluations": 5000, **settings}
-    return ContinuousDepth(ContinuousConfig(DIM, 3.0, **settings), field).double()
+    return ContinuousDepth(continuous_config(DIM, 3.0, **settings), field).double()
 
 
 @pytest.mark.parametrize("kind", ("pre-norm", "parallel"))
@@ -83,7 +84,7 @@ def test_depth_embedding_takes_one_time_per_sample(kind):
 
 
 def test_depth_embedding_refuses_fields_without_free_norms():
-    with pytest.raises(ValueError, match="not of a post-norm one.*--ode-depth-weights linear"):
+    with pytest.raises(ValueError, match="not of a post-norm one.*`depth_weights` linear"):
         DepthEmbeddedField(shape(kind="post-norm"), 3.0)
 
 
@@ -140,7 +141,7 @@ def test_interpolated_field_takes_one_time_per_sample_in_evaluation(interpolatio
 
 def test_interpolated_field_needs_one_time_in_training():
     y = states()
-    with pytest.raises(ValueError, match="--ode-step-control batch"):
+    with pytest.raises(ValueError, match="step_control: .*use batch"):
         interpolated().prepare(y)(torch.tensor([0.0, 1.0, 2.0]), y)
     with pytest.raises(ValueError, match="need one for the batch in training"):
         depth(interpolated(), step_control="sample")
@@ -252,7 +253,7 @@ def test_first_step_is_one_layer():
         y = states()
 
         def solve(**settings):
-            return ContinuousDepth(ContinuousConfig(DIM, 12.0, final_norm=False, **settings), field).eval()(y).state
+            return ContinuousDepth(continuous_config(DIM, 12.0, final_norm=False, **settings), field).eval()(y).state
 
         exact = solve(tolerance=1e-9, max_evaluations=5000)
         for scheme in ("bosh3", "dopri5", "tsit5"):
@@ -411,7 +412,7 @@ def test_random_steps_depend_on_seed_and_update_alone():
     first = draws(1, range(200))
     assert set(first) == {2, 3, 4, 5, 6}
     assert first == draws(1, range(200)) and first[100:] == draws(1, range(100, 200)) != draws(2, range(100, 200))
-    with pytest.raises(ValueError, match="--ode-random-steps 3,1"):
+    with pytest.raises(ValueError, match="random_steps: 3,1"):
         RandomSteps((3, 1), 1)
 
 
@@ -428,7 +429,7 @@ def test_random_steps_act_in_training_only():
 def test_limit_of_evaluations_is_counted_and_reported_once(caplog):
     module = depth(embedded(), max_evaluations=8).eval()
     assert module(states()).statistics["stopped"] == 1.0
-    assert "raise --ode-max-evaluations" in caplog.text
+    assert "raise max_evaluations" in caplog.text
     caplog.clear()
     module(states())
     assert not caplog.text
@@ -438,38 +439,38 @@ def test_non_finite_field_is_an_error():
     field = embedded()
     with torch.no_grad():
         field.attention.out.bias.fill_(float("nan"))
-    with pytest.raises(ArithmeticError, match="non-finite values at depth 0 of 3.*lower --lr"):
+    with pytest.raises(ArithmeticError, match="at depth 0 of 3, failed .*finite numbers.*lower the learning rate"):
         depth(field)(states())
     reversible = depth(field, scheme="reversible-heun", gradient="reversible", tolerance=0.0, steps=3)
     for mode in (True, False):
-        with torch.set_grad_enabled(mode), pytest.raises(ArithmeticError, match="non-finite.*more --ode-steps"):
+        with torch.set_grad_enabled(mode), pytest.raises(ArithmeticError, match="finite numbers.*more steps"):
             reversible.train(mode)(states())
 
 
 @pytest.mark.parametrize(
     "settings, sentence",
     (
-        ({"duration": 0.0}, "--ode-time 0.0"),
-        ({"tolerance": -1.0}, "--ode-tolerance -1.0"),
-        ({"scheme": "rk4"}, "'rk4' has no embedded error estimate.*or take fixed steps with --ode-tolerance 0"),
+        ({"duration": 0.0}, "duration: 0.0"),
+        ({"tolerance": -1.0}, "tolerance: -1.0"),
+        ({"scheme": "rk4"}, "'rk4' has no embedded error estimate.*or take fixed steps with `tolerance` 0"),
         ({"scheme": "rk5", "tolerance": 0.0}, "unknown scheme 'rk5'"),
         ({"scheme": "reversible-heun", "tolerance": 0.0}, "belong together"),
         ({"scheme": "rk4", "tolerance": 0.0, "gradient": "reversible"}, "belong together"),
         ({"scheme": "rk4", "tolerance": 0.0, "gradient": "adjoint"}, "is for adaptive solves"),
-        ({"gradient": "checkpoint-stage"}, "takes fixed steps: set --ode-tolerance 0"),
+        ({"gradient": "checkpoint-stage"}, "takes fixed steps: set `tolerance` 0"),
         ({"gradient": "interpolated-adjoint"}, "is unknown"),
         ({"backend": "torchdiffeq", "scheme": "tsit5"}, "has no sound adaptive 'tsit5'"),
         ({"backend": "torchdyn", "scheme": "rk4", "tolerance": 0.0}, "is for adaptive solves"),
-        ({"backend": "torchdyn", "gradient": "adjoint"}, "needs --ode-backend own"),
+        ({"backend": "torchdyn", "gradient": "adjoint"}, "needs `backend` own"),
         ({"backend": "torchdyn", "step_control": "sample"}, "one step for all"),
-        ({"gradient": "torchdyn-adjoint"}, "needs --ode-backend torchdyn"),
-        ({"noise": True, "independent_noise": True}, "use --stage-dropout shared"),
-        ({"random_steps": (1, 2)}, "set --ode-tolerance 0"),
-        ({"kinetic_energy": -1.0}, "--ode-kinetic-energy -1.0"),
+        ({"gradient": "torchdyn-adjoint"}, "needs `backend` torchdyn"),
+        ({"noise": True, "independent_noise": True}, "stage_dropout: independent .* use shared"),
+        ({"random_steps": (1, 2)}, "random_steps: .*set `tolerance` 0"),
+        ({"kinetic_energy": -1.0}, "kinetic_energy: -1.0"),
         ({"jacobian": 1.0, "gradient": "adjoint"}, "not that of the penalties"),
-        ({"kinetic_energy": 1.0, "backend": "torchdyn"}, "need --ode-backend own"),
+        ({"kinetic_energy": 1.0, "backend": "torchdyn"}, "backend: penalties along the depth need own"),
         ({"local_error": 1.0, "tolerance": 0.0, "scheme": "rk4"}, "needs the error estimate"),
-        ({"steps": 0, "tolerance": 0.0, "scheme": "rk4"}, "--ode-steps 0"),
+        ({"steps": 0, "tolerance": 0.0, "scheme": "rk4"}, "steps: 0"),
         ({"max_evaluations": 3}, "at least 7"),
     ),
 )
@@ -477,4 +478,4 @@ def test_impossible_combinations(settings, sentence):
     if settings.get("backend") == "torchdyn":
         pytest.importorskip("torchdyn.numerics")
     with pytest.raises(ValueError, match=sentence):
-        ContinuousConfig(**{"dim": DIM, "duration": 3.0, **settings})
+        continuous_config(**{"dim": DIM, "duration": 3.0, **settings})

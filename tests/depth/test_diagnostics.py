@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
+from fairseq_implicit.depth.continuous import ContinuousDepth
 from fairseq_implicit.depth.diagnostics import trace
-from fairseq_implicit.depth.stack import BlockStack, StackConfig
+from fairseq_implicit.depth.stack import BlockStack
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
+from tests.depth.configs import continuous_config, stack_config
 
 SHAPE = TransformerFieldConfig(16, 32, AttentionConfig(2))
 
 
 def stack(**settings):
     torch.manual_seed(0)
-    return BlockStack(StackConfig(3, 16, final_norm=True, **settings), lambda block: TransformerField(SHAPE)).eval()
+    return BlockStack(stack_config(3, 16, final_norm=True, **settings), lambda block: TransformerField(SHAPE)).eval()
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_evaluations_per_sample_of_adaptive_depths(batch):
     x, layout = batch
     x = x * torch.tensor([0.3, 4.0]).view(-1, 1, 1)
     torch.manual_seed(0)
-    config = ContinuousConfig(16, 3.0, tolerance=1e-4, scheme="bosh3")
+    config = continuous_config(16, 3.0, tolerance=1e-4, scheme="bosh3")
     depths = [stack(scheme="bosh3", tolerance=1e-4), ContinuousDepth(config, DepthEmbeddedField(SHAPE, 3.0)).eval()]
     for module in depths:
         found = trace(module, x, layout)

@@ -14,8 +14,12 @@ from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerFieldConfig
 from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError, solve
-from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.names import parse_gradient
+from fairseq_implicit.solvers.gradients.reversible_iteration import ReversibleIteration
+from fairseq_implicit.solvers.gradients.unrolled import Unrolled
 from fairseq_implicit.solvers.jacobian import spectral_radius
 
 DIM = 16
@@ -34,7 +38,7 @@ def depth(seed=0, double=True, **options):
     torch.manual_seed(seed)
     options.setdefault("cell", cell())
     options.setdefault("solver", SHARP)
-    options.setdefault("gradient", GradientConfig(adjoint=SHARP))
+    options.setdefault("gradient", Implicit(adjoint=SHARP))
     module = EquilibriumDepth(EquilibriumConfig(**options))
     return module.double() if double else module
 
@@ -131,9 +135,8 @@ def test_padding_and_batch_mates_change_no_answer(kind, layers, extra):
 
 @pytest.mark.parametrize("name", ["ift", "neumann-4", "phantom-4", "jfb", "bptt-4", "reversible"])
 def test_every_gradient_reaches_every_parameter_and_the_input(name):
-    damping = 0.5 if name == "reversible" else 1.0
     module = depth(
-        gradient=parse_gradient(name, damping=damping, adjoint=SHARP),
+        gradient=parse_gradient(name, adjoint=SHARP),
         solver=FixedPointConfig("anderson", 16, 1e-8),
         cell=cell(injection=InjectionConfig(qkv=True)),
         prelude_layers=1,
@@ -151,7 +154,7 @@ def test_every_gradient_reaches_every_parameter_and_the_input(name):
 @pytest.mark.parametrize("weight_norm", [False, True])
 def test_exact_gradient_equals_a_long_unroll_through_the_real_cell(weight_norm):
     noise = dict(dropout=0.2, mixer=AttentionConfig(4, 0.2), activation_dropout=0.1)
-    module = depth(cell=cell(noise=noise, weight_norm=weight_norm), gradient=GradientConfig(adjoint=SHARP)).train()
+    module = depth(cell=cell(noise=noise, weight_norm=weight_norm), gradient=Implicit(adjoint=SHARP)).train()
     target = embedding(seed=9)
 
     def grads(gradient):
@@ -161,7 +164,7 @@ def test_exact_gradient_equals_a_long_unroll_through_the_real_cell(weight_norm):
         (module(embedding(), LAYOUT).state * target).sum().backward()
         return torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
 
-    implicit, unrolled = grads(GradientConfig(adjoint=SHARP)), grads(GradientConfig("bptt", 120))
+    implicit, unrolled = grads(Implicit(adjoint=SHARP)), grads(Unrolled(120))
     assert (implicit - unrolled).norm() / unrolled.norm() < 1e-8
 
 
@@ -181,7 +184,7 @@ def test_independent_dropout_is_refused_because_it_has_no_fixed_point():
         depth(cell=cell(noise=dict(mixer=AttentionConfig(4, 0.1), dropout_policy="independent")))
     assert caught.value.option == "stage_dropout"
     depth(cell=cell(noise=dict(dropout_policy="independent")))
-    depth(cell=cell(noise=dict(dropout=0.1, dropout_policy="independent")), gradient=GradientConfig("bptt", 3))
+    depth(cell=cell(noise=dict(dropout=0.1, dropout_policy="independent")), gradient=Unrolled(3))
 
 
 @pytest.mark.parametrize("weight_norm", [False, True])
@@ -209,10 +212,10 @@ def test_compaction_gives_the_same_answer_and_steps_aside_for_dropout():
 
 def test_explicit_and_tied_baselines_are_the_written_out_loops():
     x = embedding()
-    explicit = depth(cell=cell("pre-norm", 3, final_norm=False), gradient=GradientConfig("bptt", 1)).eval()
+    explicit = depth(cell=cell("pre-norm", 3, final_norm=False), gradient=Unrolled(1)).eval()
     f = explicit.cell.prepare(x)
     assert torch.equal(explicit(x).state, explicit.output_norm(f(torch.zeros_like(x))))
-    tied = depth(gradient=GradientConfig("bptt", 4), initial_state="input").eval()
+    tied = depth(gradient=Unrolled(4), initial_state="input").eval()
     f, z = tied.cell.prepare(x), x
     for _ in range(4):
         z = f(z)
@@ -319,7 +322,8 @@ def test_a_cell_that_does_not_converge_is_refused_at_update_zero(caplog):
     )
     module = depth(**options).train()
     with pytest.raises(
-        NonConvergentCellError, match=r"does not converge.*--deq-injection-gain.*--deq-allow-nonconvergent"
+        NonConvergentCellError,
+        match=r"allow_nonconvergent: the cell does not converge.*`injection_gain`.*set this to train it",
     ):
         module(embedding())
     with caplog.at_level(logging.WARNING):
@@ -333,13 +337,13 @@ def test_a_cell_that_does_not_converge_is_refused_at_update_zero(caplog):
 
 def test_a_cell_with_projected_injection_alone_is_told_why():
     alone = cell(injection=InjectionConfig(residual=False, qkv=True))
-    with pytest.raises(NonConvergentCellError, match="spectral radius 1.00.*--deq-injection residual"):
+    with pytest.raises(NonConvergentCellError, match="spectral radius 1.00.*`injection` residual"):
         depth(cell=alone, solver=FixedPointConfig("anderson", 12, 1e-4)).train()(embedding())
 
 
 def test_a_contracting_cell_short_of_budget_is_told_to_raise_it():
     module = depth(solver=FixedPointConfig("picard", 3, 1e-6)).train()
-    with pytest.raises(NonConvergentCellError, match="raise --deq-max-iter"):
+    with pytest.raises(NonConvergentCellError, match="raise `max_iter`"):
         module(embedding())
 
 
@@ -370,7 +374,7 @@ def test_recomputation_gives_the_same_gradient_and_is_refused_with_ift():
 @pytest.mark.parametrize("kind", ["post-norm", "pre-norm"])
 def test_bfloat16_autocast_trains_close_to_float32(kind):
     def grads(autocast):
-        module = depth(double=False, cell=cell(kind), solver=FixedPointConfig(), gradient=GradientConfig()).train()
+        module = depth(double=False, cell=cell(kind), solver=FixedPointConfig(), gradient=Implicit()).train()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = module(embedding().float(), LAYOUT)
         assert float(out.statistics["converged_share"]) == 1.0
@@ -383,22 +387,22 @@ def test_bfloat16_autocast_trains_close_to_float32(kind):
 @pytest.mark.parametrize(
     "options, match",
     [
-        (dict(solver=FixedPointConfig(tol=1e-3), gradient=GradientConfig()), "--deq-tol: 0.001 lies below"),
+        (dict(solver=FixedPointConfig(tol=1e-3), gradient=Implicit()), "^tol: 0.001 lies below"),
         (
-            dict(solver=FixedPointConfig(), gradient=GradientConfig(adjoint=FixedPointConfig(tol=1e-4))),
-            "--deq-adjoint-tol: 0.0001 lies below",
+            dict(solver=FixedPointConfig(), gradient=Implicit(adjoint=FixedPointConfig(tol=1e-4))),
+            "^adjoint_tol: 0.0001 lies below",
         ),
-        (dict(solver=FixedPointConfig("broyden", memory=1e-4), gradient=GradientConfig()), "--deq-memory: one Broyden"),
+        (dict(solver=FixedPointConfig("broyden", memory=1e-4), gradient=Implicit()), "^memory: one Broyden"),
     ],
 )
-def test_what_does_not_suit_the_precision_or_the_batch_names_its_flag(options, match):
+def test_what_does_not_suit_the_precision_or_the_batch_names_its_option(options, match):
     with pytest.raises(ValueError, match=match):
         depth(double=False, **options).train().bfloat16()(embedding().bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_converge(dtype):
-    module = depth(double=False, solver=FixedPointConfig(), gradient=GradientConfig()).to(dtype).train()
+    module = depth(double=False, solver=FixedPointConfig(), gradient=Implicit()).to(dtype).train()
     out = module(embedding().to(dtype), LAYOUT)
     assert out.state.dtype is dtype and float(out.statistics["converged_share"]) == 1.0
     out.state.float().square().mul(embedding(seed=9).float()).sum().backward()
@@ -435,7 +439,7 @@ def test_the_gain_starts_where_asked_and_stays_above_its_floor():
         (lambda: EquilibriumConfig(cell(), jacobian_estimator="trace"), "jacobian_estimator"),
         (lambda: EquilibriumConfig(cell(), jacobian_probes=0), "jacobian_probes"),
         (
-            lambda: EquilibriumConfig(cell(), gradient=GradientConfig("reversible", damping=0.5), correction=(2,)),
+            lambda: EquilibriumConfig(cell(), gradient=ReversibleIteration(damping=0.5), correction=(2,)),
             "keeps no iterates",
         ),
     ],
@@ -458,7 +462,6 @@ def test_a_cell_that_returns_non_finite_values_is_an_error(training):
 @pytest.mark.parametrize("name", ["ift", "reversible"])
 @pytest.mark.parametrize("qkv", [False, True])
 def test_a_depth_applied_twice_in_series_has_the_gradient_of_both_passes(name, qkv):
-    damping = 0.5 if name == "reversible" else 1.0
     solver = FixedPointConfig("anderson", 60, 1e-12) if name == "reversible" else SHARP
 
     def grads(gradient, solver):
@@ -467,13 +470,13 @@ def test_a_depth_applied_twice_in_series_has_the_gradient_of_both_passes(name, q
         (module.eval()(module(x).state).state * embedding(seed=9)).sum().backward()
         return torch.cat([x.grad.flatten(), *(parameter.grad.flatten() for parameter in module.parameters())])
 
-    ours = grads(parse_gradient(name, damping=damping, adjoint=SHARP), solver)
+    ours = grads(parse_gradient(name, adjoint=SHARP), solver)
     unrolled = grads(parse_gradient("bptt-60"), SHARP)
     assert (ours - unrolled).norm() / unrolled.norm() < 1e-4, "what 60 evaluations leave; a way counted twice is half"
 
 
 def test_a_wrong_reversible_gradient_is_warned_of(caplog):
-    gradient = GradientConfig("reversible", damping=0.5)
+    gradient = ReversibleIteration(damping=0.5)
     hard = cell(injection=InjectionConfig(gain=0.1))
     sloppy = depth(cell=hard, gradient=gradient, solver=FixedPointConfig(max_iter=60))
     sound = depth(gradient=gradient, solver=FixedPointConfig(max_iter=30))
@@ -491,10 +494,10 @@ def test_a_wrong_reversible_gradient_is_warned_of(caplog):
             assert wrong > 0.01 and len(found) == 1 and found[0].startswith("update 1: the reversible iteration")
 
 
-def test_a_reversible_budget_that_cannot_be_inverted_names_its_flag():
-    gradient = GradientConfig("reversible", damping=0.9)
+def test_a_reversible_budget_that_cannot_be_inverted_names_its_option():
+    gradient = ReversibleIteration(damping=0.9)
     module = depth(gradient=gradient, solver=FixedPointConfig(max_iter=40), phases=PhaseConfig(warmup_updates=5))
-    with pytest.raises(ValueError, match="--deq-max-iter: 40 evaluations .* damping 0.9 cannot be inverted"):
+    with pytest.raises(ValueError, match="max_iter: 40 evaluations .* damping 0.9 cannot be inverted"):
         module.train()(embedding())
     assert module.eval()(embedding()).state.isfinite().all()
 
@@ -503,7 +506,7 @@ def test_a_reversible_budget_that_cannot_be_inverted_names_its_flag():
 def test_the_double_backward_penalty_has_finite_gradients_in_float16_beside_padding(kind, layers):
     phases = PhaseConfig(jacobian_weight=1.0)
     module = depth(
-        cell=cell(kind, layers), double=False, solver=FixedPointConfig(), gradient=GradientConfig(), phases=phases,
+        cell=cell(kind, layers), double=False, solver=FixedPointConfig(), gradient=Implicit(), phases=phases,
         jacobian_estimator="double-backward", monitor_interval=0,
     ).half()  # fmt: skip
     module.updates.set_num_updates(1)

@@ -3,10 +3,13 @@
 import pytest
 
 from fairseq_implicit.depth.phases import PhaseConfig, phase_at
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
-from fairseq_implicit.solvers.implicit_grad import GradientConfig
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.reversible_iteration import ReversibleIteration
+from fairseq_implicit.solvers.gradients.unrolled import Unrolled
 
-SOLVER, GRADIENT = FixedPointConfig(max_iter=24, tol=1e-3), GradientConfig()
+SOLVER, GRADIENT = FixedPointConfig(max_iter=24, tol=1e-3), Implicit()
 
 
 def names(config, updates, gradient=GRADIENT):
@@ -82,9 +85,9 @@ def test_impossible_options_are_named(options, option):
         ({"ramp_updates": 5, "start_tol": 1e-4}, SOLVER, GRADIENT, "start_tol"),
         ({"ramp_updates": 5, "start_tol": 1e-1}, FixedPointConfig(), GRADIENT, "start_tol"),
         ({"budget_jitter": 24}, SOLVER, GRADIENT, "budget_jitter"),
-        ({"budget_jitter": 1}, SOLVER, GradientConfig("bptt", 4), "budget_jitter"),
-        ({"phantom_updates": 5}, SOLVER, GradientConfig("bptt", 4), "phantom_updates"),
-        ({"phantom_updates": 5}, SOLVER, GradientConfig("reversible", damping=0.5), "phantom_updates"),
+        ({"budget_jitter": 1}, SOLVER, Unrolled(4), "budget_jitter"),
+        ({"phantom_updates": 5}, SOLVER, Unrolled(4), "phantom_updates"),
+        ({"phantom_updates": 5}, SOLVER, ReversibleIteration(damping=0.5), "phantom_updates"),
     ],
 )
 def test_schedules_that_contradict_their_end_are_named(options, solver, gradient, option):

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_implicit.depth.stack import BlockStack, StackConfig
+from fairseq_implicit.depth.stack import BlockStack
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.solvers.coefficients import MODES, check_coefficients
-from fairseq_implicit.solvers.multistep import solve_adams
-from fairseq_implicit.solvers.runge_kutta import GRADIENTS, ExplicitConfig, solve_explicit
+from fairseq_implicit.solvers.multistep import AdamsPair
+from fairseq_implicit.solvers.names import FIXED_GRADIENTS
+from fairseq_implicit.solvers.solver import Span
 from fairseq_implicit.solvers.tableau import TABLEAUS, get_tableau
+from tests.depth.configs import stack_config
+from tests.solvers.solving import Explicit, solve_explicit
 
 DIM = 16
 
@@ -72,7 +75,7 @@ def transformer(kind="pre-norm", **noise):
 
 def stack(layers=3, kind="pre-norm", noise=None, **options):
     torch.manual_seed(0)
-    return BlockStack(StackConfig(layers, DIM, **options), lambda layer: transformer(kind, **(noise or {})))
+    return BlockStack(stack_config(layers, DIM, **options), lambda layer: transformer(kind, **(noise or {})))
 
 
 def embedding(batch=2, time=5, dtype=torch.float64, seed=1):
@@ -95,8 +98,8 @@ def silence(module):
 @pytest.mark.parametrize("scheme", ["euler", "rk2", "rk4"])
 def test_tied_blocks_are_one_solve_through_time(scheme):
     x = torch.tensor([[[1.0, 0.5]]], dtype=torch.float64)
-    tied = BlockStack(StackConfig(4, 2, scheme=scheme, tied=True), lambda layer: Oscillator())
-    one_solve = solve_explicit(Oscillator().prepare(x), x, ExplicitConfig(scheme, steps=4, total_time=4.0))
+    tied = BlockStack(stack_config(4, 2, scheme=scheme, tied=True), lambda layer: Oscillator())
+    one_solve = solve_explicit(Oscillator().prepare(x), x, Explicit(scheme, steps=4, total_time=4.0))
     out = tied(x)
     torch.testing.assert_close(out.state, one_solve.state, rtol=0, atol=1e-14)
     assert out.statistics["evaluations"] == one_solve.evaluations
@@ -105,7 +108,7 @@ def test_tied_blocks_are_one_solve_through_time(scheme):
 
 def test_block_l_integrates_from_l_to_l_plus_total_time():
     fields = [Oscillator() for _ in range(3)]
-    module = BlockStack(StackConfig(3, 2, scheme="rk4", steps=2, total_time=0.5), fields.__getitem__)
+    module = BlockStack(stack_config(3, 2, scheme="rk4", steps=2, total_time=0.5), fields.__getitem__)
     module(torch.ones(1, 1, 2, dtype=torch.float64))
     nodes = [0.0, 0.125, 0.125, 0.25, 0.25, 0.375, 0.375, 0.5]
     assert [field.times for field in fields] == [[block + node for node in nodes] for block in range(3)]
@@ -113,11 +116,11 @@ def test_block_l_integrates_from_l_to_l_plus_total_time():
 
 def test_the_adams_pair_passes_the_increment_from_block_to_block():
     x = torch.tensor([[[1.0, 0.5]]], dtype=torch.float64)
-    module = BlockStack(StackConfig(4, 2, scheme="rk2", corrector="adams", tied=True), lambda layer: Oscillator())
+    module = BlockStack(stack_config(4, 2, scheme="rk2", corrector="adams", tied=True), lambda layer: Oscillator())
     state, increment = x, None
     for block in range(4):
-        result = solve_adams(Oscillator().prepare(x), state, ExplicitConfig("rk2"), increment, float(block))
-        state, increment = result.state, result.increment
+        result = AdamsPair().solve(Oscillator().prepare(x), state, Span(float(block), 1.0), carried=increment)
+        state, increment = result.state, result.carried
     assert torch.equal(module(x).state, state)
 
 
@@ -130,7 +133,7 @@ def test_pre_norm_euler_is_the_residual_encoder_bit_for_bit():
     assert torch.equal(module(x).state, expected)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", FIXED_GRADIENTS)
 def test_post_norm_euler_is_the_published_layer_bit_for_bit(gradient):
     module, x = stack(kind="post-norm", gradient=gradient).float(), embedding(dtype=torch.float32)
     mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
@@ -165,7 +168,7 @@ def test_pcformer_predicts_then_corrects_on_mixtures_of_the_history():
         past, state = [x], corrector.mixture[0, 0] * x
         for block, field in enumerate(module.fields):
             f = field.prepare(state)
-            guess = predictor.norms[block + 1](solve_explicit(f, state, ExplicitConfig("rk2")).state)
+            guess = predictor.norms[block + 1](solve_explicit(f, state, Explicit("rk2")).state)
             mixed = sum(predictor.mixture[block + 1, k] * value for k, value in enumerate(past + [guess]))
             past.append(corrector.norms[block + 1](mixed + f(0.0, mixed)))
             state = sum(corrector.mixture[block + 1, k] * value for k, value in enumerate(past))
@@ -207,7 +210,7 @@ def test_zero_output_projections_make_every_block_the_identity(kind, corrector):
     fields = silence(stack(1, kind)).fields
     for scheme, mode in SCHEMES_AND_MODES:
         if corrector != "adams" or (scheme, mode) == ("heun2", "fixed"):
-            config = StackConfig(1, DIM, scheme=scheme, coefficients=mode, corrector=corrector)
+            config = stack_config(1, DIM, scheme=scheme, coefficients=mode, corrector=corrector)
             assert torch.equal(BlockStack(config, fields.__getitem__)(x).state, x), (scheme, mode)
 
 
@@ -221,7 +224,7 @@ def test_state_stays_bounded_through_48_blocks_in_half_precision(dtype, state_fl
     for index, (scheme, mode) in enumerate(SCHEMES_AND_MODES):
         if state_float32 and index % 5:
             continue
-        config = StackConfig(layers, DIM, scheme=scheme, coefficients=mode, state_float32=state_float32)
+        config = stack_config(layers, DIM, scheme=scheme, coefficients=mode, state_float32=state_float32)
         with torch.no_grad():
             out = BlockStack(config, fields.__getitem__).to(dtype)(x, Layout(~mask))
         assert out.state.dtype == dtype and out.state.isfinite().all(), (scheme, mode)
@@ -248,7 +251,7 @@ def test_a_float32_state_keeps_what_bfloat16_rounds_away():
     x = embedding(dtype=torch.bfloat16)
     exact = copy.deepcopy(reference).double()(x.double()).state
     rounded = reference(x).state
-    kept_config = StackConfig(48, DIM, scheme="rk4", state_float32=True)
+    kept_config = stack_config(48, DIM, scheme="rk4", state_float32=True)
     kept = BlockStack(kept_config, reference.fields.__getitem__)(x).state
     assert kept.dtype == torch.bfloat16
     assert (kept - exact).norm() < 0.6 * (rounded - exact).norm()
@@ -264,7 +267,7 @@ def test_gradient_modes_agree_with_dropout_on(name, policy):
         dropout=0.2, mixer=AttentionConfig(2, 0.2), activation_dropout=0.2, drop_path=0.3, dropout_policy=policy
     )
     found = []
-    for gradient in GRADIENTS:
+    for gradient in FIXED_GRADIENTS:
         module = stack(2, noise=noise, gradient=gradient, stage_dropout=policy, **VARIANTS[name]).double()
         x = embedding(batch=4).requires_grad_()
         mask = torch.zeros(4, 5, dtype=torch.bool)
@@ -345,7 +348,7 @@ def test_richardson_slope_on_a_random_encoder_block(scheme):
     x = embedding()
     f = transformer().double().prepare(x)
     with torch.no_grad():
-        ends = [solve_explicit(f, x, ExplicitConfig(scheme, steps, 2.0)).state for steps in (16, 32, 64)]
+        ends = [solve_explicit(f, x, Explicit(scheme, steps, 2.0)).state for steps in (16, 32, 64)]
     slope = math.log2((ends[0] - ends[1]).norm() / (ends[1] - ends[2]).norm())
     # The slopes of the fifth-order pairs fall to 5 from above, and further steps would end in rounding.
     order = get_tableau(scheme).order
@@ -397,7 +400,7 @@ def test_gate_starts_near_the_tableau_in_every_block():
         assert float(found[f"block{block}/gate_entropy"]) < math.log(4)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", FIXED_GRADIENTS)
 def test_penalties_are_weighted_means_over_blocks_with_gradient(gradient):
     module = stack(
         scheme="rk2",
@@ -422,7 +425,7 @@ def test_penalties_are_weighted_means_over_blocks_with_gradient(gradient):
     ]
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("gradient", FIXED_GRADIENTS)
 def test_penalty_of_a_gate_reaches_the_field_through_recomputation(gradient):
     found = []
     for way in ("autograd", gradient):
@@ -482,17 +485,19 @@ def test_a_stack_compiles_into_one_graph(name):
         ({"scheme": "rk9"}, "unknown scheme 'rk9'"),
         ({"steps": 0}, "0 steps per solve"),
         ({"total_time": -1.0}, "a total time of -1.0"),
-        ({"gradient": "adjoint"}, "unknown gradient mode"),
-        ({"coefficients": "free"}, "unknown coefficient mode"),
-        ({"corrector": "midpoint"}, "unknown corrector 'midpoint'"),
-        ({"history": "dense"}, "unknown history 'dense'"),
-        ({"stage_dropout": "none"}, "unknown stage dropout 'none'"),
-        ({"layerdrop": 1.0}, "layer drop of 1.0"),
-        ({"consistency_penalty": -1.0, "coefficients": "learned"}, "weight -1.0 of the consistency penalty"),
-        ({"consistency_penalty": 1.0}, "consistency penalty needs coefficients that are learned"),
-        ({"second_order_penalty": 1.0, "coefficients": "learned"}, "needs a scheme with two stages or more"),
-        ({"corrector": "adams"}, "set scheme 'heun2' and 1 step, not scheme 'euler' and 1"),
-        ({"corrector": "adams", "scheme": "rk2", "steps": 2}, "not scheme 'rk2' and 2"),
+        ({"gradient": "adjoint"}, "gradient: adjoint is for adaptive solves"),
+        ({"coefficients": "free"}, "coefficients: 'free' is unknown"),
+        ({"history": "dense"}, "history: 'dense' is unknown"),
+        ({"stage_dropout": "none"}, "stage_dropout: 'none' is unknown"),
+        ({"layerdrop": 1.0}, "layerdrop: 1.0"),
+        ({"consistency_penalty": -1.0, "coefficients": "learned"}, "consistency_penalty: the weight -1.0"),
+        ({"consistency_penalty": 1.0}, "consistency_penalty: it needs learned"),
+        (
+            {"second_order_penalty": 1.0, "coefficients": "learned"},
+            "second_order_penalty: 'euler' has one stage; take two stages or more",
+        ),
+        ({"corrector": "adams"}, "set `scheme` heun2 and `steps` 1, not euler and 1"),
+        ({"corrector": "adams", "scheme": "rk2", "steps": 2}, "not rk2 and 2"),
         ({"corrector": "adams", "scheme": "rk2", "coefficients": "gated"}, "coefficients of its own"),
         ({"corrector": "adams", "scheme": "rk2", "history": "dlcl"}, "carries a history of its own"),
         ({"corrector": "pcformer", "history": "dlcl"}, "carries a history of its own"),
@@ -500,4 +505,4 @@ def test_a_stack_compiles_into_one_graph(name):
 )
 def test_a_configuration_without_meaning_is_refused(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        StackConfig(**{"layers": 2, "dim": DIM, **options})
+        stack_config(**{"layers": 2, "dim": DIM, **options})

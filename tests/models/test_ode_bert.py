@@ -179,7 +179,7 @@ def test_every_preset_builds_from_its_config_and_names_its_size(task):
         width = dict(tiny=128, small=512, base=768, large=1024).get(size, 768)
         assert config.encoder_embed_dim == width, name
     model = MODEL_REGISTRY["ode_bert_ema_tiny"].build_model(MODEL_REGISTRY["ode_bert_ema_tiny"].config_class()(), task)
-    assert model.encoder.depth.config.coefficients == "ema" and len(model.encoder.depth.fields) == 2
+    assert model.encoder.depth.config.solver.coefficients == "ema" and len(model.encoder.depth.fields) == 2
 
 
 def test_model_pickles_deep_copies_and_builds_from_omegaconf(task, tokens):
@@ -227,6 +227,7 @@ def test_flags_of_the_original_codebase_are_mapped(flags, scheme, mode, start, s
         (dict(ode_coefficients="magic"), "--ode-coefficients 'magic' is unknown"),
         (dict(ode_coefficients="gated", ode_scheme="euler"), "one stage only"),
         (dict(ode_gradient="adjoint"), "--ode-gradient 'adjoint' is unknown"),
+        (dict(ode_corrector="midpoint"), "--ode-corrector 'midpoint' is unknown"),
         (dict(ode_steps=0), "at least 1"),
         (dict(ode_time=-1.0), "positive"),
         (dict(stage_dropout="often"), "--stage-dropout 'often' is unknown"),

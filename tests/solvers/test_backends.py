@@ -8,11 +8,14 @@ import torch
 
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
-from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.adaptive import AdaptiveConfig, Piece, embedded_step, solve_adaptive
-from fairseq_implicit.solvers.backends import check_backend, solve_torchdyn_adjoint, solve_with
-from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
+from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.solvers.adaptive import Adaptive, embedded_step
+from fairseq_implicit.solvers.backends import Torchdyn, TorchdynAdjoint
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.names import BACKENDS, continuous_solver
+from fairseq_implicit.solvers.solver import Keep, Piece, Span
 from fairseq_implicit.solvers.status import Status
+from tests.solvers.solving import Explicit, solve_adaptive, solve_explicit
 
 LIBRARY_PAIRS = (
     ("torchdyn", "dopri5"), ("torchdyn", "tsit5"), ("torchdiffeq", "dopri5"), ("torchdiffeq", "bosh3")
@@ -35,6 +38,16 @@ def state():
     return torch.randn(3, 5, 16, dtype=torch.float64)
 
 
+def solve_with(backend, f, y, duration, config, layout=UNPADDED, start=0.0, **options):
+    solver = BACKENDS[backend](**vars(config))
+    return solver.solve(f, y, Span(start, duration), layout, **options)
+
+
+def solve_torchdyn_adjoint(f, y, duration, config, parameters, record=None):
+    solver = Torchdyn(**{**vars(config), "gradient": TorchdynAdjoint()})
+    return solver.solve(f, y, Span(0.0, duration), parameters=parameters, record=record)
+
+
 def needs(backend):
     pytest.importorskip("torchdyn.numerics" if backend == "torchdyn" else "torchdiffeq")
 
@@ -43,7 +56,7 @@ def needs(backend):
 def test_libraries_agree_with_the_own_loop_on_a_real_block(backend, scheme, block, state):
     needs(backend)
     state.requires_grad_()
-    f, config = block.prepare(state), AdaptiveConfig(scheme, 1e-6, 1e-6)
+    f, config = block.prepare(state), Adaptive(scheme, 1e-6, 1e-6)
     own, other = solve_adaptive(f, state, 2.0, config), solve_with(backend, f, state, 2.0, config)
     assert other.status is Status.CONVERGED
     torch.testing.assert_close(own.state, other.state, rtol=0, atol=3e-5)
@@ -63,7 +76,7 @@ def test_evaluations_and_trials_add_up(backend, scheme, state):
         calls.append(float(t.detach()))
         return -4 * z * z.abs()
 
-    result = solve_with(backend, field, state, 3.0, AdaptiveConfig(scheme, 1e-5, 1e-5), start=5.0)
+    result = solve_with(backend, field, state, 3.0, Adaptive(scheme, 1e-5, 1e-5), start=5.0)
     stages = 4 if scheme == "bosh3" else 7
     before = 2 if backend == "torchdyn" else 1
     assert len(calls) == result.evaluations == before + (stages - 1) * (result.accepted + result.rejected)
@@ -89,7 +102,7 @@ def test_own_rk4_is_that_of_torchdyn_on_an_autonomous_field(block, state):
     from torchdyn.numerics import odeint
 
     f = block.prepare(state)
-    own = solve_explicit(f, state, ExplicitConfig("rk4", steps=4)).state
+    own = solve_explicit(f, state, Explicit("rk4", steps=4)).state
     span = torch.linspace(0, 1, 5, dtype=torch.float64)
     theirs = odeint(lambda t, z: f(t, z), state, span, solver="rk4")[1][-1]
     assert (own - theirs).abs().max() < 1e-14 * own.abs().max().clamp(min=1)
@@ -100,7 +113,7 @@ def test_own_rk4_38_is_that_of_torchdiffeq(block, state):
     from torchdiffeq import odeint
 
     f = block.prepare(state)
-    own = solve_explicit(f, state, ExplicitConfig("rk4_38", steps=4)).state
+    own = solve_explicit(f, state, Explicit("rk4_38", steps=4)).state
     theirs = odeint(f, state, torch.linspace(0, 1, 5, dtype=torch.float64), method="rk4")[-1]
     assert (own - theirs).abs().max() < 1e-13
 
@@ -124,14 +137,14 @@ def test_torchdyn_rk4_has_order_one_on_non_autonomous_fields():
         return odeint(field, x, torch.linspace(0, 1.5, n + 1, dtype=torch.float64), solver="rk4")[1][-1]
 
     assert slope(theirs) == pytest.approx(1.0, abs=0.15)
-    own = slope(lambda n: solve_explicit(field, x, ExplicitConfig("rk4", n, 1.5)).state)
+    own = slope(lambda n: solve_explicit(field, x, Explicit("rk4", n, 1.5)).state)
     assert own == pytest.approx(4.0, abs=0.15)
 
 
 @pytest.mark.parametrize("backend, scheme", LIBRARY_PAIRS)
 def test_endings(backend, scheme, state):
     needs(backend)
-    config = AdaptiveConfig(scheme, 1e-6, 1e-6, max_evaluations=100)
+    config = Adaptive(scheme, 1e-6, 1e-6, max_evaluations=100)
     stiff = solve_with(backend, lambda t, z: -1e6 * (z - 2), state, 1.0, config)
     assert stiff.status is Status.BUDGET_SPENT and stiff.evaluations == 100
     assert torch.isfinite(stiff.state).all() and 0 < stiff.reached[0] < 1.0
@@ -145,7 +158,7 @@ def test_overshooting_trial_steps_are_no_broken_field(backend, scheme):
     """The first trial leaves every range (as in the own loop, whose first trial is the whole interval here, too)."""
     needs(backend)
     y = torch.full((1, 1, 1), 30.0, dtype=torch.float64, requires_grad=True)
-    result = solve_with(backend, lambda t, z: -(z**3), y, 1.0, AdaptiveConfig(scheme, 1e-6, 1e-6, 5000))
+    result = solve_with(backend, lambda t, z: -(z**3), y, 1.0, Adaptive(scheme, 1e-6, 1e-6, 5000))
     assert result.status is Status.CONVERGED and result.reached == (1.0,)
     exact = (1 / 900 + 2.0) ** -0.5
     assert result.state.item() == pytest.approx(exact, abs=1e-4)
@@ -161,7 +174,7 @@ def test_a_field_that_breaks_on_the_way_keeps_the_last_finite_state(backend, sch
         return torch.ones_like(z) if t <= 0.5 else z * float("nan")
 
     y = torch.zeros(1, 1, 1, dtype=torch.float64)
-    result = solve_with(backend, field, y, 1.0, AdaptiveConfig(scheme, 1e-6, 1e-6))
+    result = solve_with(backend, field, y, 1.0, Adaptive(scheme, 1e-6, 1e-6))
     assert result.status is Status.NON_FINITE and 0.4 < result.reached[0] <= 0.5
     assert result.state.item() == pytest.approx(result.reached[0])
 
@@ -180,7 +193,7 @@ def test_libraries_end_a_step_at_each_kink(backend, scheme):
         return Piece(field, k + 1.0)
 
     y = torch.zeros(2, 1, 1, dtype=torch.float64)
-    config = AdaptiveConfig(scheme, 1e-6, 1e-6)
+    config = Adaptive(scheme, 1e-6, 1e-6)
     result = solve_with(backend, None, y, 3.0, config, pieces=[piece(k) for k in range(3)])
     assert result.status is Status.CONVERGED and result.reached == (3.0, 3.0)
     torch.testing.assert_close(result.state, torch.full_like(y, 3.0), rtol=0, atol=1e-12)
@@ -192,16 +205,16 @@ def test_half_precision_field(backend, scheme, block):
     needs(backend)
     y = torch.randn(2, 3, 16)
     half = block.bfloat16()
-    result = solve_with(backend, half.prepare(y.bfloat16()), y.bfloat16(), 1.0, AdaptiveConfig(scheme, 1e-2, 1e-2))
+    result = solve_with(backend, half.prepare(y.bfloat16()), y.bfloat16(), 1.0, Adaptive(scheme, 1e-2, 1e-2))
     assert result.state.dtype is torch.bfloat16 and result.status is Status.CONVERGED
 
 
 def test_one_half_precision_solve_does_not_spoil_the_next(block, state):
     needs("torchdyn")
-    config = AdaptiveConfig("dopri5", 1e-9, 1e-9)
+    config = Adaptive("dopri5", 1e-9, 1e-9)
     f = block.prepare(state)
     before = solve_with("torchdyn", f, state, 1.0, config).state
-    low = AdaptiveConfig("dopri5", 1e-2, 1e-2)
+    low = Adaptive("dopri5", 1e-2, 1e-2)
     solve_with("torchdyn", lambda t, z: -z, state.bfloat16(), 1.0, low)
     torch.testing.assert_close(solve_with("torchdyn", f, state, 1.0, config).state, before, rtol=0, atol=0)
 
@@ -213,7 +226,7 @@ def test_torchdiffeq_measures_each_sample_over_its_real_tokens(block, state):
     real[0, 1:] = False
     wide = torch.cat([state, torch.zeros(3, 40, 16).double()], 1)
     layout, beside = Layout(real), Layout(torch.cat([real, torch.zeros(3, 40, dtype=torch.bool)], 1))
-    config = AdaptiveConfig("dopri5", 1e-5, 1e-5)
+    config = Adaptive("dopri5", 1e-5, 1e-5)
     narrow = solve_with("torchdiffeq", block.prepare(state, layout), state, 3.0, config, layout)
     broad = solve_with("torchdiffeq", block.prepare(wide, beside), wide, 3.0, config, beside)
     assert narrow.evaluations == broad.evaluations
@@ -226,37 +239,37 @@ def test_torchdyn_adjoint_within_tolerance_despite_frozen_and_unused_parameters(
     unused = torch.zeros(7, dtype=torch.float64, requires_grad=True)
     state.requires_grad_()
     trained = [p for p in block.parameters() if p.requires_grad]
-    f, config = block.prepare(state), AdaptiveConfig("dopri5", 1e-8, 1e-8)
+    f, config = block.prepare(state), Adaptive("dopri5", 1e-8, 1e-8)
     exact = torch.autograd.grad(solve_adaptive(f, state, 1.0, config).state.square().sum(), [state, *trained])
-    backward = []
-    result = solve_torchdyn_adjoint(f, state, 1.0, config, (*block.parameters(), unused), on_backward=backward.append)
+    record = AdjointRecord()
+    result = solve_torchdyn_adjoint(f, state, 1.0, config, (*block.parameters(), unused), record)
     gradients = torch.autograd.grad(result.state.square().sum(), [state, *trained])
     for one, other in zip(exact, gradients):
         assert (one - other).norm() < 1e-5 * one.norm() + 1e-7
-    assert backward and backward[0] > 0
+    assert record.evaluations > 0
 
 
 def test_torchdyn_adjoint_refuses_half_precision(block, state):
     needs("torchdyn")
     with pytest.raises(ValueError, match="cannot carry a bfloat16 state"):
-        solve_torchdyn_adjoint(lambda t, z: -z, state.bfloat16(), 1.0, AdaptiveConfig("dopri5", 1e-2, 1e-2), ())
+        solve_torchdyn_adjoint(lambda t, z: -z, state.bfloat16(), 1.0, Adaptive("dopri5", 1e-2, 1e-2), ())
 
 
 def test_torchdyn_adjoint_refuses_to_lose_the_gradient(block, state):
     """A solve cut short has no adjoint; its state without a graph would train nothing and say nothing."""
     needs("torchdyn")
-    config = AdaptiveConfig("dopri5", 1e-9, 1e-9, max_evaluations=20)
-    with pytest.raises(ArithmeticError, match="stopped at depth .* of 3.*raise --ode-max-evaluations"):
+    config = Adaptive("dopri5", 1e-9, 1e-9, max_evaluations=20)
+    with pytest.raises(ArithmeticError, match="stopped at depth .* of 3.*raise max_evaluations"):
         solve_torchdyn_adjoint(block.prepare(state), state, 3.0, config, tuple(block.parameters()))
 
 
 def test_pairs_that_a_library_lacks():
-    with pytest.raises(ValueError, match="torchdiffeq has no sound adaptive 'tsit5'.*--ode-backend own"):
-        check_backend("torchdiffeq", "tsit5")
+    with pytest.raises(ValueError, match="torchdiffeq has no sound adaptive 'tsit5'.*`backend` own"):
+        BACKENDS["torchdiffeq"]("tsit5")
     with pytest.raises(ValueError, match="torchdyn has no sound adaptive 'bosh3'"):
-        check_backend("torchdyn", "bosh3")
-    with pytest.raises(ValueError, match="Unknown ODE back end 'jax'"):
-        check_backend("jax", "dopri5")
+        BACKENDS["torchdyn"]("bosh3")
+    with pytest.raises(ValueError, match="backend: 'jax' is unknown"):
+        continuous_solver("dopri5", backend="jax")
 
 
 @pytest.mark.parametrize("backend", ("torchdyn", "torchdiffeq"))
@@ -273,11 +286,11 @@ def test_missing_library_is_one_sentence_with_the_install_line(backend, monkeypa
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.setattr("importlib.import_module", lambda name, package=None: missing(name))
-    with pytest.raises(ModuleNotFoundError, match=rf"--ode-backend {backend} needs .*`pip install --no-deps"):
-        check_backend(backend, "dopri5")
+    with pytest.raises(ModuleNotFoundError, match=rf"the back end {backend} needs .*`pip install --no-deps"):
+        BACKENDS[backend]("dopri5")
 
 
 def test_options_of_the_own_loop_are_refused_elsewhere(state):
     needs("torchdiffeq")
-    with pytest.raises(ValueError, match="penalties: only the back end own"):
-        solve_with("torchdiffeq", lambda t, z: -z, state, 1.0, AdaptiveConfig("dopri5"), penalties=True)
+    with pytest.raises(ValueError, match="backend: penalties along the depth need own"):
+        solve_with("torchdiffeq", lambda t, z: -z, state, 1.0, Adaptive("dopri5"), keep=Keep(penalties=True))

@@ -10,13 +10,11 @@ from fairseq_implicit.solvers.coefficients import (
     MODES,
     SMALLEST_START,
     Combination,
-    OriginalFlags,
     check_coefficients,
     combine,
-    from_original_flags,
 )
-from fairseq_implicit.solvers.runge_kutta import ExplicitConfig, solve_explicit
 from fairseq_implicit.solvers.tableau import TABLEAUS, get_tableau
+from tests.solvers.solving import Explicit, solve_explicit
 
 DIM = 5
 POSITIVE = [name for name, tableau in TABLEAUS.items() if tableau.stages > 1 and min(tableau.b) >= 0]
@@ -65,7 +63,7 @@ def test_shares_sum_to_one_whatever_is_learned(scheme, mode):
         for parameter in block.parameters():
             parameter.normal_()
     x = torch.zeros(2, 3, DIM, dtype=torch.float64)
-    result = solve_explicit(lambda t, z: torch.ones_like(z), x, ExplicitConfig(scheme, 3, 1.5), block)
+    result = solve_explicit(lambda t, z: torch.ones_like(z), x, Explicit(scheme, 3, 1.5), block)
     torch.testing.assert_close(result.state, torch.full_like(x, 1.5), rtol=0, atol=1e-13)
 
 
@@ -76,8 +74,8 @@ def test_two_learned_ones_are_two_tied_euler_steps():
     def f(t, z):
         return torch.tanh(z @ matrix)
 
-    ours = solve_explicit(f, x, ExplicitConfig("rk2"), combination("heun2", "learned", start="ones")).state
-    torch.testing.assert_close(ours, solve_explicit(f, x, ExplicitConfig("euler", 2, 2.0)).state, rtol=0, atol=1e-14)
+    ours = solve_explicit(f, x, Explicit("rk2"), combination("heun2", "learned", start="ones")).state
+    torch.testing.assert_close(ours, solve_explicit(f, x, Explicit("euler", 2, 2.0)).state, rtol=0, atol=1e-14)
 
 
 def test_gate_of_two_stages_is_a_sigmoid_of_the_concatenated_increments():
@@ -202,10 +200,10 @@ def test_a_half_precision_state_stays_half_and_a_wide_state_stays_wide():
 @pytest.mark.parametrize(
     "scheme, mode, start, scope, sentence",
     [
-        ("rk4", "free", "tableau", "block", "unknown coefficient mode 'free'"),
-        ("rk4", "learned", "zeros", "block", "unknown start 'zeros'"),
-        ("rk4", "learned", "tableau", "layer", "unknown scope 'layer'"),
-        ("rk4", "gated", "ones", "block", "start 'ones' belongs to coefficient mode 'learned'"),
+        ("rk4", "free", "tableau", "block", "coefficients: 'free' is unknown"),
+        ("rk4", "learned", "zeros", "block", "start: 'zeros' is unknown"),
+        ("rk4", "learned", "tableau", "layer", "scope: 'layer' is unknown"),
+        ("rk4", "gated", "ones", "block", "start: ones belongs to `coefficients` learned"),
         ("rk4", "gated", "tableau", "channel", "'gated' has no weight per channel"),
         ("rk4", "fixed", "tableau", "channel", "'fixed' has no weight per channel"),
         ("rk4", "fixed", "tableau", "model", "'fixed' has nothing to share"),
@@ -224,41 +222,3 @@ def test_what_has_no_meaning_is_refused(scheme, mode, start, scope, sentence):
 def test_a_gate_needs_the_width():
     with pytest.raises(ValueError, match="pass dim"):
         Combination(get_tableau("heun2"), "gated")
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        ((1,), ("euler", "fixed", "tableau", "block")),
-        ((2, "standard"), ("heun2", "fixed", "tableau", "block")),
-        ((3, "standard"), ("kutta3", "fixed", "tableau", "block")),
-        ((4, "standard"), ("rk4", "fixed", "tableau", "block")),
-        ((2, "learnable"), ("heun2", "gated", "tableau", "model")),
-        ((2, "learnable", "gated"), ("heun2", "gated", "tableau", "model")),
-        ((2, "initialization"), ("heun2", "learned", "ones", "model")),
-        ((4, "learnable", "ema", "scalar"), ("rk4", "ema", "tableau", "model")),
-        ((4, "learnable", "ema", "vector"), ("rk4", "ema", "tableau", "channel")),
-    ],
-)
-def test_original_flags(flags, expected):
-    mapped = from_original_flags(*flags)
-    assert mapped == OriginalFlags(*expected)
-    check_coefficients(get_tableau(mapped.scheme), *mapped[1:])
-
-
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        ((5,), "--enc-calculate-num 5 has no scheme"),
-        ((2, "gated"), "--rk-type gated is not one of standard, learnable, initialization"),
-        ((2, "learnable", "softmax"), "--enc-learnable-type softmax is not one of gated, ema"),
-        ((2, "learnable", "ema", "matrix"), "--alpha-type matrix is not one of scalar, vector"),
-        ((2, "standard", "gated"), "--enc-learnable-type gated contradicts --rk-type standard"),
-        ((2, "learnable", "gated", "vector"), "needs --enc-learnable-type ema"),
-        ((1, "learnable"), "--rk-type learnable combines several evaluations"),
-        ((1, "initialization"), "--rk-type initialization combines several evaluations"),
-    ],
-)
-def test_contradicting_original_flags_are_refused(flags, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        from_original_flags(*flags)

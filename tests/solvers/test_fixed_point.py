@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fairseq_implicit.layout import UNPADDED, Layout, token_sum
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.broyden import columns_within
-from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, OptionError, solve
+from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve
 from fairseq_implicit.solvers.status import Status
 
 BATCH, TIME, DIM = 4, 6, 8

@@ -1,12 +1,23 @@
 """Predictor–corrector steps: orders, formulas, recomputation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fairseq_implicit.solvers.multistep import solve_adams, solve_backward_euler_corrected
-from fairseq_implicit.solvers.runge_kutta import GRADIENTS, ExplicitConfig, solve_explicit
+from fairseq_implicit.solvers.multistep import AdamsPair, BackwardEulerCorrected
+from fairseq_implicit.solvers.names import FIXED_GRADIENTS
+from tests.solvers.solving import Explicit, solve_explicit
+
+
+def solve_adams(f, x, config, increment=None, t0=0.0):
+    return solve_explicit(f, x, replace(config, kind=AdamsPair), t0=t0, carried=increment)
+
+
+def solve_backward_euler_corrected(f, x, config, t0=0.0):
+    return solve_explicit(f, x, replace(config, kind=BackwardEulerCorrected), t0=t0)
+
 
 SPAN = 1.5
 COUNTS = (32, 64, 128)
@@ -29,16 +40,16 @@ START = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
 
 
 def adams_chain(blocks, gradient="autograd", x=START, field=turning):
-    config, increment = ExplicitConfig("heun2", total_time=SPAN / blocks, gradient=gradient), None
+    config, increment = Explicit("heun2", total_time=SPAN / blocks, gradient=gradient), None
     for block in range(blocks):
         result = solve_adams(field, x, config, increment, t0=block * SPAN / blocks)
-        x, increment = result.state, result.increment
+        x, increment = result.state, result.carried
         assert result.evaluations == 2
     return x
 
 
 def corrected_chain(blocks, scheme="heun2", gradient="autograd", x=START, field=turning):
-    config = ExplicitConfig(scheme, total_time=SPAN / blocks, gradient=gradient)
+    config = Explicit(scheme, total_time=SPAN / blocks, gradient=gradient)
     for block in range(blocks):
         x = solve_backward_euler_corrected(field, x, config, t0=block * SPAN / blocks).state
     return x
@@ -50,16 +61,16 @@ def test_the_adams_pair_has_order_two():
 
 def test_the_adams_pair_needs_the_increment_of_the_previous_block():
     """Without it every block restarts with Heun: another second-order method, with other numbers."""
-    config = ExplicitConfig("heun2", total_time=SPAN / 8)
+    config = Explicit("heun2", total_time=SPAN / 8)
     first = solve_adams(turning, START, config)
     torch.testing.assert_close(first.state, solve_explicit(turning, START, config).state, rtol=0, atol=1e-15)
-    h, x, f1 = SPAN / 8, first.state, first.increment
+    h, x, f1 = SPAN / 8, first.state, first.carried
     f2 = turning(h, x)
     predicted = x + h * (1.5 * f2 - 0.5 * f1)
     expected = x + h / 2 * (turning(2 * h, predicted) + f2)
     second = solve_adams(turning, x, config, f1, t0=h)
     torch.testing.assert_close(second.state, expected, rtol=0, atol=1e-15)
-    assert torch.equal(second.increment, f2)
+    assert torch.equal(second.carried, f2)
 
 
 @pytest.mark.parametrize("scheme", ["euler", "heun2", "rk4"])
@@ -68,14 +79,14 @@ def test_the_backward_euler_corrector_has_order_one_whatever_predicts(scheme):
 
 
 def test_the_backward_euler_corrector_is_one_sweep_from_the_predictor():
-    config = ExplicitConfig("rk4", steps=2, total_time=0.5)
+    config = Explicit("rk4", steps=2, total_time=0.5)
     predicted = solve_explicit(turning, START, config, t0=0.25)
     corrected = solve_backward_euler_corrected(turning, START, config, t0=0.25)
     torch.testing.assert_close(corrected.state, START + 0.5 * turning(0.75, predicted.state), rtol=0, atol=1e-15)
     assert corrected.evaluations == predicted.evaluations + 1 == 9
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS[1:])
+@pytest.mark.parametrize("gradient", FIXED_GRADIENTS[1:])
 @pytest.mark.parametrize("chain", [adams_chain, corrected_chain])
 def test_recomputation_changes_no_bit(chain, gradient):
     torch.manual_seed(0)
@@ -92,8 +103,8 @@ def test_recomputation_changes_no_bit(chain, gradient):
 @pytest.mark.parametrize(
     "config, sentence",
     [
-        (ExplicitConfig("heun2", steps=2), "one step per block, not 2"),
-        (ExplicitConfig("rk4"), "started by scheme 'heun2', not by 'rk4'"),
+        (Explicit("heun2", steps=2), "set `scheme` heun2 and `steps` 1, not heun2 and 2"),
+        (Explicit("rk4"), "started by Heun's method: set `scheme` heun2 and `steps` 1, not rk4"),
     ],
 )
 def test_an_adams_pair_on_another_grid_is_refused(config, sentence):

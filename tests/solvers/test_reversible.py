@@ -8,9 +8,9 @@ import torch
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.reversible import solve_reversible
 from fairseq_implicit.solvers.status import Status
 from scripts.side_by_side import peak_bytes
+from tests.solvers.solving import solve_reversible
 
 ROTATION = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 

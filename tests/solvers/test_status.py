@@ -2,9 +2,11 @@
 
 import torch
 
-from fairseq_implicit.solvers.adaptive import AdaptiveConfig, solve_adaptive
+from fairseq_implicit.solvers.adaptive import Adaptive
+from fairseq_implicit.solvers.solver import Span
 from fairseq_implicit.solvers.status import Status
-from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
+from fairseq_implicit.solvers.theta import Theta
+from tests.solvers.solving import solve_adaptive
 
 
 def test_the_worst_of_several_endings():
@@ -25,7 +27,7 @@ def test_steps_that_shrink_to_nothing_have_a_status_of_their_own():
     y = torch.zeros(1, 1, 1, dtype=torch.float64)
     result = solve_adaptive(
         lambda t, z: 1e8 * torch.randn(1, 1, 1, dtype=torch.float64, generator=noise), y, 1.0,
-        AdaptiveConfig("bosh3", 1e-9, 1e-9),
+        Adaptive("bosh3", 1e-9, 1e-9),
     )  # fmt: skip
     assert result.status is Status.STEP_UNDERFLOW
     assert "steps shrank" in result.status.value and "residual" not in result.status.value
@@ -33,5 +35,5 @@ def test_steps_that_shrink_to_nothing_have_a_status_of_their_own():
 
 def test_an_empty_batch_and_an_explicit_theta_solve_complete():
     y = torch.zeros(0, 2, 3)
-    assert solve_adaptive(lambda t, z: -z, y, 1.0, AdaptiveConfig("bosh3")).status is Status.COMPLETED
-    assert solve_theta(lambda t, z: -z, torch.ones(1, 2, 3), ThetaConfig(theta=0.0)).status is Status.COMPLETED
+    assert solve_adaptive(lambda t, z: -z, y, 1.0, Adaptive("bosh3")).status is Status.COMPLETED
+    assert Theta(theta=0.0).solve(lambda t, z: -z, torch.ones(1, 2, 3), Span()).status is Status.COMPLETED

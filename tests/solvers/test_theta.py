@@ -5,20 +5,29 @@ import math
 import pytest
 import torch
 
-from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError, solve
-from fairseq_implicit.solvers.implicit_grad import AdjointRecord, GradientConfig
+from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig, solve
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.gradients.reversible_iteration import ReversibleIteration
+from fairseq_implicit.solvers.solver import Span
 from fairseq_implicit.solvers.status import Status
-from fairseq_implicit.solvers.theta import ThetaConfig, solve_theta
+from fairseq_implicit.solvers.theta import Theta
 from tests.solvers.cells import ToyCell, toy_input
 
 SHARP = FixedPointConfig("anderson", 200, 1e-13)
-EXACT = GradientConfig(adjoint=SHARP)
+EXACT = Implicit(adjoint=SHARP)
 SWIRL = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
 
 
-def config(scheme="theta", theta=1.0, **options):
-    return ThetaConfig(scheme, theta, solver=SHARP, gradient=EXACT, **options)
+def config(scheme="theta", theta=1.0, total_time=1.0, **options):
+    return Theta(scheme, theta, solver=SHARP, gradient=EXACT, **options), total_time
+
+
+def solve_theta(f, x, configured, layout=UNPADDED, records=None):
+    solver, total_time = configured
+    return solver.solve(f, x, Span(0.0, total_time), layout, records=records)
 
 
 def rotation_field(t, z):
@@ -50,7 +59,7 @@ def increment(cell, u):
 def test_theta_zero_is_the_ordinary_residual_layer_to_the_last_bit():
     cell, x = ToyCell(), toy_input()
     f = increment(cell, toy_input(seed=3))
-    found = solve_theta(f, x, ThetaConfig(theta=0.0))
+    found = solve_theta(f, x, (Theta(theta=0.0), 1.0))
     assert torch.equal(found.state, x + f(0.0, x))
     assert found.evaluations == 1 and found.residual is None
 
@@ -86,7 +95,7 @@ def test_stability_on_a_stiff_decay():
     start = torch.ones(1, 1, 1, dtype=torch.float64)
     solver = FixedPointConfig("broyden", 50, 1e-12)
     for theta, factor in ((0.0, -29.0), (0.5, -14 / 16), (1.0, 1 / 31)):
-        found = solve_theta(decay, start, ThetaConfig(theta=theta, solver=solver, gradient=EXACT))
+        found = solve_theta(decay, start, (Theta(theta=theta, solver=solver, gradient=EXACT), 1.0))
         assert found.state.item() == pytest.approx(factor, rel=1e-9)
 
 
@@ -152,12 +161,11 @@ def test_one_record_per_step_is_filled_by_the_backward_pass():
         ({"theta": 1.2}, "theta"),
         ({"theta": -0.1}, "theta"),
         ({"steps": 0}, "steps"),
-        ({"total_time": 0.0}, "total_time"),
-        ({"gradient": GradientConfig("reversible", damping=0.5)}, "gradient"),
+        ({"gradient": ReversibleIteration(damping=0.5)}, "gradient"),
         ({"solver": FixedPointConfig(compact=True)}, "compact"),
     ],
 )
 def test_impossible_options_are_named(options, option):
     with pytest.raises(OptionError) as caught:
-        ThetaConfig(**options)
+        Theta(**options)
     assert caught.value.option == option

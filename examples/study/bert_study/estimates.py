@@ -9,7 +9,7 @@ from scipy import stats
 
 from bert_study.logs import Record
 from bert_study.plan import Comparison, Flags
-from fairseq_implicit.solvers.implicit_grad import parse_gradient
+from fairseq_implicit.solvers.gradients.names import parse_gradient
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def update_cost(record: Record, flags: Flags, update: int) -> float:
     if update <= flags.get("deq-warmup-updates", 0):
         return 3 * forward  # unrolled
     # The damping does not change the cost, but reversible needs one below 1.
-    gradient = parse_gradient(flags.get("deq-gradient", "ift"), damping=0.5)
+    gradient = parse_gradient(flags.get("deq-gradient", "ift"))
     return gradient.update_cost(forward, record.get("evaluations_backward", 0.0))[0]
 
 

@@ -3,28 +3,28 @@
 import pytest
 import torch
 
-from fairseq_implicit.depth.implicit_stack import ImplicitStack, ImplicitStackConfig
+from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import Layout
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
-from fairseq_implicit.solvers.implicit_grad import GradientConfig, parse_gradient
-from fairseq_implicit.solvers.theta import ThetaConfig
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.names import parse_gradient
+from fairseq_implicit.solvers.theta import Theta
 
 SHARP = FixedPointConfig("anderson", 100, 1e-12)
 SHAPE = dict(encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=32, encoder_attention_heads=4)
-EXACT = GradientConfig(adjoint=SHARP)
+EXACT = Implicit(adjoint=SHARP)
 
 
 def stack(kind="pre-norm", layers=2, gradient=EXACT, noise=None, tied=False, **theta):
     torch.manual_seed(0)
     field = TransformerFieldConfig(16, 32, **{"mixer": AttentionConfig(4), **(noise or {})}, kind=kind)
-    config = ImplicitStackConfig(
-        layers, 16, ThetaConfig(solver=SHARP, gradient=gradient, **theta), tied, kind != "post-norm"
-    )
-    return ImplicitStack(config, lambda layer: TransformerField(field)).double()
+    solver = Theta(solver=SHARP, gradient=gradient, **theta)
+    config = StackConfig(layers, 16, solver, tied=tied, final_norm=kind != "post-norm")
+    return BlockStack(config, lambda layer: TransformerField(field)).double()
 
 
 def embedding(seed=5):
@@ -102,14 +102,14 @@ class Affine(Field):
 
 
 def affine_stack(budget, *fields):
-    config = ImplicitStackConfig(len(fields), 16, ThetaConfig(solver=FixedPointConfig("picard", budget, 1e-6)))
-    return ImplicitStack(config, lambda layer: fields[layer])
+    config = StackConfig(len(fields), 16, Theta(solver=FixedPointConfig("picard", budget, 1e-6)))
+    return BlockStack(config, lambda layer: fields[layer])
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_non_finite_values_of_a_field_are_an_error_that_names_the_block(training):
     module = affine_stack(9, Affine(0.1), Affine(0.1, fragile=True)).train(training)
-    with pytest.raises(ArithmeticError, match="implicit block 1 failed .*finite numbers.* has diverged"):
+    with pytest.raises(ArithmeticError, match="the solve of block 1 failed .*finite numbers.* has diverged"):
         module(embedding())
 
 
@@ -121,7 +121,7 @@ def test_blocks_far_from_their_tolerance_are_warned_of_in_training_now_and_then(
     found = [record.getMessage() for record in caplog.records]
     assert len(found) == 2, "at updates 0 and 100"
     assert found[1].startswith("update 100: the mean residual 0.2") and "of implicit block 1" in found[1]
-    assert "--ode-theta-max-iter (now 3)" in found[1]
+    assert "raise max_iter (now 3)" in found[1]
     caplog.clear()
     module.eval()(embedding())
     affine_stack(30, Affine(0.1)).train()(embedding())
@@ -150,7 +150,7 @@ def test_explicit_and_implicit_checkpoints_open_each_other():
 
     explicit, implicit = build("rk4"), build("theta", ode_theta=0.5, ode_steps=2)
     implicit.load_state_dict({k: v for k, v in explicit.state_dict().items() if not k.startswith("combinations")})
-    assert isinstance(implicit, ImplicitStack) and implicit.config.theta.steps == 2
+    assert isinstance(implicit.config.solver, Theta) and implicit.config.solver.steps == 2
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ Optimise-then-discretise: with a(T) the gradient of the loss, the state and its 
 (Pontryagin; Chen et al., arXiv 1806.07366). Memory does not grow with the steps (one state is kept at the end of each
 smooth piece of the field), but the gradient is exact only to the
 tolerance and only where the flow can be run backward: on strongly contracting fields the reconstructed state drifts
-away (Gholami et al., arXiv 1902.10298). Recomputation (``solve_adaptive(recompute=True)``) is exact; prefer it where it
+away (Gholami et al., arXiv 1902.10298). Recomputation (``checkpoint-step``) is exact; prefer it where it
 fits.
 
 The noise of the field is drawn before the solve, so the adjoint sees the forward pass's field and is as sound with
@@ -15,89 +15,56 @@ dropout as without. Parameter gradients are integrated alongside with the weight
 enter the error norm (Kidger et al., *"Hey, that's not an ODE"*, arXiv 2009.09457).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.solvers.adaptive import (
-    AdaptiveConfig,
-    AdaptiveResult,
-    Piece,
-    embedded_pair,
-    in_state_precision,
-    solve_adaptive,
-)
+from fairseq_implicit.layout import Layout
+from fairseq_implicit.solvers.adaptive import Adaptive, AdaptiveSolution, embedded_pair
+from fairseq_implicit.solvers.gradients.accumulation import accumulate
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.gradients.trajectory import Direct
+from fairseq_implicit.solvers.precision import Autocast, in_state_precision
+from fairseq_implicit.solvers.solver import Keep, Piece, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import VectorField
 
 
-class Surroundings:
-    """Autocast as it was in the forward pass, for evaluations in a backward pass (which runs without it)."""
+@dataclass(frozen=True)
+class ContinuousAdjoint(Direct):
+    """State and adjoint integrated backward, to the tolerance of the forward solve.
 
-    def __init__(self, device: torch.device):
-        self.device_type = device.type
-        self.enabled = torch.is_autocast_enabled(device.type)
-        self.dtype = torch.get_autocast_dtype(device.type)
-
-    def __enter__(self):
-        self._context = torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled)
-        return self._context.__enter__()
-
-    def __exit__(self, *exception):
-        return self._context.__exit__(*exception)
-
-
-def accumulate(totals: list[Tensor | None], parts: Sequence[Tensor | None], factor: float = 1.0) -> None:
-    """Adds ``factor * parts`` to ``totals`` in place; ``None`` stands for zero on both sides."""
-    for i, part in enumerate(parts):
-        if part is None or factor == 0.0:
-            continue
-        if totals[i] is None:
-            totals[i] = part * factor
-        else:
-            totals[i].add_(part, alpha=factor)
-
-
-def solve_adjoint(
-    f: VectorField,
-    y: Tensor,
-    duration: float,
-    config: AdaptiveConfig,
-    parameters: Sequence[Tensor],
-    layout: Layout = UNPADDED,
-    start: float = 0.0,
-    on_backward: Callable[[int], None] | None = None,
-    pieces: Sequence[Piece] = (),
-) -> AdaptiveResult:
-    """:func:`solve_adaptive` with the gradient of the continuous adjoint.
-
-    Args:
-        parameters: every tensor with gradient that ``f`` reads, other than its arguments: those left out receive none.
-        on_backward: called at the end of each backward pass with its evaluations of the field.
-
-    Raises:
-        ArithmeticError: in the backward pass, when the adjoint solve does not reach the start of the interval.
+    Its backward pass raises an ``ArithmeticError`` where it does not reach the start of the interval.
     """
-    results: list[AdaptiveResult] = []
-    pieces = tuple(pieces) or (Piece(f, start + duration),)
-    state = _ContinuousAdjoint.apply(pieces, y, duration, config, layout, start, on_backward, results, *parameters)
-    return replace(results[0], state=state)
+
+    name: ClassVar[str] = "adjoint"
+    serves: ClassVar[tuple[str, ...]] = ("adaptive",)
+    condition: ClassVar[str] = "is for adaptive solves and needs `backend` own: set `tolerance`"
+    along_the_way: ClassVar[bool] = False
+
+    def solve(self, solver, f, x, span, layout, parameters, record, *, dtype=None, pieces=(), keep=Keep()):
+        if not torch.is_grad_enabled():
+            return solver.integrate(f, x, span, layout, dtype=dtype, pieces=pieces, keep=keep)
+        results: list[AdaptiveSolution] = []
+        pieces = tuple(pieces) or (Piece(f, span.start + span.length),)
+        record = AdjointRecord() if record is None else record
+        state = _ContinuousAdjoint.apply(pieces, x, span, solver, layout, record, results, *parameters)
+        return replace(results[0], state=state)
 
 
 class _ContinuousAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pieces, y, duration, config, layout, start, on_backward, results, *parameters):
-        ctx.surroundings = Surroundings(y.device)
-        result = solve_adaptive(
-            pieces[0].field, y, duration, config, layout, start, pieces=pieces, keep_piece_states=True
-        )
+    def forward(ctx, pieces, y, span, config, layout, record, results, *parameters):
+        ctx.autocast = Autocast(y.device)
+        result = config.integrate(pieces[0].field, y, span, layout, pieces=pieces)
         results.append(replace(result, state=None, piece_states=()))
         ctx.save_for_backward(*(state.to(y.dtype) for state in result.piece_states), *parameters)
-        ctx.pieces, ctx.config, ctx.layout, ctx.start = pieces, config, layout, start
-        ctx.on_backward, ctx.status = on_backward, result.status
+        ctx.pieces, ctx.config, ctx.layout, ctx.start = pieces, config, layout, span.start
+        ctx.record, ctx.status = record, result.status
         return result.state
 
     @staticmethod
@@ -105,39 +72,38 @@ class _ContinuousAdjoint(torch.autograd.Function):
         if ctx.status is not Status.CONVERGED:
             raise ArithmeticError(
                 f"The forward solve stopped early ({ctx.status.value}), so the adjoint has no end point to start "
-                f"from: raise --ode-max-evaluations or --ode-tolerance, or use --ode-gradient checkpoint-step."
+                "from: raise max_evaluations or the tolerance, or use the gradient checkpoint-step."
             )
         states, parameters = ctx.saved_tensors[: len(ctx.pieces)], ctx.saved_tensors[len(ctx.pieces) :]
         wanted = [p for p in parameters if p.requires_grad]
         totals: list[Tensor | None] = [None] * len(wanted)
         to_state, evaluations = gradient, 0
         starts = (ctx.start,) + tuple(piece.end for piece in ctx.pieces[:-1])
-        with ctx.surroundings:
+        with ctx.autocast.on():
             for piece, start, state in reversed(list(zip(ctx.pieces, starts, states))):
+                span = Span(start, piece.end - start)
                 to_state, parts, spent = _integrate_backward(
-                    piece.field, state, to_state, piece.end - start, ctx.config, ctx.layout, start, wanted
+                    piece.field, state, to_state, span, ctx.config, ctx.layout, wanted
                 )
                 accumulate(totals, parts)
                 evaluations += spent
-        if ctx.on_backward is not None:
-            ctx.on_backward(evaluations)
+        ctx.record.evaluations = evaluations
         gradients = iter(totals)
-        return (None, to_state) + (None,) * 6 + tuple(next(gradients) if p.requires_grad else None for p in parameters)
+        return (None, to_state) + (None,) * 5 + tuple(next(gradients) if p.requires_grad else None for p in parameters)
 
 
 def _integrate_backward(
     f: VectorField,
     state: Tensor,
     gradient: Tensor,
-    duration: float,
-    config: AdaptiveConfig,
+    span: Span,
+    config: Adaptive,
     layout: Layout,
-    start: float,
     wanted: list[Tensor],
 ) -> tuple[Tensor, list[Tensor | None], int]:
     """State, adjoint and parameter gradients from the end of the interval to its start, in the time s = end - t."""
     g, dtype = in_state_precision(f, state.dtype)
-    dim, end = state.shape[-1], start + duration
+    dim, end = state.shape[-1], span.start + span.length
     # Scaled to the size of the state: a tolerance that means something for y would let tiny adjoints pass unmeasured.
     size = gradient.to(dtype).square().mean().sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
@@ -146,7 +112,7 @@ def _integrate_backward(
     totals: list[Tensor | None] = [None] * len(wanted)
     stages: list[tuple[Tensor | None, ...]] = []
     # Parameter gradients are summed over the batch: they need one step size for all samples.
-    config = replace(config, step_control="batch")
+    config = replace(config, step_control="batch", gradient=Direct())
 
     def augmented_field(s: float, both: Tensor) -> Tensor:
         z, a = both[..., :dim].detach().requires_grad_(), both[..., dim:]
@@ -168,11 +134,11 @@ def _integrate_backward(
             del stages[1:]
 
     with torch.no_grad():
-        result = solve_adaptive(augmented_field, augmented, duration, config, layout, on_trial=on_trial)
+        result = config.integrate(augmented_field, augmented, Span(0.0, span.length), layout, on_trial=on_trial)
     if result.status is not Status.CONVERGED:
         raise ArithmeticError(
             f"The adjoint solve failed on its way back ({result.status.value}): this flow cannot be run backward at "
-            f"this tolerance; use --ode-gradient checkpoint-step."
+            "this tolerance; use the gradient checkpoint-step."
         )
     totals = [None if total is None else (total * size).to(p.dtype) for total, p in zip(totals, wanted)]
     return (result.state[..., dim:] * size).to(gradient.dtype), totals, result.field_calls

@@ -10,20 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fairseq_implicit.layout import Layout
-from fairseq_implicit.solvers.fixed_point import FixedPointConfig, OptionError
-from fairseq_implicit.solvers.implicit_grad import (
-    AdjointRecord,
-    GradientConfig,
-    equilibrium,
-    neumann_sum,
-    parse_gradient,
-)
+from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
+from fairseq_implicit.solvers.gradients.adjoint_equation import neumann_sum
+from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
+from fairseq_implicit.solvers.gradients.implicit import Implicit
+from fairseq_implicit.solvers.gradients.names import EQUILIBRIUM, parse_gradient
+from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.gradients.reversible_iteration import ReversibleIteration
+from fairseq_implicit.solvers.gradients.unrolled import Unrolled
 from tests.solvers.cells import ToyCell, toy_input
 
 SHARP = FixedPointConfig("anderson", 200, 1e-13)
 
 
-def exact(name: str = "ift", **options) -> GradientConfig:
+def exact(name: str = "ift", **options) -> EquilibriumGradient:
     return parse_gradient(name, adjoint=SHARP, **options)
 
 
@@ -35,8 +36,8 @@ def gradients(cell, u, gradient, solver=SHARP, record=None):
     """Gradients of one scalar of the equilibrium in every parameter and in the input, by name."""
     u = u.clone().requires_grad_()
     cell.zero_grad()
-    found = equilibrium(
-        cell.map(u), torch.zeros_like(u), solver, gradient, record=record, depends_on=(u, *cell.parameters())
+    found = gradient.equilibrium(
+        cell.map(u), torch.zeros_like(u), solver, record=record, depends_on=(u, *cell.parameters())
     )
     (found.state * cotangent(found.state)).sum().backward()
     return {name: parameter.grad.clone() for name, parameter in cell.named_parameters()} | {"input": u.grad}
@@ -77,7 +78,7 @@ def test_ift_equals_a_300_step_unroll_in_every_parameter_and_the_input():
 def test_every_adjoint_solver_gives_the_same_gradient(method):
     cell, u = ToyCell(), toy_input()
     adjoint = FixedPointConfig(method, 300, 1e-13)
-    ours = gradients(cell, u, GradientConfig("ift", adjoint=adjoint))
+    ours = gradients(cell, u, Implicit(adjoint=adjoint))
     reference = unrolled(cell, u, 300)
     assert (flat(ours) - flat(reference)).norm() / flat(reference).norm() < 1e-8
 
@@ -88,7 +89,7 @@ class _Solved(nn.Module):
         self.cell = cell
 
     def forward(self, u):
-        return equilibrium(self.cell.map(u), torch.zeros_like(u), SHARP, exact()).state
+        return exact().equilibrium(self.cell.map(u), torch.zeros_like(u), SHARP).state
 
 
 def test_gradcheck_of_the_input_and_the_weights():
@@ -109,7 +110,7 @@ def test_padding_carries_no_gradient_and_changes_none():
     layout = Layout(torch.tensor([[True] * 4 + [False] * 2] * 3))
     u_padded = padded.clone().requires_grad_()
     cell.zero_grad()
-    found = equilibrium(cell.map(u_padded, layout), torch.zeros_like(padded), SHARP, exact(), layout)
+    found = exact().equilibrium(cell.map(u_padded, layout), torch.zeros_like(padded), SHARP, layout)
     (found.state[:, :4] * cotangent(u)).sum().backward()
     assert torch.allclose(u_padded.grad[:, :4], plain["input"], atol=1e-11)
     assert u_padded.grad[:, 4:].eq(0).all()
@@ -120,8 +121,8 @@ def test_padding_carries_no_gradient_and_changes_none():
 def test_neumann_equals_phantom_at_the_equilibrium():
     cell, u = ToyCell(), toy_input()
     for steps, damping in ((1, 1.0), (4, 1.0), (5, 0.6)):
-        neumann = gradients(cell, u, GradientConfig("neumann", steps, damping))
-        phantom = gradients(cell, u, GradientConfig("phantom", steps, damping))
+        neumann = gradients(cell, u, EQUILIBRIUM["neumann"](steps, damping))
+        phantom = gradients(cell, u, EQUILIBRIUM["phantom"](steps, damping))
         assert (flat(neumann) - flat(phantom)).norm() / flat(phantom).norm() < 1e-10
 
 
@@ -134,7 +135,7 @@ def test_jfb_is_one_phantom_step():
 def test_the_direction_improves_with_every_doubling_of_the_steps(kind):
     cell, u = ToyCell(gain=0.5, std=0.4), toy_input()
     reference = gradients(cell, u, exact())
-    found = [cosine(gradients(cell, u, GradientConfig(kind, steps)), reference) for steps in (1, 2, 4, 8, 16)]
+    found = [cosine(gradients(cell, u, EQUILIBRIUM[kind](steps)), reference) for steps in (1, 2, 4, 8, 16)]
     assert found == sorted(found) and found[0] < 0.99 and found[-1] > 0.9999
 
 
@@ -191,10 +192,9 @@ def test_a_reversible_iteration_that_comes_back_to_nothing_is_an_error():
         # Exact on the way out; on the way back, with a graph, it answers for another state.
         return weight * (z + 1e300 if torch.is_grad_enabled() else 0.5 * z + 1)
 
-    found = equilibrium(
-        forgetful, torch.zeros(1, 1, 1, dtype=torch.float64), FixedPointConfig(max_iter=60),
-        GradientConfig("reversible", damping=0.9), depends_on=(weight,),
-    )  # fmt: skip
+    found = ReversibleIteration(damping=0.9).equilibrium(
+        forgetful, torch.zeros(1, 1, 1, dtype=torch.float64), FixedPointConfig(max_iter=60), depends_on=(weight,)
+    )
     with pytest.raises(ArithmeticError, match="60 evaluations at damping 0.9 .* not finite"):
         found.state.sum().backward()
 
@@ -223,7 +223,7 @@ def test_two_forwards_before_one_backward_and_backward_twice():
     alone = flat(gradients(cell, u, exact())), flat(gradients(cell, other, exact()))
     cell.zero_grad()
     leaves = [u.clone().requires_grad_(), other.clone().requires_grad_()]
-    states = [equilibrium(cell.map(leaf), torch.zeros_like(leaf), SHARP, exact()).state for leaf in leaves]
+    states = [exact().equilibrium(cell.map(leaf), torch.zeros_like(leaf), SHARP).state for leaf in leaves]
     loss = sum((state * cotangent(state)).sum() for state in states)
     loss.backward(retain_graph=True)
     names = [name for name, _ in cell.named_parameters()]
@@ -246,7 +246,7 @@ def test_one_cell_in_two_places_equals_the_unrolled_composition():
         return torch.cat([parameter.grad.flatten() for parameter in cell.parameters()] + [leaf.grad.flatten()])
 
     def implicit(x):
-        return equilibrium(cell.map(x), torch.zeros_like(x), SHARP, exact()).state
+        return exact().equilibrium(cell.map(x), torch.zeros_like(x), SHARP).state
 
     def explicit(x):
         z = torch.zeros_like(x)
@@ -265,8 +265,7 @@ def test_hooks_on_parameters_fire_once(name):
     fired = []
     for label, parameter in cell.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, label=label: fired.append(label))
-    damping = 0.5 if name == "reversible" else 1.0
-    gradients(cell, u, exact(name, damping=damping), FixedPointConfig(max_iter=20, tol=1e-6))
+    gradients(cell, u, exact(name), FixedPointConfig(max_iter=20, tol=1e-6))
     assert sorted(fired) == sorted(label for label, _ in cell.named_parameters())
 
 
@@ -281,7 +280,7 @@ def test_a_deep_copy_is_independent():
 
 def test_the_record_carries_the_cost_of_the_last_backward():
     cell, u, record = ToyCell(), toy_input(), AdjointRecord()
-    gradients(cell, u, GradientConfig("ift", adjoint=FixedPointConfig("picard", 50, 1e-6)), record=record)
+    gradients(cell, u, Implicit(adjoint=FixedPointConfig("picard", 50, 1e-6)), record=record)
     assert record.evaluations.shape == (3,) and 3 < record.evaluations.max() < 50
     assert record.residual.max() < 1e-6
     assert int(record.fallbacks) == 0
@@ -293,9 +292,9 @@ def test_a_stalled_adjoint_falls_back_to_the_neumann_sum_and_is_counted():
     gain = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     bias = toy_input(2, 1, 3)
     record = AdjointRecord()
-    gradient = GradientConfig("ift", adjoint=FixedPointConfig("picard", 3, 1e-9), fallback_terms=2)
+    gradient = Implicit(adjoint=FixedPointConfig("picard", 3, 1e-9), fallback_terms=2)
     solver = FixedPointConfig("broyden", 20, 1e-12)
-    found = equilibrium(lambda z: bias + gain * z, torch.zeros_like(bias), solver, gradient, record=record)
+    found = gradient.equilibrium(lambda z: bias + gain * z, torch.zeros_like(bias), solver, record=record)
     found.state.sum().backward()
     assert int(record.fallbacks) == 2
     assert torch.allclose(gain.grad, (1 - 2) * (bias / 3).sum())
@@ -304,7 +303,7 @@ def test_a_stalled_adjoint_falls_back_to_the_neumann_sum_and_is_counted():
 def test_an_incoming_overflow_is_passed_on():
     cell, u = ToyCell(), toy_input()
     leaf, record = u.clone().requires_grad_(), AdjointRecord()
-    found = equilibrium(cell.map(leaf), torch.zeros_like(leaf), SHARP, exact(), record=record)
+    found = exact().equilibrium(cell.map(leaf), torch.zeros_like(leaf), SHARP, record=record)
     (found.state * math.inf).sum().backward()
     assert not leaf.grad.isfinite().all()
     assert int(record.fallbacks) == 0
@@ -313,7 +312,7 @@ def test_an_incoming_overflow_is_passed_on():
 def test_samples_without_gradient_cost_nothing_and_stay_zero():
     cell, u = ToyCell(), toy_input()
     leaf, record = u.clone().requires_grad_(), AdjointRecord()
-    found = equilibrium(cell.map(leaf), torch.zeros_like(leaf), SHARP, exact(), record=record)
+    found = exact().equilibrium(cell.map(leaf), torch.zeros_like(leaf), SHARP, record=record)
     found.state[1:].square().mul(cotangent(found.state[1:])).sum().backward()
     assert leaf.grad[0].eq(0).all() and leaf.grad[1:].ne(0).any()
     assert record.evaluations[0] == 1 and record.evaluations[1] > 5
@@ -323,13 +322,13 @@ def test_samples_without_gradient_cost_nothing_and_stay_zero():
 def test_bfloat16_autocast_gives_every_weight_its_gradient(name):
     # Weights cast to bfloat16 inside the solve must not hide the differentiable cast from the tracked call.
     cell, u = ToyCell(dim=32, hidden=32, std=0.1), toy_input(2, 8, 32)
-    gradient = parse_gradient(name, damping=0.5 if name == "reversible" else 1.0)
+    gradient = parse_gradient(name)
     solver = FixedPointConfig(max_iter=12)
     sharp = flat(gradients(cell, u, gradient, solver))
     cell, u = cell.float(), u.float().clone().requires_grad_()
     cell.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = equilibrium(cell.map(u), torch.zeros_like(u), solver, gradient, depends_on=(u, *cell.parameters()))
+        found = gradient.equilibrium(cell.map(u), torch.zeros_like(u), solver, depends_on=(u, *cell.parameters()))
     (found.state.double() * cotangent(found.state.double())).sum().backward()
     rough = torch.cat([parameter.grad.flatten() for parameter in cell.parameters()] + [u.grad.flatten()]).double()
     assert torch.nn.functional.cosine_similarity(rough, sharp, dim=0) > 0.97
@@ -339,8 +338,7 @@ def test_bfloat16_autocast_gives_every_weight_its_gradient(name):
 def test_nothing_is_recorded_without_gradients(name):
     cell, u = ToyCell(), toy_input()
     with torch.no_grad():
-        damping = 0.5 if name == "reversible" else 1.0
-        found = equilibrium(cell.map(u), torch.zeros_like(u), SHARP, exact(name, damping=damping))
+        found = exact(name).equilibrium(cell.map(u), torch.zeros_like(u), SHARP)
     assert not found.state.requires_grad
 
 
@@ -350,11 +348,11 @@ def test_recomputed_cells_work_unless_recomputation_is_reentrant():
     leaf = u.clone().requires_grad_()
     cell.zero_grad()
     f = cell.map(leaf)
-    found = equilibrium(lambda z: checkpoint(f, z, use_reentrant=False), torch.zeros_like(u), SHARP, exact())
+    found = exact().equilibrium(lambda z: checkpoint(f, z, use_reentrant=False), torch.zeros_like(u), SHARP)
     (found.state * cotangent(found.state)).sum().backward()
     ours = torch.cat([parameter.grad.flatten() for parameter in cell.parameters()] + [leaf.grad.flatten()])
     assert torch.allclose(ours, reference, atol=1e-11)
-    found = equilibrium(lambda z: checkpoint(f, z, use_reentrant=True), torch.zeros_like(u), SHARP, exact())
+    found = exact().equilibrium(lambda z: checkpoint(f, z, use_reentrant=True), torch.zeros_like(u), SHARP)
     with pytest.raises(RuntimeError, match="use_reentrant"):
         found.state.sum().backward()
 
@@ -381,9 +379,9 @@ def _peak(method, budget):
     cell, u = ToyCell(dim=32, hidden=64), toy_input(4, 16, 32)
     u.requires_grad_()
     solver = FixedPointConfig(method, budget, 1e-14)
-    gradient = GradientConfig("ift", adjoint=FixedPointConfig(method, budget, 1e-14), fallback_residual=10.0)
+    gradient = Implicit(adjoint=FixedPointConfig(method, budget, 1e-14), fallback_residual=10.0)
     with _PeakMemory() as memory:
-        equilibrium(cell.map(u), torch.zeros_like(u), solver, gradient).state.sum().backward()
+        gradient.equilibrium(cell.map(u), torch.zeros_like(u), solver).state.sum().backward()
     return memory.peak
 
 
@@ -396,9 +394,7 @@ def test_the_memory_meter_sees_an_unrolled_graph_grow():
     def unroll(steps):
         cell, u = ToyCell(dim=32, hidden=64), toy_input(4, 16, 32)
         with _PeakMemory() as memory:
-            equilibrium(
-                cell.map(u), torch.zeros_like(u), FixedPointConfig(), GradientConfig("bptt", steps)
-            ).state.sum().backward()
+            Unrolled(steps).equilibrium(cell.map(u), torch.zeros_like(u), FixedPointConfig()).state.sum().backward()
         return memory.peak
 
     assert unroll(30) > 3 * unroll(4)
@@ -426,27 +422,28 @@ def test_wrong_names_are_refused_in_a_sentence(name):
 
 
 @pytest.mark.parametrize(
-    "options, option",
+    "make, option",
     [
-        ({"damping": 0.0}, "gradient_damping"),
-        ({"kind": "reversible"}, "gradient_damping"),
-        ({"fallback_terms": 0}, "fallback_terms"),
-        ({"adjoint": FixedPointConfig(compact=True)}, "compact"),
+        (lambda: Implicit(damping=0.0), "gradient_damping"),
+        (lambda: parse_gradient("ift", damping=0.5), "gradient_damping"),
+        (lambda: ReversibleIteration(), "gradient_damping"),
+        (lambda: Implicit(fallback_terms=0), "fallback_terms"),
+        (lambda: Implicit(adjoint=FixedPointConfig(compact=True)), "compact"),
     ],
 )
-def test_impossible_options_are_named(options, option):
+def test_impossible_options_are_named(make, option):
     with pytest.raises(OptionError) as caught:
-        GradientConfig(**options)
+        make()
     assert caught.value.option == option
 
 
 def test_reversible_needs_its_dependencies_and_two_evaluations():
     cell, u = ToyCell(), toy_input()
-    gradient = GradientConfig("reversible", damping=0.5)
+    gradient = ReversibleIteration(damping=0.5)
     with pytest.raises(ValueError, match="depends_on"):
-        equilibrium(cell.map(u), torch.zeros_like(u), FixedPointConfig(), gradient)
+        gradient.equilibrium(cell.map(u), torch.zeros_like(u), FixedPointConfig())
     with pytest.raises(OptionError, match="max_iter"):
-        equilibrium(cell.map(u), torch.zeros_like(u), FixedPointConfig(max_iter=1), gradient)
+        gradient.equilibrium(cell.map(u), torch.zeros_like(u), FixedPointConfig(max_iter=1))
 
 
 def test_torchdeq_gives_the_same_gradient():
