@@ -25,9 +25,7 @@ ALLOWED = {
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": {
-        "options", "solvers", "depth", "conversion", "models", "text", "data", "compat", "corpora", "evaluation",
-    },  # fmt: skip
+    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
     "compat": {"networks", "folder_lock"},
     "folder_lock": set(),
 }
