@@ -89,9 +89,10 @@ class BlockDataset(_Sequences):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """``{"id": int}`` and the parts of the objective's sample, each ``(length,)`` int64."""
         rng = np.random.default_rng([self.seed & 0xFFFFFFFF, self.epoch, int(index)])
-        sample = vars(self.objective(self.blocks[index], rng))
-        parts = {name: part for name, part in sample.items() if part is not None}
-        return {"id": int(index), **{name: torch.from_numpy(part) for name, part in parts.items()}}
+        parts = vars(self.objective(self.blocks[index], rng)).items()
+        # An objective may return views, of negative strides even, which torch does not take.
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts if part is not None}
+        return {"id": int(index), **tensors}
 
     def ordered_indices(self) -> np.ndarray:
         """All indices, shorter blocks first, in a random order among blocks of equal length, ``(blocks,)`` int64."""

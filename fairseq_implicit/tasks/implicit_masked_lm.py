@@ -105,11 +105,9 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             self.evaluation_objective = self._objective(replace(rates, probability=cfg.valid_mask_prob))
 
     def _objective(self, rates: MaskRates) -> Objective:
-        name = self.cfg.objective or "masked-tokens"
-        if self.cfg.mask_whole_words:
-            if self.cfg.objective not in (None, "masked-words"):
-                raise ValueError(f"--mask-whole-words is --objective masked-words, not {name}: leave one of them out.")
-            name = "masked-words"
+        name = self.cfg.objective or ("masked-words" if self.cfg.mask_whole_words else "masked-tokens")
+        if self.cfg.mask_whole_words and name != "masked-words":
+            raise ValueError(f"--mask-whole-words is --objective masked-words, not {name}: leave one of them out.")
         if name not in OBJECTIVES:
             raise ValueError(f"--objective {name} is unknown: choose one of {', '.join(OBJECTIVES)}.")
         try:
@@ -119,7 +117,7 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
 
     @property
     def _objective_flag(self) -> str:
-        return "--mask-whole-words" if self.cfg.mask_whole_words else f"--objective {self.cfg.objective}"
+        return f"--objective {self.cfg.objective}" if self.cfg.objective else "--mask-whole-words"
 
     @functools.cached_property
     def _surface(self) -> Callable[[str], str]:

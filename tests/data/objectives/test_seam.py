@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 from fairseq_implicit.data.objectives import OBJECTIVES
@@ -20,12 +19,12 @@ class NextTokens(Objective):
 
 
 class TwoParts(Objective):
-    """The first token of the second half."""
+    """The first token of the second half, of a sequence that is read backwards."""
 
     def __call__(self, tokens, rng):
         second = (np.arange(len(tokens)) >= len(tokens) // 2).astype(np.int64)
         begins = np.diff(second, prepend=0) > 0
-        return Sample(tokens, np.where(begins, tokens, PAD), segments=second)
+        return Sample(tokens[::-1], np.where(begins, tokens, PAD), segments=second)
 
 
 def task_on(toy_data, monkeypatch, objective):
@@ -53,11 +52,13 @@ def test_it_trains_every_family(arch, toy_flags, fairseq_train, tmp_path, monkey
     assert len(counted) >= 3 and all(tokens == rows + targets for tokens, rows, targets in counted)
 
 
-def test_its_parts_reach_the_batch_and_a_model_without_them_refuses(toy_data, monkeypatch):
+def test_its_parts_reach_the_models_that_take_them_and_others_refuse(toy_data, monkeypatch):
     task = task_on(toy_data, monkeypatch, TwoParts)
     blocks = task.load_dataset("valid")
     order = blocks.ordered_indices()
     batch = blocks.collater([blocks[index] for index in order[[0, len(order) // 2, -1]]])
+    for row, index in zip(batch["net_input"]["src_tokens"], batch["id"].tolist(), strict=True):
+        assert row[row.ne(PAD)].tolist() == blocks.blocks[index][::-1].tolist()
     segments, lengths = batch["net_input"]["segments"], batch["net_input"]["src_lengths"]
     assert len(set(lengths.tolist())) > 1
     for row, target, length in zip(segments, batch["target"], lengths.tolist(), strict=True):
@@ -67,5 +68,7 @@ def test_its_parts_reach_the_batch_and_a_model_without_them_refuses(toy_data, mo
     model = OdeBertModel.build_model(OdeBertConfig(**small), task)
     with pytest.raises(TypeError, match="^OdeBertModel takes no segments: train it with a task and an objective whose"):
         ImplicitMaskedLMCriterion(None, task)(model, batch)
-    assert torch.equal(batch["net_input"].pop("segments"), segments)
-    assert ImplicitMaskedLMCriterion(None, task)(model, batch)[1] == 3
+    other = OdeBertModel.build_model(OdeBertConfig(**small, segment_types=2), task)
+    loss, targets, _ = ImplicitMaskedLMCriterion(None, task)(other, batch)
+    loss.backward()
+    assert targets == 3 and other.encoder.embed_segments.weight.grad.abs().sum(1).gt(0).all()
