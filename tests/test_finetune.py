@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_implicit.depth.schedule import UpdateCount
+from fairseq_implicit.depth.clock import UpdateCount
 
 
 @pytest.fixture(scope="module")

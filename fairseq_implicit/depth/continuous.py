@@ -21,7 +21,7 @@ from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import STEP_CONTROLS
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.jacobian import frobenius_finite_difference
-from fairseq_implicit.solvers.solver import Keep, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import NOTHING, Keep, Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
 
 
@@ -179,7 +179,7 @@ class ContinuousDepth(Depth):
         hidden_states = [one.to(x.dtype) for one in solution.states] if return_hidden_states else None
         return DepthOutput(state, hidden_states, statistics, penalties)
 
-    def solve(self, f: Increment, x: Tensor, layout: Layout = UNPADDED, keep: Keep = Keep()) -> Solution:
+    def solve(self, f: Increment, x: Tensor, layout: Layout = UNPADDED, keep: Keep = NOTHING) -> Solution:
         """The solve of the prepared field over the whole depth; arguments and errors as in :meth:`forward`."""
         solver = self.solver()
         if solver.shares_steps and self.step_control == "sample":
@@ -194,7 +194,7 @@ class ContinuousDepth(Depth):
             return replace(solution, states=(x, solution.state), times=(0.0, self.config.duration))
         return solution
 
-    def _solve(self, solver: Solver, f: Increment, x: Tensor, layout: Layout, keep: Keep = Keep()) -> Solution:
+    def _solve(self, solver: Solver, f: Increment, x: Tensor, layout: Layout, keep: Keep = NOTHING) -> Solution:
         return solver.solve(
             f,
             x,

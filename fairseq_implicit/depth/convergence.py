@@ -83,9 +83,10 @@ class BudgetAlarm:
 
 def mean(values: Sequence[float | Tensor]) -> float | Tensor:
     """Of numbers and 0-dim tensors."""
-    if isinstance(values[0], Tensor):
-        return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
-    return sum(values) / len(values)
+    if len(values) == 1:
+        return values[0]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return torch.stack(tensors).mean() if tensors else sum(values) / len(values)
 
 
 def per_sample_mean(counts: int | Tensor) -> float | Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fairseq_implicit.depth.clock import UpdateCount
 from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_failure
 from fairseq_implicit.depth.output import Depth, DepthOutput
-from fairseq_implicit.depth.phases import Phase, PhaseConfig, phase_at
-from fairseq_implicit.depth.schedule import UpdateCount
+from fairseq_implicit.depth.schedule import Phase, PhaseConfig, phase_at
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice

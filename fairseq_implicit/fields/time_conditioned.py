@@ -212,7 +212,7 @@ class _Interpolation:
         if self._field.training:
             raise OptionError(
                 "step_control",
-                "weights interpolated along the depth need one time for the whole batch in training: use batch or auto.",
+                "weights interpolated along the depth need one time for all samples in training: use batch or auto.",
             )
         rows_at: dict[tuple[int, float], list[int]] = {}
         for row, place in enumerate(map(position, times)):

@@ -8,7 +8,7 @@ from fairseq.models import register_model
 
 from fairseq_implicit.depth.equilibrium import ESTIMATORS, INITIAL_STATES, EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.depth.output import Depth
-from fairseq_implicit.depth.phases import PhaseConfig
+from fairseq_implicit.depth.schedule import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.models.bert import ImplicitBertModel

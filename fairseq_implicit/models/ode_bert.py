@@ -262,8 +262,8 @@ class OdeBertConfig(ImplicitBertConfig):
                     f"({', '.join(IMPLICIT_SCHEMES)}), and --ode-scheme is {scheme}: leave it out"
                 )
             raise ValueError(
-                f"{flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme {scheme} is "
-                "implicit: leave it out (its gradient is --ode-theta-gradient)"
+                f"{flag(item.name)} {getattr(self, item.name)} belongs to explicit schemes, and --ode-scheme {scheme} "
+                "is implicit: leave it out (its gradient is --ode-theta-gradient)"
             )
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import entered_in, in_state_precision, state_dtype
-from fairseq_implicit.solvers.solver import Keep, Piece, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import NOTHING, Keep, Piece, Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 from fairseq_implicit.solvers.vector_field import Time, VectorField
@@ -86,8 +86,8 @@ class Adaptive(Solver):
         if self.max_evaluations < stages:
             raise OptionError(
                 "max_evaluations",
-                f"the budget is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: raise it to "
-                f"at least {stages}.",
+                f"the budget is {self.max_evaluations}, but the first step of {self.scheme} takes {stages}: raise it "
+                f"to at least {stages}.",
             )
 
     def state(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Adaptive(Solver):
         *,
         dtype: torch.dtype | None = None,
         pieces: Sequence[Piece] = (),
-        keep: Keep = Keep(),
+        keep: Keep = NOTHING,
         on_trial: OnTrial | None = None,
     ) -> AdaptiveSolution:
         """See :meth:`Solver.integrate`. A half-precision state is carried in float32 and returned in its own dtype.
@@ -281,6 +281,25 @@ class _Progress:
         return True
 
 
+def _trial(
+    config: Adaptive, layout: Layout, penalties: bool, g: VectorField, t: Time, h: Time, y: Tensor, k1: Tensor
+) -> tuple[Tensor, ...]:
+    """New state, field there, scaled error ``(batch,)``; with ``penalties`` also their parts in this step."""
+
+    def mean_square(x: Tensor) -> Tensor:
+        return layout.sample_mean(x.square())
+
+    y_new, k_new, error = embedded_step(g, config.scheme, t, h, y, k1)
+    with torch.no_grad():
+        scale = torch.maximum(y.abs(), y_new.abs()).mul_(config.rtol).add_(config.atol)
+        ratio = mean_square(error / scale).sqrt()
+    if not penalties:
+        return y_new, k_new, ratio
+    # Trapezoid over the end points: the pairs' own weights are negative in places, and training would exploit it.
+    energy = (mean_square(k1) + mean_square(k_new)) * (0.5 * h)
+    return y_new, k_new, ratio, energy, (mean_square(error) + torch.finfo(y.dtype).tiny).sqrt()
+
+
 class _Solve:
     """One adaptive solve: the state, its progress in time, and what is kept of the way."""
 
@@ -295,28 +314,14 @@ class _Solve:
         self.per_sample = config.step_control == "sample"
         first_step = span.length if config.first_step is None else min(config.first_step, span.length)
         self.progress = [_Progress(span.start, first_step) for _ in range(y.shape[0] if self.per_sample else 1)]
-        self.step = config.gradient.around_step(self._trial, replay_random=False)
+        # Of what the graph may hold: not of the solve, whose state holds the graph.
+        trial = partial(_trial, config, layout, keep.penalties)
+        self.step = config.gradient.around_step(trial, replay_random=False)
         self.calls = 0
         self.energy = self.local_error = self.y.new_zeros(y.shape[0]) if keep.penalties else None
         self.states: list[Tensor] = [self.y]
         self.times: list[Time] = [span.start]
         self.piece_states: list[Tensor] = []
-
-    def _mean_square(self, x: Tensor) -> Tensor:
-        return self.layout.sample_mean(x.square())
-
-    def _trial(self, g: VectorField, t: Time, h: Time, y: Tensor, k1: Tensor) -> tuple[Tensor, ...]:
-        """New state, field there, scaled error ``(batch,)``; with penalties also their parts in this step."""
-        config = self.config
-        y_new, k_new, error = embedded_step(g, config.scheme, t, h, y, k1)
-        with torch.no_grad():
-            scale = torch.maximum(y.abs(), y_new.abs()).mul_(config.rtol).add_(config.atol)
-            ratio = self._mean_square(error / scale).sqrt()
-        if not self.keep.penalties:
-            return y_new, k_new, ratio
-        # Trapezoid over the end points: the pairs' own weights are negative in places, and training would exploit it.
-        energy = (self._mean_square(k1) + self._mean_square(k_new)) * (0.5 * h)
-        return y_new, k_new, ratio, energy, (self._mean_square(error) + torch.finfo(y.dtype).tiny).sqrt()
 
     def over(self, piece: Piece) -> None:
         """Go on to the end of ``piece``."""

@@ -33,7 +33,7 @@ from fairseq_implicit.solvers.adaptive import (
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import in_state_precision, state_dtype
-from fairseq_implicit.solvers.solver import Keep, Piece, Span
+from fairseq_implicit.solvers.solver import NOTHING, Keep, Piece, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import VectorField
 
@@ -59,8 +59,8 @@ class Library(Adaptive):
         if self.scheme not in self.pairs:
             raise OptionError(
                 "scheme",
-                f"{self.kind} has no sound adaptive {self.scheme!r}: choose one of {', '.join(self.pairs)}, or `backend` "
-                "own.",
+                f"{self.kind} has no sound adaptive {self.scheme!r}: choose one of {', '.join(self.pairs)}, or "
+                "`backend` own.",
             )
         self.import_module()
 
@@ -71,8 +71,8 @@ class Library(Adaptive):
             return importlib.import_module(cls.module)
         except ImportError as error:
             raise ModuleNotFoundError(
-                f"the back end {cls.kind} needs the package {cls.kind} ({error}): install it with `{cls.install}` or use "
-                "the back end own."
+                f"the back end {cls.kind} needs the package {cls.kind} ({error}): install it with `{cls.install}` or "
+                "use the back end own."
             ) from error
 
     def library_solve(self, probe: _Probe, y: Tensor, duration: float, layout: Layout) -> Tensor:
@@ -88,7 +88,7 @@ class Library(Adaptive):
         *,
         dtype: torch.dtype | None = None,
         pieces: Sequence[Piece] = (),
-        keep: Keep = Keep(),
+        keep: Keep = NOTHING,
     ) -> AdaptiveSolution:
         """See :meth:`Adaptive.integrate`. The pieces are solved one after the other.
 
@@ -229,8 +229,8 @@ class Torchdyn(Library):
         times, states = odeint(probe, y, span, solver, atol=self.atol, rtol=self.rtol)
         if len(states) != len(span):
             raise ArithmeticError(
-                f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use the back end "
-                "own or torchdiffeq."
+                f"torchdyn returned {len(states)} of {len(span)} states: it lost the end of the interval; use the "
+                "back end own or torchdiffeq."
             )
         probe.accepted += 1
         return states[-1]

@@ -48,8 +48,8 @@ def _positive_start(tableau: Tableau, mode: str) -> tuple[float, ...]:
     if min(tableau.b_values) < 0:
         raise OptionError(
             "coefficients",
-            f"{mode!r} has positive weights only, but scheme {tableau.name!r} has a negative one; use fixed, learned or "
-            "ema, or a scheme with positive weights.",
+            f"{mode!r} has positive weights only, but scheme {tableau.name!r} has a negative one; use fixed, learned "
+            "or ema, or a scheme with positive weights.",
         )
     floored = [max(weight, SMALLEST_START) for weight in tableau.b_values]
     return tuple(weight / sum(floored) for weight in floored)
@@ -298,8 +298,8 @@ def check_coefficients(tableau: Tableau, mode: str, start: str, scope: str) -> N
     if tableau.stages == 1 and mode in ("softmax", "gated", "ema-normalised"):
         raise OptionError(
             "coefficients",
-            f"{mode!r} shares 1 among the stages, but scheme {tableau.name!r} has one stage only; use a scheme with two "
-            "stages or more, or fixed or learned.",
+            f"{mode!r} shares 1 among the stages, but scheme {tableau.name!r} has one stage only; use a scheme with "
+            "two stages or more, or fixed or learned.",
         )
     if mode in ("softmax", "gated"):
         _positive_start(tableau, mode)

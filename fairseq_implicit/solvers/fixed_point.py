@@ -22,6 +22,7 @@ from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
 from fairseq_implicit.solvers.precision import Autocast, field_dtype, state_dtype
 from fairseq_implicit.solvers.status import SolveResult, Status
+from fairseq_implicit.solvers.vector_field import StateMap
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -279,8 +280,9 @@ def solve(
             return function(state.to(z0.dtype))
 
     with autocast.off():
-        iteration = _Iteration(config, tol, dtype, layout, scale, evaluate, linear, track)
-        rows, iterates, tracked = iteration.run(f, z0.to(state_dtype(z0.dtype)), capture)
+        start = z0.to(state_dtype(z0.dtype))
+        iteration = _Iteration(f, start, config, tol, dtype, layout, scale, evaluate, linear, track, capture)
+        rows, iterates, tracked = iteration.run()
     return FixedPointResult(
         state=rows.best.to(z0.dtype),
         evaluations=rows.evaluations,
@@ -304,94 +306,117 @@ def _status(rows: _Rows) -> Status:
     return Status.STAGNATED if settled else Status.BUDGET_SPENT
 
 
-@dataclass
 class _Iteration:
-    """One solve: what stays the same from one evaluation to the next."""
+    """One solve: the state, the rows still in it, and what is known about how it goes on.
 
-    config: FixedPointConfig
-    tol: float
-    dtype: torch.dtype
-    layout: Layout
-    scale: Tensor | None
-    evaluate: Callable[[Callable, Tensor], Tensor]
-    linear: bool
-    track: bool
+    Args:
+        f: the map, see :func:`solve`, as are the others.
+        z: the start in the solver's precision.
+        tol: the tolerance for the field's precision ``dtype``.
+        evaluate: ``(f, z) -> f(z)`` in the caller's surroundings.
+    """
 
-    def run(self, f, z: Tensor, capture: Sequence[int]) -> tuple[_Rows, dict[int, Tensor], tuple | None]:
-        config = self.config
-        z = self.layout.keep(z)
-        whole = rows = _Rows(z, config.stagnation_window)
-        acceleration = _acceleration(config, z, self.dtype)
-        damping = None if config.damping == 1.0 else rows.damping * config.damping
-        wanted, iterates = set(capture), {}
-        compact = config.compact and not wanted
-        tracked, ending = None, config.max_iter == 1
+    def __init__(
+        self,
+        f: StateMap | Callable[[Tensor], Tensor],
+        z: Tensor,
+        config: FixedPointConfig,
+        tol: float,
+        dtype: torch.dtype,
+        layout: Layout,
+        scale: Tensor | None,
+        evaluate: Callable[[Callable, Tensor], Tensor],
+        linear: bool,
+        track: bool,
+        capture: Sequence[int],
+    ):
+        self.f, self.config, self.tol, self.layout, self.scale = f, config, tol, layout, scale
+        self.evaluate, self.linear, self.track = evaluate, linear, track
+        self.z = layout.keep(z)
+        self.whole = self.rows = _Rows(self.z, config.stagnation_window)
+        self.acceleration = _acceleration(config, self.z, dtype)
+        self.damping = None if config.damping == 1.0 else self.rows.damping * config.damping
+        self.wanted, self.iterates = set(capture), {}
+        self.compact = config.compact and not self.wanted
+        self.tracked: tuple[Tensor, Tensor] | None = None
+        self.ending = config.max_iter == 1
 
-        for count in range(1, config.max_iter + 1):
-            if count in wanted:
-                iterates[count] = z
-            tracked = None  # dropped before the next graph is made
-            if self.track and ending:
-                tracked = self._tracked(f, z)
-                f_z = tracked[1].detach().to(z.dtype)
-            else:
-                f_z = self.evaluate(f, z).to(z.dtype)
-            f_z = self.layout.keep(f_z)
-            residual = f_z - z
-            remaining, any_diverged, ending, diverged = self._judge(rows, z, f_z, residual)
+    def run(self) -> tuple[_Rows, dict[int, Tensor], tuple[Tensor, Tensor] | None]:
+        """The answers of all rows, the states asked for, and the last evaluation with its graph where it is theirs."""
+        for count in range(1, self.config.max_iter + 1):
+            if count in self.wanted:
+                self.iterates[count] = self.z
+            f_z = self._evaluated()
+            residual = f_z - self.z
+            remaining, any_diverged, self.ending, diverged = self._judge(self.rows, self.z, f_z, residual)
             if any_diverged:
                 # Remembered to the end, wherever the solve went afterwards; a step that left the numbers is no fault
                 # of the field's.
-                rows.broken = rows.broken | (diverged & rows.recent[-1].isinf() & z.isfinite().flatten(1).all(1))
-            if remaining == 0 or count == config.max_iter:
+                fault = diverged & self.rows.recent[-1].isinf() & self.z.isfinite().flatten(1).all(1)
+                self.rows.broken = self.rows.broken | fault
+            if remaining == 0 or count == self.config.max_iter:
                 break
-
             if any_diverged:
-                broken = diverged[:, None, None]
-                rows.damping = torch.where(broken, rows.damping / 2, rows.damping)
-                damping = rows.damping * config.damping
-                acceleration.forget(diverged)
-                f_z = torch.where(broken, rows.best, f_z)
-                residual = torch.where(broken, 0.0, residual)
-                following = acceleration.step(torch.where(broken, rows.best, z), f_z, residual, damping)
-                acceleration.forget(diverged)
-                following = torch.where(broken, rows.best, following)
+                following = self._restarted(diverged, f_z, residual)
             else:
-                following = acceleration.step(z, f_z, residual, damping)
-                if self.linear and damping is None and acceleration.knows_residual:
-                    remaining = self._foresee(rows, acceleration, following)
+                following = self.acceleration.step(self.z, f_z, residual, self.damping)
+                if self.linear and self.damping is None and self.acceleration.knows_residual:
+                    remaining = self._foresee(self.rows, self.acceleration, following)
                     if remaining == 0:
                         break
-            moving = rows.active
-            z = following if remaining == z.shape[0] else torch.where(moving[:, None, None], following, z)
-            ending = ending or count + 1 == config.max_iter
+            moving = self.rows.active
+            whole = remaining == self.z.shape[0]
+            self.z = following if whole else torch.where(moving[:, None, None], following, self.z)
+            self.ending = self.ending or count + 1 == self.config.max_iter
+            if self.compact and remaining < COMPACTION_SHARE * self.z.shape[0]:
+                self._drop_all_but(moving.nonzero().squeeze(1))
+        return self._answers()
 
-            if compact and remaining < COMPACTION_SHARE * z.shape[0]:
-                chosen = moving.nonzero().squeeze(1)
-                subset = f.rows(chosen)
-                if subset is None:
-                    compact = False
-                    continue
-                f, z, acceleration = subset, z[chosen], acceleration.rows(chosen)
-                whole = rows.split_off(whole)
-                self.layout = self.layout.rows(chosen)
-                self.scale = None if self.scale is None else self.scale[chosen]
-                rows.keep(chosen)
-                damping = None if damping is None else damping[chosen]
-
-        if rows is not whole:
-            rows.write_into(whole)
-            tracked = None
-        for count in wanted - iterates.keys():
-            iterates[count] = whole.best
-        if tracked is not None and not torch.equal(whole.best, z):
-            tracked = None
-        return whole, iterates, tracked
-
-    def _tracked(self, f, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluated(self) -> Tensor:
+        """``f(z)`` at real tokens, with a graph kept where the solve is about to end."""
+        self.tracked = None  # dropped before the next graph is made
+        if not (self.track and self.ending):
+            return self.layout.keep(self.evaluate(self.f, self.z).to(self.z.dtype))
         with torch.enable_grad():
-            anchor = z.detach().clone().requires_grad_()
-            return anchor, self.evaluate(f, anchor)
+            anchor = self.z.detach().clone().requires_grad_()
+            self.tracked = anchor, self.evaluate(self.f, anchor)
+        return self.layout.keep(self.tracked[1].detach().to(self.z.dtype))
+
+    def _restarted(self, diverged: Tensor, f_z: Tensor, residual: Tensor) -> Tensor:
+        """The next state where some rows go back to their best one, with half the damping and nothing remembered."""
+        rows, broken = self.rows, diverged[:, None, None]
+        rows.damping = torch.where(broken, rows.damping / 2, rows.damping)
+        self.damping = rows.damping * self.config.damping
+        self.acceleration.forget(diverged)
+        f_z = torch.where(broken, rows.best, f_z)
+        residual = torch.where(broken, 0.0, residual)
+        following = self.acceleration.step(torch.where(broken, rows.best, self.z), f_z, residual, self.damping)
+        self.acceleration.forget(diverged)
+        return torch.where(broken, rows.best, following)
+
+    def _drop_all_but(self, chosen: Tensor) -> None:
+        """Go on with the ``chosen`` rows only, if the map can be restricted to them."""
+        subset = self.f.rows(chosen)
+        if subset is None:
+            self.compact = False
+            return
+        self.f, self.z, self.acceleration = subset, self.z[chosen], self.acceleration.rows(chosen)
+        self.whole = self.rows.split_off(self.whole)
+        self.layout = self.layout.rows(chosen)
+        self.scale = None if self.scale is None else self.scale[chosen]
+        self.rows.keep(chosen)
+        self.damping = None if self.damping is None else self.damping[chosen]
+
+    def _answers(self) -> tuple[_Rows, dict[int, Tensor], tuple[Tensor, Tensor] | None]:
+        whole, tracked = self.whole, self.tracked
+        if self.rows is not whole:
+            self.rows.write_into(whole)
+            tracked = None
+        for count in self.wanted - self.iterates.keys():
+            self.iterates[count] = whole.best
+        if tracked is not None and not torch.equal(whole.best, self.z):
+            tracked = None
+        return whole, self.iterates, tracked
 
     def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> tuple[int, int, int, Tensor]:
         """Settle each row's fate after an evaluation.

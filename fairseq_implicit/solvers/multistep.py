@@ -22,7 +22,7 @@ from torch import Tensor
 from fairseq_implicit.layout import UNPADDED
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.runge_kutta import RungeKutta
-from fairseq_implicit.solvers.solver import Keep, Solution, Span
+from fairseq_implicit.solvers.solver import NOTHING, Solution, Span
 from fairseq_implicit.solvers.tableau import HEUN2
 
 
@@ -35,7 +35,7 @@ class BackwardEulerCorrected(RungeKutta):
         return 0
 
     def integrate(
-        self, f, x, span, layout=UNPADDED, *, dtype=None, pieces=(), keep=Keep(), combination=None, carried=None,
+        self, f, x, span, layout=UNPADDED, *, dtype=None, pieces=(), keep=NOTHING, combination=None, carried=None,
         mixture=None,
     ) -> Solution:  # fmt: skip
         dtype = dtype or x.dtype
@@ -50,7 +50,7 @@ class BackwardEulerCorrected(RungeKutta):
             return torch.add(state, evaluate(span.start + span.length, prediction), alpha=span.length)
 
         state = self.gradient.around_step(correct, self.replay_random)(base, prediction)
-        spent = predicted.evaluations + 1
+        spent = predicted.field_calls + 1
         return replace(predicted, state=state, evaluations=spent, field_calls=spent)
 
 
@@ -83,7 +83,7 @@ class AdamsPair(RungeKutta):
             raise OptionError("corrector", "adams has coefficients of its own: `coefficients` fixed, no `stage_norm`.")
 
     def integrate(
-        self, f, x, span, layout=UNPADDED, *, dtype=None, pieces=(), keep=Keep(), combination=None, carried=None,
+        self, f, x, span, layout=UNPADDED, *, dtype=None, pieces=(), keep=NOTHING, combination=None, carried=None,
         mixture=None,
     ) -> Solution:  # fmt: skip
         """See :meth:`RungeKutta.integrate`; ``carried`` is the increment of the previous block ``(batch, time, dim)``,

@@ -28,7 +28,7 @@ from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.gradients.accumulation import accumulate
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import Autocast, in_state_precision
-from fairseq_implicit.solvers.solver import Keep, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import NOTHING, Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import VectorField
 
@@ -65,8 +65,8 @@ class ReversibleHeun(Solver):
     kind: ClassVar[str] = "reversible"
     keeps: ClassVar[bool] = False
     remedy: ClassVar[str] = (
-        f", or, where a state beyond {LARGEST_STATE:g} is no fault of the model's, take more steps, or another scheme with "
-        "the gradient checkpoint-step"
+        f", or, where a state beyond {LARGEST_STATE:g} is no fault of the model's, take more steps, or another scheme "
+        "with the gradient checkpoint-step"
     )
 
     steps: int = 1
@@ -89,7 +89,7 @@ class ReversibleHeun(Solver):
         *,
         dtype=None,
         pieces=(),
-        keep=Keep(),
+        keep=NOTHING,
         parameters=(),
     ) -> Solution:
         """See :meth:`Solver.integrate`; magnitudes of ``x`` are below ``LARGEST_STATE``.

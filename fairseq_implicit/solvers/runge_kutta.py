@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients, combine
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import entered_in, state_dtype
-from fairseq_implicit.solvers.solver import Keep, Piece, Solution, Solver, Span
+from fairseq_implicit.solvers.solver import NOTHING, Keep, Piece, Solution, Solver, Span
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
 from fairseq_implicit.solvers.vector_field import VectorField
 
@@ -103,10 +103,10 @@ class RungeKutta(Solver):
         *,
         dtype: torch.dtype | None = None,
         pieces: Sequence[Piece] = (),
-        keep: Keep = Keep(),
+        keep: Keep = NOTHING,
         combination: Combination | None = None,
         carried: Tensor | None = None,
-        mixture: None = None,
+        mixture: Callable[[Tensor], Tensor] | None = None,
     ) -> Solution:
         """See :meth:`Solver.integrate`.
 
@@ -133,7 +133,7 @@ class RungeKutta(Solver):
             end = span.start + (index + 1) * h
             g = self.field(_from_the_left(f, pieces, end, h), dtype) if jumps else evaluated
             following, step_weights = step(g, span.start + index * h, state, h, tableau, combination)
-            if keep.penalties:
+            if energy is not None:
                 # The mean velocity of the step: a lower bound of the energy that needs no further evaluation.
                 energy = energy + h * layout.sample_mean(((following - state) / h).square())
             state = following
@@ -142,7 +142,7 @@ class RungeKutta(Solver):
                 states.append(state)
                 times.append(end)
         spent = self.steps * sum(tableau.required if combination is None else combination.required)
-        kept = dict(states=states, times=times) if keep.states else {}
+        kept: dict[str, Any] = {"states": states, "times": times} if keep.states else {}
         return Solution(
             state, spent, field_calls=spent, accepted=self.steps, energy=energy, weights=tuple(weights), **kept
         )

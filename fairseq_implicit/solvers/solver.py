@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fairseq_implicit.layout import UNPADDED, Layout
@@ -32,6 +33,9 @@ class Keep(NamedTuple):
 
     states: bool = False
     penalties: bool = False
+
+
+NOTHING = Keep()
 
 
 class Piece(NamedTuple):
@@ -97,6 +101,8 @@ class Solver:
         mixes_history: whether it corrects a ``mixture`` of its prediction with earlier blocks.
     """
 
+    gradient: Any
+
     kind: ClassVar[str]
     combines: ClassVar[bool] = False
     implicit: ClassVar[bool] = False
@@ -144,8 +150,18 @@ class Solver:
         """
         return self.gradient.solve(self, f, x, span, layout, parameters, record, **options)
 
-    def integrate(self, f: VectorField, x: Tensor, span: Span, layout: Layout = UNPADDED, **options) -> Solution:
-        """The forward pass, whose operations autograd follows. Every solver takes
+    def integrate(
+        self,
+        f: VectorField,
+        x: Tensor,
+        span: Span,
+        layout: Layout = UNPADDED,
+        *,
+        dtype: torch.dtype | None = None,
+        pieces: Sequence[Piece] = (),
+        keep: Keep = NOTHING,
+    ) -> Solution:
+        """The forward pass, whose operations autograd follows; arguments as in :meth:`solve`.
 
         Args:
             dtype: in which ``f`` is entered, where the state is wider; that of ``x`` by default.

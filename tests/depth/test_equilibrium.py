@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fairseq_implicit.depth.equilibrium import EquilibriumConfig, EquilibriumDepth, NonConvergentCellError
-from fairseq_implicit.depth.phases import PhaseConfig
+from fairseq_implicit.depth.schedule import PhaseConfig
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell
 from fairseq_implicit.fields.injection import InjectionConfig
 from fairseq_implicit.fields.mixers.attention import AttentionConfig

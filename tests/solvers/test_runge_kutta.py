@@ -341,8 +341,9 @@ def test_nothing_is_read_back_from_the_device(mode):
     ],
 )
 def test_a_wrong_configuration_is_refused(options, sentence):
+    explicit = Explicit(**options)
     with pytest.raises(ValueError, match=sentence):
-        Explicit(**options).solver
+        assert explicit.solver
 
 
 def test_coefficients_of_another_scheme_are_refused(network, state):

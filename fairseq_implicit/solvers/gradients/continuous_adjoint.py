@@ -29,7 +29,7 @@ from fairseq_implicit.solvers.gradients.accumulation import accumulate
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import Autocast, in_state_precision
-from fairseq_implicit.solvers.solver import Keep, Piece, Span
+from fairseq_implicit.solvers.solver import NOTHING, Piece, Span
 from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import VectorField
 
@@ -46,7 +46,7 @@ class ContinuousAdjoint(Direct):
     condition: ClassVar[str] = "is for adaptive solves and needs `backend` own: set `tolerance`"
     along_the_way: ClassVar[bool] = False
 
-    def solve(self, solver, f, x, span, layout, parameters, record, *, dtype=None, pieces=(), keep=Keep()):
+    def solve(self, solver, f, x, span, layout, parameters, record, *, dtype=None, pieces=(), keep=NOTHING):
         if not torch.is_grad_enabled():
             return solver.integrate(f, x, span, layout, dtype=dtype, pieces=pieces, keep=keep)
         results: list[AdaptiveSolution] = []
