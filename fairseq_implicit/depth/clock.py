@@ -22,6 +22,8 @@ class UpdateCount(nn.Module):
     waits for the device.
     """
 
+    earlier: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("earlier", torch.zeros((), dtype=torch.int64))

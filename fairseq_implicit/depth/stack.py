@@ -235,6 +235,7 @@ class BlockStack(Depth):
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
             if not solver.implicit:
+                layer = solver.gradient.around_stage(layer, solver.replay_random)
                 layer = solver.gradient.around_step(layer, solver.replay_random)
             for _ in range(layers):
                 state = layer(span.start, state.to(dtype)).to(state.dtype)

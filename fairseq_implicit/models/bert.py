@@ -87,8 +87,7 @@ class ImplicitBertModel(BaseFairseqModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
-            depth = cls.build_depth(typed)
-        dictionary = task.source_dictionary
+            depth, dictionary = cls.build_depth(typed), task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod

@@ -10,7 +10,8 @@ def accumulate(totals: list[Tensor | None], parts: Sequence[Tensor | None], fact
     for i, part in enumerate(parts):
         if part is None or factor == 0.0:
             continue
-        if totals[i] is None:
+        total = totals[i]
+        if total is None:
             totals[i] = part * factor
         else:
-            totals[i].add_(part, alpha=factor)
+            total.add_(part, alpha=factor)
