@@ -12,6 +12,7 @@ from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.residual import RESIDUALS
 from fairseq_implicit.fields.time_conditioned import DepthEmbeddedField
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
+from fairseq_implicit.solvers.runge_kutta import RungeKutta
 
 DIM = 8
 
