@@ -25,25 +25,11 @@ ALLOWED = {
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": {
-        "options",
-        "solvers",
-        "fields",
-        "depth",
-        "models",
-        "text",
-        "data",
-        "compat",
-        "corpora",
-        "evaluation",
-        "conversion",
-    },
+    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
     "compat": {"networks", "folder_lock"},
     "folder_lock": set(),
 }
-WITHOUT_FAIRSEQ = {
-    "layout", "options", "solvers", "fields", "depth", "networks", "conversion", "text", "corpora", "folder_lock",
-}  # fmt: skip
+WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
     "options": set(),

@@ -41,11 +41,13 @@ def from_transformers(
         ValueError: a setting or a weight that makes it another function.
     """
     pairs = any(name.startswith("cls.seq_relationship.") for name in weights)
-    found = _names(head, "cls.seq_relationship" if pairs else "classifier").imported(weights)
+    settings = settings_of(config)
+    names = _names(head, "cls.seq_relationship" if pairs else "classifier")
+    found = names.imported(weights, tied=not settings["untie_weights_roberta"])
     positions = found[_POSITIONS]
     nobodys = positions.new_zeros((config.get("pad_token_id") or 0) + 1, positions.shape[1])
     found[_POSITIONS] = torch.cat([nobodys, positions])
-    settings = {**settings_of(config), "max_positions": len(positions), "segment_types": len(found[_SEGMENTS])}
+    settings.update(max_positions=len(positions), segment_types=len(found[_SEGMENTS]))
     return settings, found
 
 

@@ -143,8 +143,8 @@ def from_transformers(
     Raises:
         ValueError: a setting or a weight that makes it another function.
     """
-    found = _names(head).imported(weights)
     settings = settings_of(config)
+    found = _names(head).imported(weights, tied=not settings["untie_weights_roberta"])
     if settings["activation_fn"] != "gelu":
         raise ValueError(f"hidden_act is {config['hidden_act']}, and RoBERTa's masked-LM head has gelu whatever it is")
     if len(found[_SEGMENTS]) == 1 and not found[_SEGMENTS].any():

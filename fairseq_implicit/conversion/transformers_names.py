@@ -32,7 +32,7 @@ class TransformersNames:
     Args:
         model: as errors name it.
         base: how the names of all weights below the heads begin.
-        head: ours to theirs, of the heads.
+        heads: ours to theirs, of the heads.
         decoder: the module of the output matrix and its bias, which files may leave out or hold twice.
         bias: the bias of the masked-LM head itself.
     """
@@ -61,8 +61,12 @@ class TransformersNames:
             },
         )
 
-    def imported(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def imported(self, weights: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
         """Their weights, with or without heads, under our names.
+
+        Args:
+            weights: of the model.
+            tied: its output matrix is that of the token embeddings, whatever the file holds in its place.
 
         Raises:
             ValueError: a weight that such a model does not have.
@@ -70,11 +74,12 @@ class TransformersNames:
         found = {self._today(name): weight for name, weight in weights.items() if not name.endswith("position_ids")}
         if not any(name.startswith(self.base) for name in found):
             found = {self.base + name: weight for name, weight in found.items()}
-        copy = found.pop(f"{self.decoder}.bias", None)
-        if copy is not None:
-            found.setdefault(self.bias, copy)
-        if self.bias in found:
-            found.setdefault(f"{self.decoder}.weight", found[f"{self.base}embeddings.word_embeddings.weight"])
+        # The head's bias is there twice: tied, its own is the one that counts, and else the output matrix's.
+        biases = [found.pop(name) for name in (self.bias, f"{self.decoder}.bias") if name in found]
+        if biases:
+            found[self.bias] = biases[0 if tied else -1]
+            if tied:
+                found[f"{self.decoder}.weight"] = found[f"{self.base}embeddings.word_embeddings.weight"]
         return self.table.imported(found)
 
     @staticmethod

@@ -11,17 +11,19 @@ logger = logging.getLogger(__name__)
 
 
 def check_embeddings(network: Embeddings, state_dict: Dict[str, Tensor], prefix: str) -> None:
-    """ValueError, one sentence, where a checkpoint has another number of positions or of symbols."""
-    for table, flag, offset in (
-        ("embed_positions", "--max-positions", network.embeddings.padding + 1),
-        ("embed_tokens", "the data's dict.txt", 0),
+    """ValueError, one sentence, where a checkpoint has another number of positions, symbols or segments."""
+    if f"{prefix}embed_tokens.weight" not in state_dict:
+        return
+    for table, own, flag, offset in (
+        ("embed_positions", network.embed_positions, "--max-positions", network.embeddings.padding + 1),
+        ("embed_tokens", network.embed_tokens, "the data's dict.txt", 0),
+        ("embed_segments", network.embed_segments, "--segment-types", 0),
     ):
-        stored = state_dict.get(f"{prefix}{table}.weight")
-        rows = getattr(network, table).weight.shape[0]
-        if stored is not None and stored.shape[0] != rows:
+        stored, rows = len(state_dict.get(f"{prefix}{table}.weight", ())), 0 if own is None else len(own.weight)
+        if stored != rows:
             raise ValueError(
-                f"the checkpoint has {stored.shape[0] - offset} rows in its {table} and this model "
-                f"{rows - offset}: they must agree, see {flag}"
+                f"the checkpoint has {stored - offset} rows in its {table} and this model {rows - offset}: "
+                f"they must agree, see {flag}"
             )
 
 
@@ -34,16 +36,13 @@ def fit_heads(model, state_dict: Dict[str, Tensor], prefix: str) -> None:
     heads = model.classification_heads
     found = {key[len(prefix) :].split(".")[0] for key in state_dict if key.startswith(prefix)}
     for head in sorted(found):
-        # A spectral norm stores the projection as ``weight_orig``.
-        shape = next(
-            state_dict[key].shape
-            for key in (f"{prefix}{head}.out_proj.weight", f"{prefix}{head}.out_proj.weight_orig")
-            if key in state_dict
-        )
-        if head not in heads and model.args.load_checkpoint_heads:
-            model.register_classification_head(head, shape[0], shape[1])
+        # A spectral norm stores the projection as ``weight_orig``; a pooler alone has none.
+        names = (f"{prefix}{head}.out_proj.{name}" for name in ("weight", "weight_orig"))
+        shape = next((tuple(state_dict[name].shape) for name in names if name in state_dict), None)
+        if head not in heads and shape is not None and model.args.load_checkpoint_heads:
+            model.register_classification_head(head, *shape)
         current = heads[head] if head in heads else None
-        if current is None or tuple(current.out_proj.weight.shape) != tuple(shape):
+        if current is None or tuple(current.out_proj.weight.shape) != shape:
             logger.warning("the checkpoint's classification head %s does not fit this model and is left out", head)
             for key in [key for key in state_dict if key.startswith(f"{prefix}{head}.")]:
                 del state_dict[key]

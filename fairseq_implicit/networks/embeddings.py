@@ -10,6 +10,7 @@ from torch.nn import functional
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.shared_dropout import SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class EmbeddingConfig:
         dropout: rate after it, in [0, 1).
 
     Raises:
-        ValueError: a size that is none.
+        OptionError: a size that is none.
     """
 
     symbols: int
@@ -41,7 +42,7 @@ class EmbeddingConfig:
     def __post_init__(self):
         for name, least in (("symbols", 1), ("dim", 1), ("positions", 1), ("padding", 0), ("segments", 0)):
             if (value := getattr(self, name)) < least:
-                raise ValueError(f"embeddings need {name} of at least {least}, got {value}")
+                raise OptionError(name, f"it must be at least {least}, not {value}.")
 
 
 class Embeddings(nn.Module):

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.norms import NormConfig
+from fairseq_implicit.options import check_choice
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class MaskedLMHeadConfig:
         activation: a name of :data:`fairseq_implicit.fields.feed_forward.ACTIVATIONS`.
         norm: the layer norm before the output matrix.
         tied: the output matrix is that of the token embeddings.
+
+    Raises:
+        OptionError: an unknown activation.
     """
 
     activation: str = "gelu"
@@ -27,7 +31,7 @@ class MaskedLMHeadConfig:
     tied: bool = True
 
     def __post_init__(self):
-        _check_activation(self.activation)
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
 
 
 class MaskedLMHead(nn.Module):
@@ -56,12 +60,13 @@ class Pooler(nn.Module):
     """``activation(dense x)`` of the first token: ``(batch, time, dim) -> (batch, inner_dim)``. BERT's ends in tanh.
 
     Raises:
-        ValueError: an unknown activation.
+        OptionError: an unknown activation.
     """
 
     def __init__(self, dim: int, inner_dim: int | None = None, activation: str = "tanh"):
         super().__init__()
-        self.activation = _check_activation(activation)
+        check_choice("activation", activation, tuple(ACTIVATIONS))
+        self.activation = activation
         self.dense = nn.Linear(dim, inner_dim or dim)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -103,9 +108,3 @@ class ClassificationHead(Pooler):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.out_proj(self.dropout(self.pooled(self.dropout(features[:, 0]))))
-
-
-def _check_activation(name: str) -> str:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
-    return name

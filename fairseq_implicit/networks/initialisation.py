@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_implicit.networks.encoder import Encoder
+from fairseq_implicit.options import OptionError, check_choice
 
 INITIALISATIONS = ("depth-scaled", "identity", "plain")
 POSITION_STARTS = ("normal", "sinusoidal")
@@ -27,7 +28,7 @@ class InitialisationConfig:
             the depth has. With tied blocks the same weights act in every one.
 
     Raises:
-        ValueError: an unknown name, or a scale that is none.
+        OptionError: an unknown name, or a scale that is none.
     """
 
     scheme: str = "depth-scaled"
@@ -36,14 +37,10 @@ class InitialisationConfig:
     layers_in_series: int | None = None
 
     def __post_init__(self):
-        for name, value, choices in (
-            ("scheme", self.scheme, INITIALISATIONS),
-            ("positions", self.positions, POSITION_STARTS),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} of an initialisation {value!r} is unknown: choose {', '.join(choices)}")
+        check_choice("scheme", self.scheme, INITIALISATIONS)
+        check_choice("positions", self.positions, POSITION_STARTS)
         if not 0.0 < self.std < math.inf:
-            raise ValueError(f"initial weights need a positive standard deviation, got {self.std}")
+            raise OptionError("std", f"initial weights need a positive standard deviation, not {self.std}.")
 
 
 @torch.no_grad()

@@ -127,6 +127,13 @@ def test_files_without_the_tied_matrix_and_with_the_first_names():
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_an_output_matrix_of_its_own_stays_one():
+    theirs = bert(BertForMaskedLM, tie_word_embeddings=False)
+    ours, _ = imported(theirs)
+    assert not torch.equal(ours.lm_head.weight, ours.embed_tokens.weight)
+    close(ours(TOKENS).values[REAL], theirs(TOKENS, attention_mask=REAL).logits[REAL])
+
+
 @pytest.mark.parametrize(
     "field, value, sentence",
     [

@@ -65,6 +65,20 @@ def test_the_head_of_classes_agrees(task, tokens):
     torch.testing.assert_close(found, theirs(tokens, attention_mask=tokens.ne(1)).logits, rtol=0, atol=1e-10)
 
 
+def test_the_pooler_in_the_published_file_is_left_out_with_a_word(task, tokens, caplog):
+    theirs = model_of(RobertaForMaskedLM)
+    pooler = {f"roberta.pooler.dense.{name}": torch.zeros(16, 16)[: len(name)] for name in ("weight", "bias")}
+    _, weights = roberta.from_transformers(theirs.config.to_dict(), {**theirs.state_dict(), **pooler})
+    _, ours, _ = imported(theirs, task)
+    for load in (False, True):
+        ours.args.load_checkpoint_heads = load
+        caplog.clear()
+        ours.load_state_dict(dict(weights))
+        assert "the checkpoint's classification head pooler does not fit this model" in caplog.text
+    with pytest.raises(ValueError, match="has 0 rows in its embed_segments and this model 2: .* --segment-types"):
+        imported(model_of(RobertaForMaskedLM, type_vocab_size=2), task)[1].load_state_dict(weights)
+
+
 @pytest.mark.parametrize("types", [1, 2])
 @pytest.mark.parametrize("kind", [RobertaForMaskedLM, RobertaForSequenceClassification, RobertaModel])
 def test_there_and_back_to_the_last_bit(kind, types):

@@ -79,7 +79,7 @@ def test_what_it_has_no_place_for_is_refused():
     with pytest.raises(ValueError, match="no masked-LM head: ask it for features_only"):
         network(head=False)(TOKENS)
     assert network(head=False)(TOKENS, features_only=True).values.shape == (2, 5, 8)
-    with pytest.raises(ValueError, match="embeddings need positions of at least 1, got 0"):
+    with pytest.raises(ValueError, match="positions: it must be at least 1, not 0"):
         network(positions=0)
 
 
@@ -91,7 +91,7 @@ def test_starts():
         assert model.depth.field.attention.out.weight.std().item() == pytest.approx(std, rel=0.03)
         assert model.embed_tokens.weight.std().item() == pytest.approx(0.1, rel=0.05)
         assert not model.embed_tokens.weight[1].any() and not model.depth.field.attention.qkv.bias.any()
-    with pytest.raises(ValueError, match="scheme of an initialisation 'zero' is unknown: choose depth-scaled"):
+    with pytest.raises(ValueError, match="scheme: 'zero' is unknown: choose one of depth-scaled"):
         InitialisationConfig("zero")
-    with pytest.raises(ValueError, match="a positive standard deviation, got 0"):
+    with pytest.raises(ValueError, match="std: .* a positive standard deviation, not 0"):
         InitialisationConfig(std=0.0)

@@ -68,5 +68,5 @@ def test_an_unknown_activation_is_refused():
         lambda: MaskedLMHeadConfig("swish"),
         lambda: ClassificationHead(8, ClassificationHeadConfig(2, 8, "swish")),
     ):
-        with pytest.raises(ValueError, match="unknown activation 'swish': choose one of gelu"):
+        with pytest.raises(ValueError, match="activation: 'swish' is unknown: choose one of gelu"):
             make()
