@@ -64,7 +64,7 @@ def test_dials_change_the_solve_and_not_the_weights(whole, toy_data, fairseq_val
 def test_a_cell_without_equilibrium_ends_the_run_with_its_sentence(toy_flags, fairseq_train, tmp_path):
     flags = [*toy_flags, "--arch", "deq_bert_tiny", "--max-update", 1, "--save-dir", tmp_path, "--disable-validation"]
     weak = "--deq-injection none --deq-initial-state input --deq-max-iter 4 --deq-cell-norm post-norm".split()
-    with pytest.raises(ValueError, match="The cell does not converge.*--deq-injection residual"):
+    with pytest.raises(ValueError, match="--deq-allow-nonconvergent: the cell does not converge.*--deq-injection residual"):
         fairseq_train(*flags, *weak)
     fairseq_train(*flags, *weak, "--deq-allow-nonconvergent")
 
