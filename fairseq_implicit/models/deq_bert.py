@@ -22,7 +22,6 @@ from fairseq_implicit.solvers.gradients.names import parse_gradient
 
 logger = logging.getLogger(__name__)
 
-SOLVERS = ("auto", "none", *METHODS)
 INJECTIONS = ("residual", "none")
 
 FLAGS = Flags("deq", checkpoint_activations="checkpoint_activations", stage_dropout="stage_dropout")
@@ -59,7 +58,8 @@ class DeqBertConfig(ImplicitBertConfig):
     )
     deq_weight_norm: bool = field(default=False, metadata={"help": "weight normalisation of the cell's matrices"})
     deq_solver: str = field(
-        default="auto", metadata={"help": f"{', '.join(SOLVERS)}; auto: anderson where the gradient needs a solver"}
+        default="auto",
+        metadata={"help": f"auto, none, {', '.join(METHODS)}; auto: anderson where the gradient needs a solver"},
     )
     deq_max_iter: int = field(default=30, metadata={"help": "evaluation budget of the forward solve"})
     deq_tol: Optional[float] = field(
@@ -150,7 +150,7 @@ class DeqBertConfig(ImplicitBertConfig):
         for name, choices in (
             ("deq_cell_norm", NORM_PLACEMENTS),
             ("deq_injection", INJECTIONS),
-            ("deq_solver", SOLVERS),
+            ("deq_solver", ("auto", "none", *METHODS)),
             ("deq_adjoint_solver", ("auto", *METHODS)),
         ):
             check_choice(flag(name), getattr(self, name), choices)

@@ -26,7 +26,6 @@ from fairseq_implicit.solvers.vector_field import StateMap
 
 _TINY = torch.finfo(torch.float32).tiny
 
-METHODS = ("picard", "anderson", "broyden")
 CRITERIA = ("relative", "rms", "absolute")
 
 # A relative residual cannot fall below the rounding of one evaluation of the field; the floors leave a small margin.
@@ -47,7 +46,7 @@ class FixedPointConfig:
     """How a fixed point is sought.
 
     Attributes:
-        method: ``picard``, ``anderson`` or ``broyden``.
+        method: a name of `METHODS`.
         max_iter: evaluation budget per solve; every evaluation of the field counts, the first included.
         tol: tolerance in the chosen criterion; ``None`` takes the default of the field's precision
             (1e-6 in float64, 1e-3 in float32 and float16, 1e-2 in bfloat16).
@@ -78,7 +77,7 @@ class FixedPointConfig:
     stagnation_window: int = 6
 
     def __post_init__(self):
-        check_choice("solver", self.method, METHODS)
+        check_choice("solver", self.method, tuple(METHODS))
         check_choice("criterion", self.criterion, CRITERIA)
         if self.max_iter < 1:
             raise OptionError("max_iter", f"a budget of {self.max_iter} evaluations finds nothing; give at least 1.")
@@ -153,36 +152,50 @@ class FixedPointResult(SolveResult):
         )
 
 
-class _Picard:
-    """The plain damped iteration, with the same calls as the accelerated ones."""
+class Picard:
+    """The plain damped iteration, and with it what every acceleration of it has.
+
+    Attributes:
+        knows_residual: whether the residual of the next state is known before it is evaluated, where the map is affine.
+    """
 
     knows_residual = False
 
     def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
+        """Take in ``f(z)`` and ``f(z) - z``, give the next state; ``damping`` is ``(batch, 1, 1)`` or ``None``."""
         return f_z if damping is None else torch.addcmul(z, residual, damping)
 
     def forget(self, samples: Tensor) -> None:
         """Picard has no memory."""
 
-    def rows(self, index: Tensor) -> "_Picard":
+    def rows(self, index: Tensor) -> "Picard":
+        """That of the samples ``index``."""
         return self
 
 
-def _acceleration(config: FixedPointConfig, z: Tensor, dtype: torch.dtype):
-    if config.method == "anderson":
-        ridge = DEFAULT_RIDGE[dtype] if config.ridge is None else config.ridge
-        return Anderson(z, config.window, ridge)
-    if config.method == "broyden":
-        columns = columns_within(config.memory, z)
-        if columns < 1:
-            need = 2 * z.numel() * z.element_size() / 2**20
-            raise OptionError(
-                "memory",
-                f"one Broyden update of this batch takes {need:.1f} MiB and the cap is {config.memory:g} MiB; "
-                "raise the cap, shrink the batch or take anderson.",
-            )
-        return Broyden(z, min(columns, config.max_iter))
-    return _Picard()
+def _anderson(config: FixedPointConfig, z: Tensor, dtype: torch.dtype) -> Anderson:
+    return Anderson(z, config.window, DEFAULT_RIDGE[dtype] if config.ridge is None else config.ridge)
+
+
+def _broyden(config: FixedPointConfig, z: Tensor, dtype: torch.dtype) -> Broyden:
+    columns = columns_within(config.memory, z)
+    if columns < 1:
+        need = 2 * z.numel() * z.element_size() / 2**20
+        raise OptionError(
+            "memory",
+            f"one Broyden update of this batch takes {need:.1f} MiB and the cap is {config.memory:g} MiB; "
+            "raise the cap, shrink the batch or take anderson.",
+        )
+    return Broyden(z, min(columns, config.max_iter))
+
+
+#: What gives the next state, by the name of the method: ``(config, z, dtype of the field) -> `` an object for one solve
+#: with the methods of `Picard`. A new method is one entry; ``--deq-solver`` and the implicit steps take it by its name.
+METHODS: dict[str, Callable[[FixedPointConfig, Tensor, torch.dtype], Picard | Anderson | Broyden]] = {
+    "picard": lambda config, z, dtype: Picard(),
+    "anderson": _anderson,
+    "broyden": _broyden,
+}
 
 
 class _Rows:
@@ -334,7 +347,7 @@ class _Iteration:
         self.evaluate, self.linear, self.track = evaluate, linear, track
         self.z = layout.keep(z)
         self.whole = self.rows = _Rows(self.z, config.stagnation_window)
-        self.acceleration = _acceleration(config, self.z, dtype)
+        self.acceleration = METHODS[config.method](config, self.z, dtype)
         self.damping = None if config.damping == 1.0 else self.rows.damping * config.damping
         self.wanted, self.iterates = set(capture), {}
         self.compact = config.compact and not self.wanted
