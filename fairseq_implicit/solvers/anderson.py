@@ -8,19 +8,17 @@ residuals shrink and turn the mixing into a plain average.
 import torch
 from torch import Tensor
 
+from fairseq_implicit.solvers.picard import Picard
 from fairseq_implicit.solvers.stored_states import StoredStates
 
 
-class Anderson:
+class Anderson(Picard):
     """The window of one solve.
 
     Args:
         z: a state, ``(batch, time, dim)``, for shape, dtype and device.
         window: residuals kept per sample.
         ridge: λ, relative to the mean squared residual.
-
-    Attributes:
-        knows_residual: whether the residual of the next state is known before it is evaluated, where the map is affine.
     """
 
     knows_residual = True

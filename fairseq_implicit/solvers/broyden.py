@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fairseq_implicit.layout import token_sum
+from fairseq_implicit.solvers.picard import Picard
 from fairseq_implicit.solvers.stored_states import StoredStates
 
 SKIP_BELOW = 1e-8  # an update whose denominator is this small beside ‖v‖‖Δg‖ carries rounding, not curvature
@@ -19,7 +20,7 @@ def columns_within(mebibytes: float, z: Tensor) -> int:
     return int(mebibytes * 2**20 // (2 * z.numel() * z.element_size()))
 
 
-class Broyden:
+class Broyden(Picard):
     """The inverse Jacobian of one solve.
 
     Args:
@@ -27,13 +28,11 @@ class Broyden:
         columns: rank-one updates kept before a restart.
     """
 
-    knows_residual = False
-
     def __init__(self, z: Tensor, columns: int):
         self.left, self.right = StoredStates(z, columns), StoredStates(z, columns)
         self.columns = columns
         self.used = 0
-        self.previous: tuple | None = None  # z, g(z), B g(z) of the last step
+        self.previous: tuple[Tensor, ...] | None = None  # z, g(z), B g(z) of the last step
         self.fresh = torch.ones(z.shape[0], dtype=torch.bool, device=z.device)  # samples without a last step
 
     def _dot(self, x: Tensor, y: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ memory inverse updates for equilibrium models).
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.anderson import Anderson
 from fairseq_implicit.solvers.broyden import Broyden, columns_within
+from fairseq_implicit.solvers.picard import Picard
 from fairseq_implicit.solvers.precision import Autocast, field_dtype, state_dtype
 from fairseq_implicit.solvers.status import SolveResult, Status
 from fairseq_implicit.solvers.vector_field import StateMap
@@ -126,11 +128,12 @@ class FixedPointConfig:
         return self.tol
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FixedPointResult(SolveResult):
     """A :class:`SolveResult` with per-sample verdicts.
 
     Attributes:
+        evaluations, residual: ``(batch,)``.
         converged: ``(batch,)`` bool.
         tolerance: the tolerance that was applied.
         iterates: evaluation number -> the state it was given, for the numbers asked for.
@@ -138,9 +141,11 @@ class FixedPointResult(SolveResult):
             the answer of every sample.
     """
 
-    converged: Tensor | None = None
-    tolerance: float = 0.0
-    iterates: dict[int, Tensor] | None = None
+    evaluations: Tensor
+    residual: Tensor = field()
+    converged: Tensor
+    tolerance: float
+    iterates: dict[int, Tensor] = field(default_factory=dict)
     tracked: tuple[Tensor, Tensor] | None = None
 
     def sentence(self) -> str:
@@ -150,27 +155,6 @@ class FixedPointResult(SolveResult):
             f"{self.tolerance:g}, worst residual {float(self.residual.max()):.2e} "
             f"after {int(self.evaluations.max())} evaluations"
         )
-
-
-class Picard:
-    """The plain damped iteration, and with it what every acceleration of it has.
-
-    Attributes:
-        knows_residual: whether the residual of the next state is known before it is evaluated, where the map is affine.
-    """
-
-    knows_residual = False
-
-    def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
-        """Take in ``f(z)`` and ``f(z) - z``, give the next state; ``damping`` is ``(batch, 1, 1)`` or ``None``."""
-        return f_z if damping is None else torch.addcmul(z, residual, damping)
-
-    def forget(self, samples: Tensor) -> None:
-        """Picard has no memory."""
-
-    def rows(self, index: Tensor) -> "Picard":
-        """That of the samples ``index``."""
-        return self
 
 
 def _anderson(config: FixedPointConfig, z: Tensor, dtype: torch.dtype) -> Anderson:
@@ -191,7 +175,7 @@ def _broyden(config: FixedPointConfig, z: Tensor, dtype: torch.dtype) -> Broyden
 
 #: What gives the next state, by the name of the method: ``(config, z, dtype of the field) -> `` an object for one solve
 #: with the methods of `Picard`. A new method is one entry; ``--deq-solver`` and the implicit steps take it by its name.
-METHODS: dict[str, Callable[[FixedPointConfig, Tensor, torch.dtype], Picard | Anderson | Broyden]] = {
+METHODS: dict[str, Callable[[FixedPointConfig, Tensor, torch.dtype], Picard]] = {
     "picard": lambda config, z, dtype: Picard(),
     "anderson": _anderson,
     "broyden": _broyden,
@@ -349,7 +333,8 @@ class _Iteration:
         self.whole = self.rows = _Rows(self.z, config.stagnation_window)
         self.acceleration = METHODS[config.method](config, self.z, dtype)
         self.damping = None if config.damping == 1.0 else self.rows.damping * config.damping
-        self.wanted, self.iterates = set(capture), {}
+        self.wanted = set(capture)
+        self.iterates: dict[int, Tensor] = {}
         self.compact = config.compact and not self.wanted
         self.tracked: tuple[Tensor, Tensor] | None = None
         self.ending = config.max_iter == 1
@@ -409,7 +394,7 @@ class _Iteration:
 
     def _drop_all_but(self, chosen: Tensor) -> None:
         """Go on with the ``chosen`` rows only, if the map can be restricted to them."""
-        subset = self.f.rows(chosen)
+        subset = cast(StateMap, self.f).rows(chosen)  # what `compact` asks of the map
         if subset is None:
             self.compact = False
             return
@@ -431,7 +416,7 @@ class _Iteration:
             tracked = None
         return whole, self.iterates, tracked
 
-    def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> tuple[int, int, int, Tensor]:
+    def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> tuple[int, bool, bool, Tensor]:
         """Settle each row's fate after an evaluation.
 
         Returns:
@@ -473,9 +458,9 @@ class _Iteration:
             rows.best = torch.where(improved[:, None, None], z, rows.best)
         rows.best_residual = torch.where(improved, metric, rows.best_residual)
         rows.active = moving
-        return remaining, any_diverged, all_ending, diverged
+        return remaining, bool(any_diverged), bool(all_ending), diverged
 
-    def _foresee(self, rows: _Rows, acceleration: Anderson, following: Tensor) -> int:
+    def _foresee(self, rows: _Rows, acceleration: Picard, following: Tensor) -> int:
         """End the rows of an affine map whose mixture meets the tolerance; how many go on.
 
         The Gram matrix says cheaply which rows may have ended: rounding in it, amplified by large weights, can pass

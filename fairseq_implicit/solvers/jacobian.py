@@ -46,7 +46,7 @@ def frobenius_finite_difference(
     size = layout.sizes(z).sum()
     rms = layout.keep(z).float().square().sum().div(size.clamp(min=1)).sqrt().clamp(min=1e-6).to(z.dtype)
     step = FINITE_STEP[precision] * rms
-    total = 0.0
+    total: float | Tensor = 0.0
     for _ in range(probes):
         moved = f(z + step * _probe(z, layout, generator))
         difference = layout.keep(moved.to(torch.promote_types(moved.dtype, torch.float32)) - f_z)
@@ -79,7 +79,7 @@ def frobenius_double_backward(
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         point = point.requires_grad_()
         value = f(point)
-        total = 0.0
+        total: float | Tensor = 0.0
         for _ in range(probes):
             try:
                 (product,) = torch.autograd.grad(

@@ -162,7 +162,7 @@ class _ReversibleHeun(torch.autograd.Function):
         exact, companion, *parameters = ctx.saved_tensors
         h, dtype = ctx.h, gradient.dtype
         wanted = [p for p in parameters if p.requires_grad]
-        totals = [None] * len(wanted)
+        totals: list[Tensor | None] = [None] * len(wanted)
         to_y, to_companion, to_half = gradient, torch.zeros_like(gradient), torch.zeros_like(gradient)
 
         def evaluate(n: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

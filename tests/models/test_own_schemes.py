@@ -6,7 +6,8 @@ import pytest
 import torch
 from fairseq.models import MODEL_REGISTRY
 
-from fairseq_implicit.solvers.fixed_point import METHODS, Picard
+from fairseq_implicit.solvers.fixed_point import METHODS
+from fairseq_implicit.solvers.picard import Picard
 from fairseq_implicit.solvers.tableau import TABLEAUS, Tableau
 
 THIRD = Tableau("third", a=((), (Fraction(1, 3),)), b=(Fraction(-1, 2), Fraction(3, 2)), order=2)
