@@ -107,7 +107,6 @@ class Adaptive(Solver):
         dtype: torch.dtype | None = None,
         pieces: Sequence[Piece] = (),
         keep: Keep = NOTHING,
-        on_trial: OnTrial | None = None,
     ) -> AdaptiveSolution:
         """See :meth:`Solver.integrate`. A half-precision state is carried in float32 and returned in its own dtype.
 
@@ -115,7 +114,6 @@ class Adaptive(Solver):
             layout: of the batch; padding does not enter the error norm.
             pieces: every sample ends a step at the end of each piece and waits there for the others, so that all of
                 them are always in the same piece.
-            on_trial: called with ``(accepted, step)`` after each trial; batch control only.
 
         Returns:
             the state with its costs. A solve that runs out of evaluations or into non-finite values returns the last
@@ -126,9 +124,15 @@ class Adaptive(Solver):
         """
         if dtype not in (None, x.dtype):
             f = entered_in(f, dtype)
-        solve = _Solve(self, x, span, layout, keep, on_trial)
+        solve = _Solve(self, x, span, layout, keep)
         for piece in pieces or (Piece(f, span.start + span.length),):
             solve.over(piece)
+        return solve.result()
+
+    def watched(self, f: VectorField, x: Tensor, span: Span, layout: Layout, on_trial: OnTrial) -> AdaptiveSolution:
+        """:meth:`integrate`, with ``on_trial(accepted, step)`` called after each trial; batch control only."""
+        solve = _Solve(self, x, span, layout, NOTHING, on_trial)
+        solve.over(Piece(f, span.start + span.length))
         return solve.result()
 
 
@@ -155,14 +159,15 @@ def embedded_pair(scheme: str) -> tuple[Tableau, tuple[float, ...], int]:
             last stage of a step as the first of the next one).
     """
     tableau = get_tableau(scheme)
-    if tableau.b_hat is None or not tableau.first_same_as_last:
+    b_hats, order = tableau.b_hat_values, tableau.embedded_order
+    if b_hats is None or order is None or not tableau.first_same_as_last:
         raise OptionError(
             "scheme",
             f"{scheme!r} has no embedded error estimate for adaptive steps: choose one of {', '.join(PAIRS)}, or take "
             "fixed steps with `tolerance` 0.",
         )
-    weights = tuple(b - b_hat for b, b_hat in zip(tableau.b_values, tableau.b_hat_values))
-    return tableau, weights, min(tableau.order, tableau.embedded_order) + 1
+    weights = tuple(b - b_hat for b, b_hat in zip(tableau.b_values, b_hats, strict=True))
+    return tableau, weights, min(tableau.order, order) + 1
 
 
 def check_tolerance(config: Adaptive, dtype: torch.dtype) -> None:
@@ -203,13 +208,12 @@ def embedded_step(
             if coefficient:
                 z = _advance(z, k, h * coefficient)
         stages.append(g(t + h * c, z))
-    error = None
-    for coefficient, k in zip(error_weights, stages):
-        if coefficient:
-            # Multiplied first and never added to the state: cancellation would drown a small estimate.
-            error = k * coefficient if error is None else torch.add(error, k, alpha=coefficient)
-    error = error * (h.view(-1, 1, 1) if isinstance(h, Tensor) else h)
-    return z, stages[-1], error
+    (first, k), *others = ((weight, k) for weight, k in zip(error_weights, stages, strict=True) if weight)
+    # Multiplied first and never added to the state: cancellation would drown a small estimate.
+    error = k * first
+    for weight, k in others:
+        error = torch.add(error, k, alpha=weight)
+    return z, stages[-1], error * (h.view(-1, 1, 1) if isinstance(h, Tensor) else h)
 
 
 @dataclass
@@ -303,13 +307,17 @@ def _trial(
 class _Solve:
     """One adaptive solve: the state, its progress in time, and what is kept of the way."""
 
-    def __init__(self, config: Adaptive, y: Tensor, span: Span, layout: Layout, keep: Keep, on_trial: OnTrial | None):
+    def __init__(
+        self, config: Adaptive, y: Tensor, span: Span, layout: Layout, keep: Keep, on_trial: OnTrial | None = None
+    ):
         self.config, self.layout, self.keep, self.on_trial = config, layout, keep, on_trial
         self.returned_dtype, dtype = y.dtype, state_dtype(y.dtype)
         check_tolerance(config, dtype)
         tableau, _, self.exponent = embedded_pair(config.scheme)
         self.stages = tableau.stages
-        self.y, self.k1, self.start = y.to(dtype), None, span.start
+        self.y, self.start = y.to(dtype), span.start
+        # The field at the state, once it has been evaluated.
+        self.k1, self.evaluated = self.y, False
         self.smallest = SMALLEST_STEP_IN_ROUNDING_UNITS * torch.finfo(dtype).eps * span.length
         self.per_sample = config.step_control == "sample"
         first_step = span.length if config.first_step is None else min(config.first_step, span.length)
@@ -339,21 +347,21 @@ class _Solve:
 
     def _enter(self, g: VectorField, piece: Piece) -> None:
         """Evaluate the field where the piece begins, unless the step before has done it."""
-        anew = self.k1 is None or not piece.continues
+        anew = not (self.evaluated and piece.continues)
         for one in self.progress:
             one.enter(piece.end)
             one.spend(int(anew), self.stages - 1, self.config.max_evaluations)
         if anew and any(one.status is None for one in self.progress):
-            self.k1 = g(self.start, self.y)
+            self.k1, self.evaluated = g(self.start, self.y), True
             self.calls += 1
             finite = torch.isfinite(self.k1).flatten(1).all(1).tolist()
             for row, one in enumerate(self.progress):
                 if one.status is None and not (finite[row] if self.per_sample else all(finite)):
                     one.status = Status.NON_FINITE
 
-    def _judge(self, ratios: Tensor, active: list[bool], end: float) -> list[bool]:
+    def _judge(self, scaled_errors: Tensor, active: list[bool], end: float) -> list[bool]:
         """Which of the samples accept a trial of that scaled error; the others, and these, get their next step."""
-        ratios = ratios.tolist()
+        ratios: list[float] = scaled_errors.tolist()
         if not self.per_sample:
             ratios = [math.nan if any(map(math.isnan, ratios)) else max(ratios)]
         broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios)]
@@ -376,7 +384,7 @@ class _Solve:
         else:
             chosen = torch.tensor(accepted, device=self.y.device).view(-1, 1, 1)
             self.y, self.k1 = torch.where(chosen, new[0], self.y), torch.where(chosen, new[1], self.k1)
-        if self.keep.penalties:
+        if self.energy is not None and self.local_error is not None:
             mask = torch.tensor(accepted, device=self.y.device)
             self.energy = torch.where(mask, self.energy + new[3], self.energy)
             self.local_error = torch.where(mask, self.local_error + new[4], self.local_error)
@@ -394,7 +402,7 @@ class _Solve:
             state=y.to(self.returned_dtype),
             evaluations=_per_sample([one.evaluations for one in progress], y),
             residual=y.new_tensor([one.largest_ratio for one in progress]),
-            status=Status.worst(one.status for one in progress),
+            status=Status.worst(one.status for one in progress if one.status is not None),
             accepted=_per_sample([one.accepted for one in progress], y),
             rejected=_per_sample([one.rejected for one in progress], y),
             field_calls=self.calls,

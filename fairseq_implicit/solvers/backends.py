@@ -161,6 +161,7 @@ class _Probe:
 
     def __init__(self, start: float, limit: int, state: Tensor):
         self.start, self.limit = start, limit
+        self.g: VectorField  # of the piece under way
         self.last_state, self.last_time = state, start
         self.evaluations = self.accepted = self.trials = 0
         self.begin(0.0)
@@ -236,6 +237,24 @@ class Torchdyn(Library):
         return states[-1]
 
 
+class _Reported:
+    """The field with the calls that torchdiffeq looks for on it."""
+
+    def __init__(self, probe: _Probe):
+        self.probe = probe
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.probe(t, z)
+
+    def callback_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
+        self.probe.accept(float(t.detach()), state)
+        self.probe.trials += 1
+        self.probe.step = float(dt.detach())
+
+    def callback_accept_step(self, t: Tensor, state: Tensor, dt: Tensor) -> None:
+        self.probe.accepted += 1
+
+
 @dataclass(frozen=True)
 class Torchdiffeq(Library):
     """torchdiffeq's solvers, with the error norm per sample over real tokens."""
@@ -248,18 +267,6 @@ class Torchdiffeq(Library):
     def library_solve(self, probe: _Probe, y: Tensor, duration: float, layout: Layout) -> Tensor:
         odeint = self.import_module().odeint
 
-        def field(t, z):
-            return probe(t, z)
-
-        def on_accept(t, state, dt):
-            probe.accepted += 1
-
-        def on_step(t, state, dt):
-            probe.accept(float(t.detach()), state)
-            probe.trials += 1
-            probe.step = float(dt.detach())
-
-        field.callback_step, field.callback_accept_step = on_step, on_accept
         end = torch.tensor([duration], dtype=torch.float64, device=y.device)
         options = {
             "norm": lambda error: layout.sample_mean(error.square()).sqrt().max(),
@@ -269,7 +276,9 @@ class Torchdiffeq(Library):
         }
         span = torch.cat([torch.zeros_like(end), end])
         try:
-            states = odeint(field, y, span, rtol=self.rtol, atol=self.atol, method=self.scheme, options=options)
+            states = odeint(
+                _Reported(probe), y, span, rtol=self.rtol, atol=self.atol, method=self.scheme, options=options
+            )
         except AssertionError as error:
             if "underflow" in str(error):
                 raise _Stopped(Status.STEP_UNDERFLOW) from error
@@ -297,7 +306,7 @@ class TorchdynAdjoint(Direct):
         self,
         solver: Torchdyn,
         f: VectorField,
-        y: Tensor,
+        x: Tensor,
         span: Span,
         layout: Layout,
         parameters: Sequence[Tensor],
@@ -311,31 +320,31 @@ class TorchdynAdjoint(Direct):
             ArithmeticError: the solve, forward or backward, did not reach its end, without which there is no adjoint.
         """
         if not torch.is_grad_enabled():
-            return solver.integrate(f, y, span, layout, **options)
+            return solver.integrate(f, x, span, layout, **options)
         start, duration = span
-        check_tolerance(solver, state_dtype(y.dtype))
-        if y.dtype not in (torch.float32, torch.float64):
+        check_tolerance(solver, state_dtype(x.dtype))
+        if x.dtype not in (torch.float32, torch.float64):
             raise OptionError(
                 "gradient",
-                f"torchdyn's adjoint cannot carry a {str(y.dtype)[6:]} state: use adjoint with `backend` own.",
+                f"torchdyn's adjoint cannot carry a {str(x.dtype)[6:]} state: use adjoint with `backend` own.",
             )
         gather = importlib.import_module("torchdyn.numerics.sensitivity")._gather_odefunc_adjoint
-        probe = _Probe(start, solver.max_evaluations, y)
-        probe.g = lambda t, z: f(t, z).to(y.dtype)
+        probe = _Probe(start, solver.max_evaluations, x)
+        probe.g = lambda t, z: f(t, z).to(x.dtype)
         with torch.enable_grad():
-            z = y.detach().requires_grad_()
+            z = x.detach().requires_grad_()
             wanted = tuple(p for p in parameters if p.requires_grad)
             gradients = torch.autograd.grad(f(start, z).sum(), (z,) + wanted, allow_unused=True)[1:]
             used = [p for p, gradient in zip(wanted, gradients) if gradient is not None]
         vector_field = _ModuleField(probe, used)
-        flat = torch.cat([p.contiguous().flatten() for p in used]) if used else y.new_zeros(0)
-        library = _torchdyn_solver(probe, y, duration, solver.scheme)
+        flat = torch.cat([p.contiguous().flatten() for p in used]) if used else x.new_zeros(0)
+        library = _torchdyn_solver(probe, x, duration, solver.scheme)
         solve = gather(
             vector_field, flat, library, solver.atol, solver.rtol, None, solver.scheme, solver.atol, solver.rtol,
             None, "standard",
         )  # fmt: skip
         try:
-            _, states = solve.apply(flat, y, y.new_tensor([0.0, duration]))
+            _, states = solve.apply(flat, x, x.new_tensor([0.0, duration]))
         except _Stopped as stopped:
             raise ArithmeticError(
                 f"The forward solve stopped at depth {probe.last_time:.3g} of {start + duration:g} "
@@ -356,7 +365,7 @@ class TorchdynAdjoint(Direct):
             accepted=accepted,
             rejected=trials - accepted,
             field_calls=forward,
-            reached=(start + duration,) * y.shape[0],
+            reached=(start + duration,) * x.shape[0],
         )
 
 

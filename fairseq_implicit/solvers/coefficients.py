@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.tableau import Tableau
 
@@ -55,7 +56,19 @@ def _positive_start(tableau: Tableau, mode: str) -> tuple[float, ...]:
     return tuple(weight / sum(floored) for weight in floored)
 
 
-class LearnedWeights(nn.Module):
+class StageWeights(nn.Module):
+    """What learned weights have in common: called with the increments of the stages, they give one weight for each."""
+
+    def at_rest(self) -> tuple[Weight, ...]:
+        """The weights of a block whose increments are zero."""
+        return self(())
+
+    def statistics(self, weights: Sequence[Weight], layout: Layout) -> dict[str, float | Tensor]:
+        """Scalars, other than those that all weights have."""
+        return {}
+
+
+class LearnedWeights(StageWeights):
     """One free number per stage, or per stage and channel.
 
     Args:
@@ -73,7 +86,7 @@ class LearnedWeights(nn.Module):
         return tuple(_full_precision(self.values).unbind(0))
 
 
-class SoftmaxWeights(nn.Module):
+class SoftmaxWeights(StageWeights):
     """Weights that sum to 1: order 1 is kept whatever is learned."""
 
     def __init__(self, tableau: Tableau, channels: int | None = None):
@@ -85,7 +98,7 @@ class SoftmaxWeights(nn.Module):
         return tuple(_full_precision(self.logits).softmax(0).unbind(0))
 
 
-class GatedWeights(nn.Module):
+class GatedWeights(StageWeights):
     """Weights of each token, read from its increments.
 
     Parameters are bare tensors, not an ``nn.Linear``: a model-wide initialisation of linear layers would overwrite the
@@ -107,9 +120,14 @@ class GatedWeights(nn.Module):
         logits = sum((_full_precision(product) for product in products), _full_precision(self.bias))
         return self._shares(logits)
 
-    def at_rest(self) -> tuple[Tensor, ...]:
+    def at_rest(self) -> tuple[Weight, ...]:
         """The weights of a token whose increments are zero, each ``(1, 1, 1)``."""
         return self._shares(_full_precision(self.bias).view(1, 1, -1))
+
+    def statistics(self, weights: Sequence[Weight], layout: Layout) -> dict[str, float | Tensor]:
+        gates = [torch.as_tensor(weight) for weight in weights]
+        entropy = -sum(gate * gate.clamp_min(torch.finfo(gate.dtype).tiny).log() for gate in gates)
+        return {"gate_mean": _mean(gates[0], layout), "gate_entropy": _mean(entropy, layout)}
 
     def _shares(self, logits: Tensor) -> tuple[Tensor, ...]:
         if logits.shape[-1] == 1:
@@ -118,7 +136,7 @@ class GatedWeights(nn.Module):
         return tuple(logits.softmax(-1).split(1, dim=-1))
 
 
-class EmaWeights(nn.Module):
+class EmaWeights(StageWeights):
     """Exponential moving average: later stages weigh more.
 
     The raw weights sum to 1 − (1 − α)^n, so a step of a raw block is shorter than h; the normalised ones sum to 1.
@@ -139,6 +157,9 @@ class EmaWeights(nn.Module):
         share = alpha / (1 - (1 - alpha) ** self.stages) if self.normalised else alpha
         return tuple(share * (1 - alpha) ** (self.stages - 1 - i) for i in range(self.stages))
 
+    def statistics(self, weights: Sequence[Weight], layout: Layout) -> dict[str, float | Tensor]:
+        return {"alpha": self.alpha.mean()}
+
 
 class StageNorms(nn.Module):
     """PCformer's norms: one of the state, one of each stage's increment."""
@@ -146,7 +167,7 @@ class StageNorms(nn.Module):
     def __init__(self, stages: int, dim: int, norm: Callable[[int], nn.LayerNorm]):
         super().__init__()
         self.state = norm(dim)
-        self.increments = nn.ModuleList(norm(dim) for _ in range(stages))
+        self.increments = ModuleList(norm(dim) for _ in range(stages))
 
 
 def normalise(norm: nn.LayerNorm, value: Tensor) -> Tensor:
@@ -183,23 +204,20 @@ class Combination(nn.Module):
     ):
         super().__init__()
         check_coefficients(tableau, mode, start, "block" if channels is None else "channel")
-        if dim is None and (mode == "gated" or stage_norms):
-            raise OptionError(
-                "dim", f"coefficient mode {mode!r} and stage norms need the width of the state: pass dim."
-            )
         self.tableau = tableau
         self.mode = mode
+        self.weights: StageWeights | None
         if mode == "learned":
             self.weights = LearnedWeights(tableau, start, channels)
         elif mode == "softmax":
             self.weights = SoftmaxWeights(tableau, channels)
         elif mode == "gated":
-            self.weights = GatedWeights(tableau, dim)
+            self.weights = GatedWeights(tableau, _given(dim, mode))
         elif mode in ("ema", "ema-normalised"):
             self.weights = EmaWeights(tableau, mode == "ema-normalised", channels)
         else:
             self.weights = None
-        self.norms = StageNorms(tableau.stages, dim, norm) if stage_norms else None
+        self.norms = StageNorms(tableau.stages, _given(dim, mode), norm) if stage_norms else None
 
     @property
     def required(self) -> tuple[bool, ...]:
@@ -223,9 +241,7 @@ class Combination(nn.Module):
 
     def at_rest(self) -> tuple[Weight, ...]:
         """The weights of a block whose increments are zero (a block that layer drop skips)."""
-        if self.weights is None:
-            return self.tableau.b_values
-        return self.weights.at_rest() if self.mode == "gated" else self.weights(())
+        return self.tableau.b_values if self.weights is None else self.weights.at_rest()
 
     def statistics(self, weights: tuple[Weight, ...], layout: Layout = UNPADDED) -> dict[str, float | Tensor]:
         """Detached scalars: Σw, Σwc and, where the mode has them, gate mean and entropy (nats) or α.
@@ -238,12 +254,8 @@ class Combination(nn.Module):
                 "coefficient_sum": _mean(sum(weights), layout),
                 "coefficient_moment": _mean(self._moment(weights), layout),
             }
-            if self.mode == "gated":
-                entropy = -sum(weight * weight.clamp_min(torch.finfo(weight.dtype).tiny).log() for weight in weights)
-                found["gate_mean"] = _mean(weights[0], layout)
-                found["gate_entropy"] = _mean(entropy, layout)
-            if self.mode in ("ema", "ema-normalised"):
-                found["alpha"] = self.weights.alpha.mean()
+            if self.weights is not None:
+                found.update(self.weights.statistics(weights, layout))
         return found
 
     def consistency_penalty(self, weights: tuple[Weight, ...], layout: Layout = UNPADDED) -> float | Tensor:
@@ -256,6 +268,12 @@ class Combination(nn.Module):
 
     def _moment(self, weights: tuple[Weight, ...]) -> Weight:
         return sum(weight * node for weight, node in zip(weights, self.tableau.c_values))
+
+
+def _given(dim: int | None, mode: str) -> int:
+    if dim is None:
+        raise OptionError("dim", f"coefficient mode {mode!r} and stage norms need the width of the state: pass dim.")
+    return dim
 
 
 def _mean(value: Weight, layout: Layout) -> float | Tensor:
@@ -271,6 +289,8 @@ def combine(state: Tensor, stages: Sequence[Tensor | None], weights: Sequence[We
     Multiply and add are fused: one pass over the state per stage.
     """
     for stage, weight in zip(stages, weights):
+        if stage is None:
+            continue
         if isinstance(weight, Tensor):
             state = torch.addcmul(state, stage, (h * weight).to(state.dtype))
         elif weight != 0:

@@ -13,8 +13,9 @@ Source: Hairer and Wanner, *Solving Ordinary Differential Equations II*, §IV.3 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torch import Tensor
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
-from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
+from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient
 from fairseq_implicit.solvers.gradients.implicit import Implicit
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.solver import Solution, Solver, Span
@@ -82,13 +83,15 @@ class Theta(Solver):
         span: Span,
         layout: Layout = UNPADDED,
         *,
-        dtype: torch.dtype | None = None,
+        parameters: Sequence[Tensor] = (),
+        record: AdjointRecord | None = None,
         records: list[AdjointRecord] | None = None,
+        **options: Any,
     ) -> Solution:
         """See :meth:`Solver.solve`.
 
         Args:
-            dtype: that of ``x``.
+            parameters, record, options: not needed: each step has a gradient, and a record, of its own.
             records: receives one :class:`AdjointRecord` per implicit step, filled by the backward pass.
 
         Returns:
@@ -102,12 +105,15 @@ class Theta(Solver):
                 z = torch.add(z, f(span.start + step * h, z), alpha=h)
             return Solution(z, self.steps, field_calls=self.steps)
 
-        z, evaluations, residual, converged, status = x, 0, None, None, Status.COMPLETED
+        z, status = x, Status.COMPLETED
+        evaluations: int | Tensor = 0
+        residual: Tensor | None = None
+        converged: Tensor | None = None
         for step in range(self.steps):
-            record = AdjointRecord()
-            solved, explicit = _implicit_step(f, z, span.start + step * h, h, self, layout, record)
+            own = AdjointRecord()
+            solved, explicit = _implicit_step(f, z, span.start + step * h, h, self, layout, own)
             if records is not None:
-                records.append(record)
+                records.append(own)
             z = solved.state
             evaluations = evaluations + solved.solve.evaluations + explicit
             residual = solved.solve.residual if residual is None else torch.maximum(residual, solved.solve.residual)
@@ -116,14 +122,16 @@ class Theta(Solver):
         return Solution(z, evaluations, residual, status, converged=converged)
 
 
-def _implicit_step(f: VectorField, x: Tensor, t: float, h: float, config: Theta, layout: Layout, record: AdjointRecord):
+def _implicit_step(
+    f: VectorField, x: Tensor, t: float, h: float, config: Theta, layout: Layout, record: AdjointRecord
+) -> tuple[Equilibrium, int]:
     """One step: the equilibrium and the evaluations spent on its explicit half."""
     if config.scheme == "implicit-midpoint":
 
-        def step_map(z: Tensor) -> Tensor:
+        def midpoint_map(z: Tensor) -> Tensor:
             return torch.add(x, f(t + h / 2, (x + z) / 2), alpha=h)
 
-        return config.gradient.equilibrium(step_map, x, config.solver, layout, record), 0
+        return config.gradient.equilibrium(midpoint_map, x, config.solver, layout, record), 0
 
     theta = config.theta
     base, start, explicit = x, x, 0

@@ -29,9 +29,9 @@ from fairseq_implicit.solvers.gradients.accumulation import accumulate
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.gradients.trajectory import Direct
 from fairseq_implicit.solvers.precision import Autocast, in_state_precision
-from fairseq_implicit.solvers.solver import NOTHING, Piece, Span
+from fairseq_implicit.solvers.solver import Piece, Span
 from fairseq_implicit.solvers.status import Status
-from fairseq_implicit.solvers.vector_field import VectorField
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class ContinuousAdjoint(Direct):
     condition: ClassVar[str] = "is for adaptive solves and needs `backend` own: set `tolerance`"
     along_the_way: ClassVar[bool] = False
 
-    def solve(self, solver, f, x, span, layout, parameters, record, *, dtype=None, pieces=(), keep=NOTHING):
+    def solve(self, solver, f, x, span, layout, parameters, record, *, pieces=(), **options):
         if not torch.is_grad_enabled():
-            return solver.integrate(f, x, span, layout, dtype=dtype, pieces=pieces, keep=keep)
+            return solver.integrate(f, x, span, layout, pieces=pieces, **options)
         results: list[AdaptiveSolution] = []
         pieces = tuple(pieces) or (Piece(f, span.start + span.length),)
         record = AdjointRecord() if record is None else record
@@ -114,11 +114,11 @@ def _integrate_backward(
     # Parameter gradients are summed over the batch: they need one step size for all samples.
     config = replace(config, step_control="batch", gradient=Direct())
 
-    def augmented_field(s: float, both: Tensor) -> Tensor:
+    def augmented_field(s: Time, both: Tensor) -> Tensor:
         z, a = both[..., :dim].detach().requires_grad_(), both[..., dim:]
         with torch.enable_grad():
             dz = g(end - s, z)
-            parts = (None,) * (1 + len(wanted))
+            parts: tuple[Tensor | None, ...] = (None,) * (1 + len(wanted))
             if dz.requires_grad:
                 parts = torch.autograd.grad(dz, [z] + wanted, a, allow_unused=True)
         stages.append(parts[1:])
@@ -134,7 +134,7 @@ def _integrate_backward(
             del stages[1:]
 
     with torch.no_grad():
-        result = config.integrate(augmented_field, augmented, Span(0.0, span.length), layout, on_trial=on_trial)
+        result = config.watched(augmented_field, augmented, Span(0.0, span.length), layout, on_trial)
     if result.status is not Status.CONVERGED:
         raise ArithmeticError(
             f"The adjoint solve failed on its way back ({result.status.value}): this flow cannot be run backward at "
