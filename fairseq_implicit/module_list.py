@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
 
 from torch import nn
 
@@ -11,17 +11,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ModuleList(nn.ModuleList, Generic[M]):
-    """torch's list, whose annotations forget what is in it."""
+    """torch's list, whose own annotations forget what is in it."""
 
-    def __init__(self, modules: Iterable[M] = ()):
-        super().__init__(modules)
+    if TYPE_CHECKING:
 
-    def __iter__(self) -> Iterator[M]:
-        return cast(Iterator[M], super().__iter__())
-
-    @overload
-    def __getitem__(self, index: slice) -> ModuleList[M]: ...
-    @overload
-    def __getitem__(self, index: int) -> M: ...
-    def __getitem__(self, index):
-        return super().__getitem__(index)
+        def __init__(self, modules: Iterable[M] = ()): ...
+        def __iter__(self) -> Iterator[M]: ...
+        @overload
+        def __getitem__(self, index: slice) -> ModuleList[M]: ...
+        @overload
+        def __getitem__(self, index: int) -> M: ...
+        def __getitem__(self, index): ...

@@ -234,8 +234,10 @@ class ContinuousDepth(Depth):
     def _penalties(self, f: Increment, solution: Solution, layout: Layout, precision: torch.dtype) -> dict[str, Tensor]:
         config, penalties = self.config, {}
         if config.kinetic_energy > 0:
+            assert solution.energy is not None, "Keep.penalties asks for it"
             penalties["kinetic_energy"] = config.kinetic_energy * solution.energy.mean()
         if config.local_error > 0:
+            assert solution.local_error is not None, "Keep.penalties asks for it"
             penalties["local_error"] = config.local_error * solution.local_error.mean()
         if config.jacobian > 0:
             # One place of the trajectory per pass stands for the integral over the depth.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
 from fairseq_implicit.depth.clock import UpdateCount
@@ -15,6 +15,7 @@ from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.schedule import Phase, PhaseConfig, phase_at
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig, solve
 from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient
@@ -170,9 +171,9 @@ class EquilibriumDepth(Depth):
         super().__init__()
         self.config = config
         layer = config.cell.layer
-        self.prelude = nn.ModuleList(CellLayer(layer) for _ in range(config.prelude_layers))
+        self.prelude = ModuleList(CellLayer(layer) for _ in range(config.prelude_layers))
         self.cell = EquilibriumCell(config.cell)
-        self.coda = nn.ModuleList(CellLayer(layer) for _ in range(config.coda_layers))
+        self.coda = ModuleList(CellLayer(layer) for _ in range(config.coda_layers))
         # Most layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
         unfinished = not layer.residual.ends_in_norm and (config.coda_layers > 0 or not config.cell.final_norm)
         self.output_norm = layer.norm.build(layer.dim) if unfinished else None
@@ -371,7 +372,7 @@ class EquilibriumDepth(Depth):
             "`jacobian_weight`,"
         )
 
-    def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, object]:
+    def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, float | Tensor]:
         result, adjoint = found.solve, self.adjoint
         gain = self.cell.injection.gain
         forward, backward = (

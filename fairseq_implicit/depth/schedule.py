@@ -96,10 +96,11 @@ class PhaseConfig:
                 "start_max_iter",
                 f"the ramp starts at {self.start_max_iter} evaluations, above its end {solver.max_iter}.",
             )
-        if self.start_tol is not None and solver.tol is None:
-            raise OptionError("start_tol", "a tolerance ramp needs its end; give the solver's tolerance too.")
-        if self.start_tol is not None and self.start_tol < solver.tol:
-            raise OptionError("start_tol", f"the ramp starts at {self.start_tol:g}, below its end {solver.tol:g}.")
+        if self.start_tol is not None:
+            if solver.tol is None:
+                raise OptionError("start_tol", "a tolerance ramp needs its end; give the solver's tolerance too.")
+            if self.start_tol < solver.tol:
+                raise OptionError("start_tol", f"the ramp starts at {self.start_tol:g}, below its end {solver.tol:g}.")
         lowest = solver.max_iter if self.start_max_iter is None else self.start_max_iter
         if self.budget_jitter >= lowest:
             raise OptionError(
@@ -142,6 +143,7 @@ def phase_at(update: int, config: PhaseConfig, solver: FixedPointConfig, gradien
     if config.start_max_iter is not None:
         budget = round(config.start_max_iter + share * (solver.max_iter - config.start_max_iter))
     if config.start_tol is not None:
+        assert solver.tol is not None, "PhaseConfig.check() refuses a ramp without an end"
         tol = config.start_tol * (solver.tol / config.start_tol) ** share
     solver = replace(solver, max_iter=budget + jitter, tol=tol)
     if since < config.phantom_updates:

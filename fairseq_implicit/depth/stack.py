@@ -9,9 +9,10 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fairseq_implicit.depth.convergence import (
     ALARM_RESIDUAL,
@@ -27,8 +28,9 @@ from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError, check_choice
-from fairseq_implicit.solvers.coefficients import Combination
+from fairseq_implicit.solvers.coefficients import Combination, Weight
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.runge_kutta import RungeKutta
 from fairseq_implicit.solvers.solver import Solution, Solver, Span
@@ -114,18 +116,7 @@ class StackConfig:
                 "history",
                 f"`corrector` carries a history of its own; {self.history} goes with none and backward-euler.",
             )
-        if solver.combines:
-            self._check_penalties(solver)
-
-    def _check_penalties(self, solver: RungeKutta) -> None:
-        for name in ("consistency_penalty", "second_order_penalty"):
-            weight = getattr(self, name)
-            if not 0 <= weight < math.inf:
-                raise OptionError(name, f"the weight {weight} must be finite and not negative.")
-            if weight > 0 and not solver.learns:
-                raise OptionError(name, "it needs learned `coefficients`, not fixed ones.")
-        if self.second_order_penalty > 0 and solver.tableau.stages == 1:
-            raise OptionError("second_order_penalty", f"{solver.scheme!r} has one stage; take two stages or more.")
+        solver.check_penalties(self.consistency_penalty, self.second_order_penalty)
 
 
 class BlockStack(Depth):
@@ -148,12 +139,12 @@ class BlockStack(Depth):
         super().__init__()
         self.config = config
         solver = config.solver
-        self.fields = nn.ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
-        self.combinations = nn.ModuleList()
+        self.fields = ModuleList(field_factory(layer) for layer in range(1 if config.tied else config.layers))
+        self.combinations: ModuleList[Combination] = ModuleList()
         if not solver.implicit:
-            shared = solver.combines and solver.scope == "model"
             self.combinations.extend(
-                solver.combination(config.dim, config.norm.build) for _ in range(1 if shared else config.layers)
+                solver.combination(config.dim, config.norm.build)
+                for _ in range(1 if solver.shares_combination else config.layers)
             )
         mixes = solver.mixes_history
         keeps_history = mixes or config.history == "dlcl"
@@ -234,23 +225,18 @@ class BlockStack(Depth):
         layer = f.layer if layers else None
         if layer is not None:
             # A post-norm layer ends in a norm: only its own map, not z + F(z), is the published layer to the last bit.
-            if not solver.implicit:
-                layer = solver.gradient.around_stage(layer, solver.replay_random)
-                layer = solver.gradient.around_step(layer, solver.replay_random)
+            layer = solver.around_layer(layer)
             for _ in range(layers):
                 state = layer(span.start, state.to(dtype)).to(state.dtype)
             return Solution(state, layers, weights=((1.0,),))
-        options: dict[str, object] = {"dtype": dtype}
+        options: dict[str, Any] = {"dtype": dtype}
         if solver.implicit:
             options["records"] = self.adjoints if torch.is_grad_enabled() else None
         if solver.combines:
-            mixture = None
-            if self.predictor_history is not None:
-
-                def mixture(predicted: Tensor) -> Tensor:
-                    return self.predictor_history.mix(entries + [self.predictor_history.entry(block + 1, predicted)])
-
-            options.update(combination=self._combination(block), carried=carried, mixture=mixture)
+            options.update(combination=self._combination(block), carried=carried)
+            history = self.predictor_history
+            if history is not None:
+                options["mixture"] = lambda predicted: history.mix(entries + [history.entry(block + 1, predicted)])
         result = solver.solve(f, state, span, layout, **options)
         refuse_failure(result.status, f"block {block}")
         return result
@@ -271,7 +257,7 @@ class _SchemeReport:
 
     def __init__(self, stack: BlockStack, layout: Layout):
         self.stack, self.config, self.layout = stack, stack.config, layout
-        self.evaluations = 0
+        self.evaluations: Scalar = 0
         self.blocks: list[dict[str, Scalar]] = []
         self.consistency: list[Scalar] = []
         self.second_order: list[Scalar] = []
@@ -279,6 +265,7 @@ class _SchemeReport:
     def add(self, block: int, result: Solution | None, state: Tensor) -> None:
         """Of a block that was passed, or skipped."""
         solver, combination = self.config.solver, self.stack._combination(block)
+        weights: tuple[tuple[Weight, ...], ...]
         if result is None:
             weights = () if solver.own_coefficients else (combination.at_rest(),)
         else:
@@ -308,9 +295,9 @@ class _SchemeReport:
     def penalties(self) -> dict[str, Tensor]:
         found = {}
         if self.consistency:
-            found["consistency"] = self.config.consistency_penalty * mean(self.consistency)
+            found["consistency"] = self.config.consistency_penalty * torch.as_tensor(mean(self.consistency))
         if self.second_order:
-            found["second_order"] = self.config.second_order_penalty * mean(self.second_order)
+            found["second_order"] = self.config.second_order_penalty * torch.as_tensor(mean(self.second_order))
         return found
 
 
@@ -320,7 +307,7 @@ class _EquationReport:
     def __init__(self, stack: BlockStack, layout: Layout):
         self.stack = stack
         self.backward = [(record.evaluations, record.fallbacks) for record in stack.adjoints]
-        self.evaluations = 0
+        self.evaluations: int | Tensor = 0
         self.residuals: list[Tensor] = []
         self.converged: list[Tensor] = []
         self.unfinished = False
@@ -330,7 +317,7 @@ class _EquationReport:
             return
         self.evaluations = self.evaluations + result.evaluations
         self.unfinished = self.unfinished or result.status in (Status.BUDGET_SPENT, Status.STAGNATED)
-        if result.residual is not None:
+        if result.residual is not None and result.converged is not None:
             self.residuals.append(result.residual.float())
             self.converged.append(result.converged)
 

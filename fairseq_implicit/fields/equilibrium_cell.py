@@ -25,6 +25,7 @@ from fairseq_implicit.fields.injection import Injection, InjectionConfig
 from fairseq_implicit.fields.residual import Residual
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.vector_field import StateMap
 
@@ -153,7 +154,7 @@ class EquilibriumCell(nn.Module):
     def __init__(self, config: CellConfig):
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(CellLayer(config.layer) for _ in range(config.layers))
+        self.layers = ModuleList(CellLayer(config.layer) for _ in range(config.layers))
         layer = config.layer
         self.injection = Injection(layer.dim, config.injection, layer.mixer.added_width(layer.dim), layer.norm)
         own_end = config.final_norm and not layer.residual.ends_in_norm
@@ -196,7 +197,7 @@ class EquilibriumCell(nn.Module):
             # length 0 need a direction too.
             linear.weight = torch.empty_like(linear.weight).normal_(std=std or self.config.initial_std)
             if std == 0.0:
-                linear.parametrizations.weight.original0.zero_()
+                linear.get_parameter("parametrizations.weight.original0").zero_()
         else:
             linear.weight.normal_(std=std)
         if linear.bias is not None:

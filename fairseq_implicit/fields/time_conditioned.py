@@ -19,6 +19,7 @@ from torch.func import functional_call
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.solver import Piece
 from fairseq_implicit.solvers.vector_field import Time, VectorField
@@ -142,7 +143,7 @@ class InterpolatedField(Field):
                 "depth_weights", f"{interpolation!r} is unknown: choose one of {', '.join(INTERPOLATIONS)}."
             )
         self.per_unit, self.interpolation = knots / duration, interpolation
-        self.knots = nn.ModuleList(TransformerField(config) for _ in range(knots))
+        self.knots = ModuleList(TransformerField(config) for _ in range(knots))
 
     def layers(self) -> Iterator[Field]:
         return iter(self.knots)
@@ -168,7 +169,7 @@ class InterpolatedField(Field):
 
     def weights_at(self, knot: int, share: float) -> dict[str, Tensor]:
         """The same between ``knot``, at a share of 0, and the next one."""
-        here = dict(self.knots[knot].named_parameters())
+        here: dict[str, Tensor] = dict(self.knots[knot].named_parameters())
         if share == 0.0:
             return here
         following = dict(self.knots[knot + 1].named_parameters())

@@ -6,6 +6,7 @@ known before the solve: a solve can be captured by ``torch.compile(fullgraph=Tru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -75,14 +76,29 @@ class RungeKutta(Solver):
         """Whether the weights of the stages are learned."""
         return self.coefficients != "fixed"
 
+    def check_penalties(self, consistency: float, second_order: float) -> None:
+        for name, weight in (("consistency_penalty", consistency), ("second_order_penalty", second_order)):
+            if not 0 <= weight < math.inf:
+                raise OptionError(name, f"the weight {weight} must be finite and not negative.")
+            if weight > 0 and not self.learns:
+                raise OptionError(name, "it needs learned `coefficients`, not fixed ones.")
+        if second_order > 0 and self.tableau.stages == 1:
+            raise OptionError("second_order_penalty", f"{self.scheme!r} has one stage; take two stages or more.")
+
+    @property
+    def shares_combination(self) -> bool:
+        return self.scope == "model"
+
     def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
-        """The weights of the stages, for a state of width ``dim``; ``norm`` makes a norm of a width."""
         channels = dim if self.scope == "channel" else None
         return Combination(self.tableau, self.coefficients, self.start, channels, dim, self.stage_norm, norm)
 
     def plain_layers(self, span: Span) -> int:
         plain = self.tableau.stages == 1 and not (self.learns or self.stage_norm or self.residual_in_field)
         return int(plain and self.steps == 1 and span.length == 1)
+
+    def around_layer(self, layer: VectorField) -> VectorField:
+        return self.gradient.around_step(self.gradient.around_stage(layer, self.replay_random), self.replay_random)
 
     def state(self, x: Tensor) -> Tensor:
         """``x`` in the dtype in which the solve accumulates, and a stack carries it from solve to solve."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.coefficients import Combination, Weight
+from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.status import SolveResult
 from fairseq_implicit.solvers.vector_field import Time, VectorField
@@ -77,7 +79,7 @@ class Solution(SolveResult):
     times: Sequence[Time] = ()
     energy: Tensor | None = None
     local_error: Tensor | None = None
-    weights: tuple[tuple[Any, ...], ...] = field(default=(), repr=False)
+    weights: tuple[tuple[Weight, ...], ...] = field(default=(), repr=False)
     carried: Tensor | None = None
     converged: Tensor | None = None
 
@@ -99,9 +101,14 @@ class Solver:
         own_coefficients: whether the weights of its stages are its own affair.
         carries_history: whether a layer history of the stack would be a second one.
         mixes_history: whether it corrects a ``mixture`` of its prediction with earlier blocks.
+        max_evaluations: where it is ``adaptive``, what one sample may cost.
+        solver: where it is ``implicit``, that of its equations.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     gradient: Any
+    max_evaluations: int
+    solver: FixedPointConfig
 
     kind: ClassVar[str]
     combines: ClassVar[bool] = False
@@ -121,6 +128,25 @@ class Solver:
         """
         if self.kind not in self.gradient.serves:
             raise OptionError("gradient", f"{self.gradient.name} {self.gradient.condition}.")
+
+    def check_penalties(self, consistency: float, second_order: float) -> None:
+        """Raises:
+        OptionError: these weights of :class:`Combination`'s penalties have no meaning for this solver.
+        """
+
+    @property
+    def shares_combination(self) -> bool:
+        """Whether all blocks of a stack have the same weights of their stages."""
+        return False
+
+    def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
+        """The weights of the stages, for a state of width ``dim``; ``norm`` makes a norm of a width."""
+        raise TypeError(f"{type(self).__name__} has no stages")
+
+    def around_layer(self, layer: VectorField) -> VectorField:
+        """A map ``(t, z) -> z'`` that takes the place of a solve (see :meth:`plain_layers`), as the backward pass
+        should see it."""
+        return layer
 
     def solve(
         self,
