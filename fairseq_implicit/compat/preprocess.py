@@ -17,10 +17,10 @@ INTERVAL = 10.0  # seconds between two lines
 
 
 def register() -> None:
-    wrap(binarizer.FileBinarizer, "multiprocess_dataset", _multiprocess_dataset)
+    wrap(binarizer.FileBinarizer, "multiprocess_dataset", multiprocess_dataset)
 
 
-def _multiprocess_dataset(original, input_file, dataset_impl, line_binarizer, output_prefix, **kwargs):
+def multiprocess_dataset(original, input_file, dataset_impl, line_binarizer, output_prefix, **kwargs):
     if os.path.isfile(input_file) and os.path.getsize(input_file) == 0:
         raise ValueError(f"{input_file} is empty: there is nothing to binarise.")
     try:

@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 def register() -> None:
     wrap(checkpoint_utils, "load_checkpoint", _load_checkpoint)
-    wrap(distributed_utils, "call_main", _call_main)
+    wrap(distributed_utils, "call_main", call_main)
 
 
 class ComparesCheckpoints:
@@ -176,7 +176,7 @@ def _valid_step(original, trainer, *args, **kwargs):
     return original(trainer, *args, **kwargs)
 
 
-def _call_main(original, cfg, main, **kwargs):
+def call_main(original, cfg, main, **kwargs):
     """Where fairseq starts one process for each GPU and waits, signals reach those processes."""
     if not saves_on_signal(cfg) or threading.current_thread() is not threading.main_thread():
         return original(cfg, main, **kwargs)

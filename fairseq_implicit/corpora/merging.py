@@ -152,7 +152,7 @@ def write_piece(
         for bucket in range(piece.first, piece.last):
             waiting: dict[str, list[bytes]] = {split: [] for split in SPLIT_NAMES}
             size = 0
-            for split, text in _documents_of(bucket, segments, settings, near, held_out, counts):
+            for split, text in documents_of_bucket(bucket, segments, settings, near, held_out, counts):
                 waiting[SPLIT_NAMES[split]].append(text)
                 size += len(text)
                 if size > _WRITTEN_TOGETHER:
@@ -202,7 +202,7 @@ def _publish(texts: dict[str, HashedFile]) -> dict[str, dict]:
     return published
 
 
-def _documents_of(
+def documents_of_bucket(
     bucket: int,
     segments: list[SegmentFile],
     settings: PrepareSettings,

@@ -120,8 +120,7 @@ class ImplicitBertHubInterface(RobertaHubInterface):
             return self.fill_mask([masked_input], topk)[0]
         if not 1 <= topk <= len(self.dictionary):
             raise ValueError(f"topk={topk} must lie between 1 and the dictionary's {len(self.dictionary):,} symbols")
-        spans = [self._split(sentence) for sentence in masked_input]
-        ids = self._pad([self._masked_ids(left, right) for left, right in spans])
+        ids = self._pad([self.masked_ids(sentence) for sentence in masked_input])
         masked = ids.eq(self.dictionary.index(MASK)).to(self.device)
         with torch.no_grad(), utils.model_eval(self.model):
             logits, _ = self.model(ids.to(self.device), masked_tokens=masked)
@@ -132,10 +131,10 @@ class ImplicitBertHubInterface(RobertaHubInterface):
         probabilities, indices = logits.float().softmax(dim=-1).topk(topk, dim=-1)
         return [
             [
-                self._filled(left, right, self.dictionary[index], probability)
+                self.filled(sentence, self.dictionary[index], probability)
                 for probability, index in zip(row_probabilities, row_indices)
             ]
-            for (left, right), row_probabilities, row_indices in zip(spans, probabilities.tolist(), indices.tolist())
+            for sentence, row_probabilities, row_indices in zip(masked_input, probabilities.tolist(), indices.tolist())
         ]
 
     @staticmethod
@@ -145,13 +144,23 @@ class ImplicitBertHubInterface(RobertaHubInterface):
             raise ValueError(f"{sentence!r} has {len(parts) - 1} <mask> tokens: fill_mask needs exactly one")
         return parts[0], parts[1]
 
-    def _masked_ids(self, left: str, right: str) -> LongTensor:
+    def masked_ids(self, sentence: str) -> LongTensor:
+        """Ids ``(time,)`` of a sentence with one ``<mask>``; what follows the mask without a space stays glued to it.
+
+        Raises:
+            ValueError: not exactly one ``<mask>``.
+        """
+        left, right = self._split(sentence)
         glued = bool(right) and not right[0].isspace()
         ids = [self.dictionary.bos(), *self.ids(left.rstrip()), self.dictionary.index(MASK)]
         return torch.tensor([*ids, *self.ids(right, glued), self.dictionary.eos()], dtype=torch.long)
 
-    def _filled(self, left: str, right: str, piece: str, probability: float) -> FilledMask:
-        # The piece itself says whether it starts a word, whatever stood before the mask.
+    def filled(self, sentence: str, piece: str, probability: float) -> FilledMask:
+        """A sentence with one ``<mask>`` and a piece of the dictionary in its place.
+
+        The piece itself says whether it starts a word, whatever stood before the mask.
+        """
+        left, right = self._split(sentence)
         token = self.vocabulary.surface(piece)
         return FilledMask((left.rstrip() + token + right).strip(), probability, token)
 

@@ -27,5 +27,5 @@ def test_a_long_file_reports_what_all_workers_have_written(tmp_path, monkeypatch
         while "1,000 tokens so far" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    preprocess._multiprocess_dataset(slow, "train.txt", "mmap", None, prefix, vocab_size=100)
+    preprocess.multiprocess_dataset(slow, "train.txt", "mmap", None, prefix, vocab_size=100)
     assert "train.txt: 1,000 tokens so far" in caplog.text

@@ -178,7 +178,7 @@ def test_signals_reach_the_processes_that_fairseq_starts_for_gpus(tmp_path, monk
         "    from fairseq_implicit.compat import training\n"
         "    def original(cfg, main): torch.multiprocessing.spawn(main, (sys.argv[1],), nprocs=2)\n"
         "    cfg = SimpleNamespace(model=OmegaConf.create({'save_on_signal': True}))\n"
-        "    training._call_main(original, cfg, waits.run)\n"
+        "    training.call_main(original, cfg, waits.run)\n"
     )
     (tmp_path / "parent.py").write_text(script, encoding="utf-8")
     ready = tmp_path / "ready"

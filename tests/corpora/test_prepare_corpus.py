@@ -228,7 +228,7 @@ def test_merge_holds_one_of_equal_documents(tmp_path):
             writers.append(segments.SegmentFile(tmp_path / f"{number}-{source}"))
         tracemalloc.start()
         counts = merging.Counts()
-        documents = list(merging._documents_of(0, writers, PrepareSettings(buckets=1), (), (), counts))
+        documents = list(merging.documents_of_bucket(0, writers, PrepareSettings(buckets=1), (), (), counts))
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(documents) == 1 and counts.dropped == {"exact duplicate": number - 1}

@@ -80,7 +80,7 @@ def test_pieces_of_a_shard_are_kept_and_joined_in_order(corpus, tmp_path, monkey
     arguments = [corpus, "--valid-fraction", "0.05", "--test-fraction", "0.02", "--output"]
     prepare(*arguments, tmp_path / "one")
     assert len(checksums(tmp_path / "one")) == 3
-    documents_of_bucket = merging._documents_of
+    documents_of_bucket = merging.documents_of_bucket
 
     def failing(bucket, *others):
         if bucket == 2000:
@@ -89,7 +89,7 @@ def test_pieces_of_a_shard_are_kept_and_joined_in_order(corpus, tmp_path, monkey
             time.sleep(0.0002)  # the first piece is the last one to come
         return documents_of_bucket(bucket, *others)
 
-    monkeypatch.setattr(merging, "_documents_of", failing)
+    monkeypatch.setattr(merging, "documents_of_bucket", failing)
     with pytest.raises(CorpusError, match="no more"):
         prepare(*arguments, tmp_path / "two", "--workers", 2)
     pieces = list((tmp_path / "two" / "work").glob("merge-*/piece.*.json"))
@@ -100,7 +100,7 @@ def test_pieces_of_a_shard_are_kept_and_joined_in_order(corpus, tmp_path, monkey
         return documents_of_bucket(bucket, *others)
 
     done = [tuple(map(int, path.name.split(".")[1].split("-"))) for path in pieces]
-    monkeypatch.setattr(merging, "_documents_of", once)
+    monkeypatch.setattr(merging, "documents_of_bucket", once)
     prepare(*arguments, tmp_path / "two", "--workers", 2)
     assert checksums(tmp_path / "two") == checksums(tmp_path / "one")
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]

@@ -81,11 +81,11 @@ def test_features_of_a_padded_batch_are_those_of_each_sentence(hub):
 
 
 def test_mask_inside_a_word_keeps_the_rest_of_the_word_glued(hub):
-    word = hub._masked_ids("The ", "ing is")
+    word = hub.masked_ids("The <mask>ing is")
     glued = [hub.dictionary[index] for index in word.tolist()]
     after = glued[glued.index("<mask>") + 1]
     assert not after.startswith("\u2581")
-    apart = [hub.dictionary[index] for index in hub._masked_ids("The ", " is smooth").tolist()]
+    apart = [hub.dictionary[index] for index in hub.masked_ids("The <mask> is smooth").tolist()]
     assert apart[apart.index("<mask>") + 1].startswith("\u2581")
 
 
@@ -99,7 +99,7 @@ def test_mask_inside_a_word_keeps_the_rest_of_the_word_glued(hub):
     ],
 )
 def test_filled_sentences_join_words_as_the_piece_says(hub, left, right, piece, expected):
-    assert hub._filled(left, right, piece, 0.5).sentence == expected
+    assert hub.filled(f"{left}<mask>{right}", piece, 0.5).sentence == expected
 
 
 def test_fill_mask_ranks_probabilities_and_takes_batches(hub):
