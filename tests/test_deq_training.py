@@ -100,7 +100,7 @@ def test_two_processes_equal_one_with_twice_the_batch(toy_flags, fairseq_train, 
     two = [json.loads(line) for line in re.findall(r"train_inner \| (\{.*\})", outputs[0])]
     one = fairseq_train(*flags, "--update-freq", 2, "--save-dir", tmp_path / "one").metrics("train_inner")
     assert len(one) == len(two) == 9
-    for ours, theirs in zip(one, two):
+    for ours, theirs in zip(one, two, strict=True):
         assert float(theirs["evaluation_budget"]) == ours["evaluation_budget"]
         assert float(theirs["loss"]) == pytest.approx(ours["loss"], abs=2e-3)
     weights = [torch.load(tmp_path / run / "checkpoint_last.pt")["model"] for run in ("two", "one")]

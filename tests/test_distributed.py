@@ -33,7 +33,9 @@ def test_two_ranks_equal_one_process_with_twice_the_batch_and_resume(
     assert sorted(two.losses()) == [1, 2, 3] and sorted(resumed.losses()) == [4, 5, 6, 7, 8, 9]
     one = fairseq_train(*flags, "--update-freq", 2, "--max-update", 9, "--save-dir", tmp_path / "one")
     assert len(one.metrics("train")) > 1, "the run must cross the end of an epoch"
-    for stats, other in zip(one.metrics("train_inner"), two.metrics("train_inner") + resumed.metrics("train_inner")):
+    for stats, other in zip(
+        one.metrics("train_inner"), two.metrics("train_inner") + resumed.metrics("train_inner"), strict=True
+    ):
         assert stats["num_updates"] == other["num_updates"]
         for name in ("loss", "gnorm", "wpb", "bsz", "accuracy", "evaluations", "state_rms", "gate_mean"):
             assert other[name] == pytest.approx(stats[name], abs=2e-3), (name, stats["num_updates"])

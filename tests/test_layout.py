@@ -25,7 +25,7 @@ def numbers(dtype=torch.float64):
 
 def of_sample(x, row, real=REAL):
     """The numbers of one sample's real tokens, as Python floats."""
-    return [float(value) for token, kept in zip(x[row], real[row]) if kept for value in token]
+    return [float(value) for token, kept in zip(x[row], real[row], strict=True) if kept for value in token]
 
 
 @pytest.mark.parametrize("real", [REAL, torch.ones_like(REAL)], ids=["padded", "all real"])

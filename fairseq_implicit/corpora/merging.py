@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def plan_shards(files: list[SourceFiles], settings: PrepareSettings) -> list[Sha
     ends = np.cumsum(sizes)
     inner = (int(np.searchsorted(ends, total * k / count)) + 1 for k in range(1, count))
     bounds = sorted({0, settings.buckets, *inner})
-    return [ShardRange(number, *pair) for number, pair in enumerate(zip(bounds, bounds[1:]))]
+    return [ShardRange(number, *pair) for number, pair in enumerate(pairwise(bounds))]
 
 
 def inputs_digest(files: list[SourceFiles]) -> str:
@@ -120,7 +121,7 @@ def shard_name(split: str, number: int) -> str:
 def pieces_of(shard: ShardRange, count: int) -> list[ShardRange]:
     """Cuts a shard into at most ``count`` ranges of buckets, which several workers can write."""
     bounds = sorted({int(bound) for bound in np.linspace(shard.first, shard.last, count + 1)})
-    return [ShardRange(shard.number, *pair) for pair in zip(bounds, bounds[1:])]
+    return [ShardRange(shard.number, *pair) for pair in pairwise(bounds)]
 
 
 def _piece_path(split: str, piece: ShardRange, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """What a state goes through on its way: size, direction, local error and cost, along the depth of one batch."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -59,13 +60,13 @@ def trace(depth: torch.nn.Module, x: Tensor, layout: Layout = UNPADDED) -> Traje
         raise ValueError(f"a {type(depth).__name__} has no trajectory in time: trace an ode_bert or a neural_ode_bert")
     wide = [state.to(state_dtype(state.dtype)) for state in states]
     errors = []
-    for (f, start), state in zip(fields, wide):
+    for (f, start), state in zip(fields, wide[:-1], strict=True):
         g, _ = in_state_precision(f, x.dtype)
         _, _, error = embedded_step(g, "bosh3", start, duration, state, g(start, state))
         errors.append((layout.sample_mean(error.square()) / layout.sample_mean(state.square())).sqrt())
     cosines = [
         layout.sample_mean(torch.nn.functional.cosine_similarity(one, other, dim=-1).unsqueeze(-1))
-        for one, other in zip(wide, wide[1:])
+        for one, other in pairwise(wide)
     ]
     return Trajectory(
         times=[index * duration for index in range(len(states))],
@@ -90,7 +91,7 @@ def _blocks(depth: BlockStack, x: Tensor, layout: Layout) -> Places:
     evaluations = torch.zeros(x.shape[0], device=x.device)
     solver, duration = depth.config.solver, depth.config.total_time
     if solver.adaptive:
-        for (f, start), state in zip(fields, states):
+        for (f, start), state in zip(fields, states[:-1], strict=True):
             evaluations = evaluations + solver.solve(f, state, Span(start, duration), layout).evaluations
     else:
         evaluations = evaluations + output.statistics["evaluations"]

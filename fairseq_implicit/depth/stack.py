@@ -324,7 +324,7 @@ class _EquationReport:
     def statistics(self) -> dict[str, Scalar]:
         if self.stack.training and self.unfinished:
             self._warn()
-        evaluations, fallbacks = zip(*self.backward) if self.backward else ((), ())
+        evaluations, fallbacks = zip(*self.backward, strict=True) if self.backward else ((), ())
         return {
             "evaluations": torch.as_tensor(self.evaluations, dtype=torch.float32).mean(),
             "residual": torch.stack(self.residuals).amax(0).mean() if self.residuals else 0.0,

@@ -132,9 +132,11 @@ class ImplicitBertHubInterface(RobertaHubInterface):
         return [
             [
                 self.filled(sentence, self.dictionary[index], probability)
-                for probability, index in zip(row_probabilities, row_indices)
+                for probability, index in zip(row_probabilities, row_indices, strict=True)
             ]
-            for sentence, row_probabilities, row_indices in zip(masked_input, probabilities.tolist(), indices.tolist())
+            for sentence, row_probabilities, row_indices in zip(
+                masked_input, probabilities.tolist(), indices.tolist(), strict=True
+            )
         ]
 
     @staticmethod

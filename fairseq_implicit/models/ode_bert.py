@@ -196,12 +196,12 @@ class OdeBertConfig(ImplicitBertConfig):
                     raise ValueError(f"{flag(name)} {getattr(self, name)} needs --enc-calculate-num, the order")
             defaults = Coefficients(DEFAULT_SCHEME, "fixed", "tableau", "block")
             return Coefficients(
-                *(given if given is not None else value for given, value in zip(own.values(), defaults))
+                *(given if given is not None else value for given, value in zip(own.values(), defaults, strict=True))
             )
         mapped = from_original_flags(
             self.enc_calculate_num, self.rk_type or "standard", self.enc_learnable_type, self.alpha_type
         )
-        for (name, given), value in zip(own.items(), mapped):
+        for (name, given), value in zip(own.items(), mapped, strict=True):
             same = given == value or (name == "ode_scheme" and given and get_tableau(given) is get_tableau(value))
             if given is not None and not same:
                 raise ValueError(

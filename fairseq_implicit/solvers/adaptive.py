@@ -202,9 +202,9 @@ def embedded_step(
     """
     tableau, error_weights, _ = embedded_pair(scheme)
     stages, z = [k1], y
-    for row, c in zip(tableau.a_values[1:], tableau.c_values[1:]):
+    for row, c in zip(tableau.a_values[1:], tableau.c_values[1:], strict=True):
         z = y
-        for coefficient, k in zip(row, stages):
+        for coefficient, k in zip(row, stages, strict=True):
             if coefficient:
                 z = _advance(z, k, h * coefficient)
         stages.append(g(t + h * c, z))
@@ -364,7 +364,7 @@ class _Solve:
         ratios: list[float] = scaled_errors.tolist()
         if not self.per_sample:
             ratios = [math.nan if any(map(math.isnan, ratios)) else max(ratios)]
-        broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios)]
+        broken = [on and not math.isfinite(ratio) for on, ratio in zip(active, ratios, strict=True)]
         accepted = [False] * len(self.progress)
         for row, one in enumerate(self.progress):
             # A trial with non-finite numbers in one sample is dropped for all: kept in the graph, they would reach
@@ -421,7 +421,7 @@ def _times_and_steps(progress: list[_Progress], active: list[bool], y: Tensor) -
     """Floats when every sample stands at the same time with the same step, else ``(batch,)`` tensors."""
     if all(active) and all(one.t == progress[0].t and one.h == progress[0].h for one in progress):
         return progress[0].t, progress[0].h
-    steps = [one.h if on else 0.0 for one, on in zip(progress, active)]
+    steps = [one.h if on else 0.0 for one, on in zip(progress, active, strict=True)]
     return y.new_tensor([one.t for one in progress]), y.new_tensor(steps)
 
 

@@ -335,7 +335,7 @@ class TorchdynAdjoint(Direct):
             z = x.detach().requires_grad_()
             wanted = tuple(p for p in parameters if p.requires_grad)
             gradients = torch.autograd.grad(f(start, z).sum(), (z,) + wanted, allow_unused=True)[1:]
-            used = [p for p, gradient in zip(wanted, gradients) if gradient is not None]
+            used = [p for p, gradient in zip(wanted, gradients, strict=True) if gradient is not None]
         vector_field = _ModuleField(probe, used)
         flat = torch.cat([p.contiguous().flatten() for p in used]) if used else x.new_zeros(0)
         library = _torchdyn_solver(probe, x, duration, solver.scheme)

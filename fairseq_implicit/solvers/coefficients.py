@@ -234,7 +234,7 @@ class Combination(nn.Module):
         if self.norms is not None:
             stages = [
                 None if stage is None else normalise(norm, stage.to(state.dtype))
-                for norm, stage in zip(self.norms.increments, stages)
+                for norm, stage in zip(self.norms.increments, stages, strict=True)
             ]
             state = normalise(self.norms.state, state)
         return combine(state, stages, weights, h), weights
@@ -267,7 +267,7 @@ class Combination(nn.Module):
         return _mean((self._moment(weights) - 0.5) ** 2, layout)
 
     def _moment(self, weights: tuple[Weight, ...]) -> Weight:
-        return sum(weight * node for weight, node in zip(weights, self.tableau.c_values))
+        return sum(weight * node for weight, node in zip(weights, self.tableau.c_values, strict=True))
 
 
 def _given(dim: int | None, mode: str) -> int:
@@ -288,7 +288,7 @@ def combine(state: Tensor, stages: Sequence[Tensor | None], weights: Sequence[We
 
     Multiply and add are fused: one pass over the state per stage.
     """
-    for stage, weight in zip(stages, weights):
+    for stage, weight in zip(stages, weights, strict=True):
         if stage is None:
             continue
         if isinstance(weight, Tensor):

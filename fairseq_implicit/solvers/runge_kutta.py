@@ -178,7 +178,7 @@ def explicit_stages(
         required: for each stage, whether to evaluate it (``tableau.required`` or ``Combination.required``).
     """
     stages: list[Tensor | None] = []
-    for row, node, wanted in zip(tableau.a_values, tableau.c_values, required):
+    for row, node, wanted in zip(tableau.a_values, tableau.c_values, required, strict=True):
         stages.append(f(t + node * h, combine(y, stages, row, h)) if wanted else None)
     return stages
 
@@ -204,7 +204,7 @@ def embedded_error(tableau: Tableau, stages: Sequence[Tensor], h: float) -> Tens
     """
     if tableau.b_hat_values is None:
         raise ValueError(f"scheme {tableau.name!r} has no embedded weights; heun2, bosh3, dopri5 and tsit5 have")
-    differences = [b - b_hat for b, b_hat in zip(tableau.b_values, tableau.b_hat_values)]
+    differences = [b - b_hat for b, b_hat in zip(tableau.b_values, tableau.b_hat_values, strict=True)]
     return combine(torch.zeros_like(stages[0]), stages, differences, h)
 
 

@@ -54,7 +54,7 @@ def test_no_sample_is_left_out(multiple, limits):
     for count in (1, 5, 8, 29):
         sizes = np.sort(rng.integers(1, 20, count))
         batches = data_utils.batch_by_size(
-            np.arange(count), lambda i: sizes[i], sizes, required_batch_size_multiple=multiple, **limits
+            np.arange(count), sizes.__getitem__, sizes, required_batch_size_multiple=multiple, **limits
         )
         assert np.concatenate(batches).tolist() == list(range(count))
         assert all(len(batch) <= limits.get("max_sentences", count) for batch in batches)

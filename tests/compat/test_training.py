@@ -100,7 +100,7 @@ def test_a_signal_saves_after_the_running_update(toy_flags, fairseq_train, fork,
     one, other = (torch.load(tmp_path / run / "checkpoint_last.pt") for run in ("stopped", "whole"))
     assert all(torch.equal(one["model"][name], weight) for name, weight in other["model"].items())
     masters = one["last_optimizer_state"][MASTERS], other["last_optimizer_state"][MASTERS]
-    assert all(torch.equal(left, right) for left, right in zip(*masters))
+    assert all(torch.equal(left, right) for left, right in zip(*masters, strict=True))
 
 
 def in_validation(fairseq_train, *flags):
@@ -252,7 +252,11 @@ def test_masters_fit_however_they_are_stored(saved_flat, loaded_flat):
     resumed = optimizer(loaded_flat, 7.0)
     resumed.load_state_dict(state)
     expected = optimizer(loaded_flat, 0.25).fp32_params
-    pairs = zip(resumed.fp32_params.values(), expected.values()) if loaded_flat else zip(resumed.fp32_params, expected)
+    pairs = (
+        zip(resumed.fp32_params.values(), expected.values(), strict=True)
+        if loaded_flat
+        else zip(resumed.fp32_params, expected, strict=True)
+    )
     assert all(torch.equal(found, wanted) for found, wanted in pairs)
     assert MASTERS in state  # the caller's state is left as it was
     state[MASTERS] = state[MASTERS][:1] if not saved_flat else [state[MASTERS][0][:3]]

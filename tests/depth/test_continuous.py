@@ -97,7 +97,7 @@ def test_knots_under_unit_euler_steps_are_the_ordinary_model(kind, interpolation
     ).eval()
     stack = BlockStack(StackConfig(3, DIM, final_norm=True), lambda layer: TransformerField(shape(kind=kind)))
     stack.double().eval()
-    for block, knot in zip(stack.fields, continuous.field.knots):
+    for block, knot in zip(stack.fields, continuous.field.knots, strict=True):
         block.load_state_dict(knot.state_dict())
     y = states()
     padding = torch.arange(5)[None] >= torch.tensor([5, 3, 4])[:, None]

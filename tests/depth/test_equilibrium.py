@@ -283,7 +283,7 @@ def test_the_monitor_measures_at_its_interval_and_leaves_training_alone():
         return states, radii
 
     silent, measured = run(0), run(2)
-    assert all(torch.equal(one, other) for one, other in zip(silent[0], measured[0]))
+    assert all(torch.equal(one, other) for one, other in zip(silent[0], measured[0], strict=True))
     assert silent[1] == [0.0] * 4
     assert measured[1][0] == 0.0 and 0.3 < measured[1][1] < 0.8 and measured[1][2] == measured[1][1]
 

@@ -7,7 +7,7 @@ from fairseq_implicit.depth.stack import BlockStack, StackConfig
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
-from fairseq_implicit.layout import Layout
+from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.implicit import Implicit
@@ -91,7 +91,7 @@ class Affine(Field):
         super().__init__()
         self.rate, self.fragile = torch.nn.Parameter(torch.tensor(rate, dtype=torch.float64)), fragile
 
-    def prepare(self, x, layout=Layout()):
+    def prepare(self, x, layout=UNPADDED):
         start = x.detach()
 
         def f(t, z):

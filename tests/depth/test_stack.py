@@ -277,7 +277,7 @@ def test_gradient_modes_agree_with_dropout_on(name, policy):
         torch.rand(5)  # something else draws between forward and backward
         grads = torch.autograd.grad(out.state.square().mean(), [x, *module.parameters()], allow_unused=True)
         found.append([out.state, *grads])
-    for plain, by_step, by_stage in zip(*found):
+    for plain, by_step, by_stage in zip(*found, strict=True):
         if plain is None:
             assert by_step is None and by_stage is None
         else:
@@ -433,7 +433,7 @@ def test_penalty_of_a_gate_reaches_the_field_through_recomputation(gradient):
         module(embedding()).penalties["second_order"].backward()
         found.append([parameter.grad for parameter in module.parameters()])
     assert any(grad is not None and grad.abs().max() > 0 for grad in found[0])
-    for plain, other in zip(*found):
+    for plain, other in zip(*found, strict=True):
         assert (plain is None and other is None) or torch.equal(plain, other)
 
 

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def write_table(folder, task, rows):
         lines = ["\t".join(f"column{i}" for i in range(width))] if table.header else []
         for *sentences, label in rows:
             cells = ["-"] * width
-            for column, sentence in zip((*table.sentences, label_column), (*sentences, label)):
+            for column, sentence in zip((*table.sentences, label_column), (*sentences, label), strict=True):
                 cells[column] = str(sentence)
             lines.append("\t".join(cells))
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -152,7 +153,7 @@ def test_each_task_is_judged_by_its_metric_in_folders_of_any_name(task, tmp_path
     assert commands[1][2:] == [f"{out}/lines", "--pretrained", f"{tmp_path}/pre trained", "--out", f"{out}/data-bin"]
     train = commands[-1]
     assert train[:2] == ["fairseq-train", f"{out}/data-bin"]
-    flags = dict(zip(train[2:], train[3:]))
+    flags = dict(pairwise(train[2:]))
     assert flags["--best-checkpoint-metric"] == METRICS.get(task, "accuracy")
     assert "--maximize-best-checkpoint-metric" in flags
     reports = {flag for flag in flags if flag.startswith("--report-")}
@@ -204,7 +205,7 @@ def test_what_cannot_be_is_one_sentence(tables, task, folder, message, tmp_path)
 def test_the_model_reads_both_sentences_and_what_was_cut_is_counted(pretrained, monkeypatch, capsys, tmp_path):
     long, short = " ".join(["the implicit solver follows the field"] * 9), "the exact mask."
     pairs = [(long, short), (short, long), (long, long), (short, short)]
-    rows = [(*pair, label) for pair, label in zip(pairs, ("0", "1", "1", "0"))]
+    rows = [(*pair, label) for pair, label in zip(pairs, ("0", "1", "1", "0"), strict=True)]
     folder = write_table(tmp_path / "tables", "MRPC", rows)
     run(columns, monkeypatch, capsys, folder, "--task", "MRPC", "--out", tmp_path / "lines")
     argv = (tmp_path / "lines", "--pretrained", pretrained, "--out", tmp_path / "bin")
@@ -220,7 +221,7 @@ def test_the_model_reads_both_sentences_and_what_was_cut_is_counted(pretrained, 
     )  # fmt: skip
     task = SentencePredictionTask.setup_task(settings)
     dataset = task.load_dataset("train")
-    for index, (pair, label) in enumerate(zip(pairs, (0, 1, 1, 0))):
+    for index, (pair, label) in enumerate(zip(pairs, (0, 1, 1, 0), strict=True)):
         ids = dataset[index]["net_input.src_tokens"]
         assert ids.equal(bert.encode(*pair, shorten=True)) and len(ids) <= 32
         assert all(len(sentence) > 0 for sentence in bert.decode(ids)) and len(bert.decode(ids)) == 2
@@ -304,7 +305,7 @@ def test_a_constant_predictor_is_not_the_best_of_cola(pretrained, fairseq_train,
 def test_the_f1_of_mrpc_is_that_of_the_whole_set(pretrained, fairseq_train, monkeypatch, capsys, tmp_path):
     rng = np.random.default_rng(0)
     rows = [("the exact state", f"{word} state", label) for word, label in zip(
-        rng.choice(["stable", "fixed"], 30), rng.integers(0, 2, 30)
+        rng.choice(["stable", "fixed"], 30), rng.integers(0, 2, 30), strict=True
     )]  # fmt: skip
     Script(monkeypatch, lambda epoch, text: [0.0, 1.0 if "stable" in text else -1.0])
     flags = ("--log-format", "json", "--max-epoch", "1")

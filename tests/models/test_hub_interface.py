@@ -106,10 +106,10 @@ def test_fill_mask_ranks_probabilities_and_takes_batches(hub):
     masked = ["The <mask> integrates the field.", "Every stage of the <mask>."]
     batch = hub.fill_mask(masked, topk=4)
     assert [len(candidates) for candidates in batch] == [4, 4]
-    for sentence, candidates in zip(masked, batch):
+    for sentence, candidates in zip(masked, batch, strict=True):
         probabilities = [candidate.probability for candidate in candidates]
         assert probabilities == sorted(probabilities, reverse=True) and 0 < sum(probabilities) <= 1
-        for one, other in zip(hub.fill_mask(sentence, topk=4), candidates):
+        for one, other in zip(hub.fill_mask(sentence, topk=4), candidates, strict=True):
             assert one.sentence == other.sentence
             assert one.probability == pytest.approx(other.probability, abs=1e-5)
 

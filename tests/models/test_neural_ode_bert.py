@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_doubled_depth_keeps_the_function_to_the_order_of_the_scheme(task, token
     """Twice the blocks at half the step: each doubling changes the function by what the scheme still gets wrong."""
     model = stack(task, ode_scheme=scheme)
     outputs = [opened(model, task, ode_scheme=scheme, ode_split=split)(tokens)[0] for split in (1, 2, 4, 8, 16)]
-    changes = [(b - a).norm().item() for a, b in zip(outputs, outputs[1:])]
+    changes = [(b - a).norm().item() for a, b in pairwise(outputs)]
     assert math.log2(changes[-2] / changes[-1]) == pytest.approx(order, abs=0.5)
     assert changes[0] > changes[1] > changes[2]
     torch.testing.assert_close(outputs[0], model(tokens)[0], rtol=0, atol=0)
@@ -266,7 +267,7 @@ def test_checkpoint_activations_is_the_gradient_checkpoint_step(task, tokens, mo
 
     plain, flag, named = run(), run(checkpoint_activations=True), run(ode_gradient="checkpoint-step")
     assert flag[0] == named[0] < plain[0]
-    for one, other in zip(flag[1], named[1]):
+    for one, other in zip(flag[1], named[1], strict=True):
         assert (one is None and other is None) or torch.equal(one, other)
 
 

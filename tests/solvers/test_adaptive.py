@@ -164,7 +164,7 @@ def test_recomputation_gives_the_gradients_of_autograd(control):
         result = solve_adaptive(f, y, 2.0, config, recompute=recompute, penalties=True)
         loss = result.state.square().sum() + result.energy.sum() + result.local_error.sum()
         gradients.append(torch.autograd.grad(loss, [y, *field.parameters()]))
-    for one, other in zip(*gradients):
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
@@ -256,7 +256,7 @@ def kinked(jump):
         return lambda t, z: speed(torch.as_tensor(t, dtype=z.dtype).reshape(-1, 1, 1)) * (z @ ROTATION)
 
     ends = (0.7, 1.1, 2.0)
-    return [Piece(turning(speed), end, jump == 0.0) for speed, end in zip(speeds, ends)], angle
+    return [Piece(turning(speed), end, jump == 0.0) for speed, end in zip(speeds, ends, strict=True)], angle
 
 
 @pytest.mark.parametrize("jump", (0.0, 4.0))
@@ -277,8 +277,10 @@ def test_steps_end_where_the_field_is_not_smooth(scheme, stages, control, jump):
         assert result.field_calls == starts + (stages - 1) * ((result.field_calls - starts) // (stages - 1))
         trials = torch.as_tensor(result.accepted) + torch.as_tensor(result.rejected)
         assert torch.equal(torch.as_tensor(result.evaluations), starts + (stages - 1) * trials)
-        for end, state in zip((0.7, 1.1), result.piece_states):
-            assert any(t is not None and torch.equal(state, kept) for t, kept in zip(result.times, result.states)), end
+        for end, state in zip((0.7, 1.1), result.piece_states[:-1], strict=True):
+            assert any(
+                t is not None and torch.equal(state, kept) for t, kept in zip(result.times, result.states, strict=True)
+            ), end
     assert len(result.piece_states) == 3 and torch.equal(result.piece_states[-1], result.state)
 
 

@@ -62,7 +62,7 @@ def test_libraries_agree_with_the_own_loop_on_a_real_block(backend, scheme, bloc
     torch.testing.assert_close(own.state, other.state, rtol=0, atol=3e-5)
     assert other.accepted >= 1 and other.evaluations == other.field_calls
     gradients = [torch.autograd.grad(r.state.square().sum(), [state, *block.parameters()]) for r in (own, other)]
-    for one, another in zip(*gradients):
+    for one, another in zip(*gradients, strict=True):
         torch.testing.assert_close(one, another, rtol=1e-3, atol=1e-3)
 
 
@@ -244,7 +244,7 @@ def test_torchdyn_adjoint_within_tolerance_despite_frozen_and_unused_parameters(
     record = AdjointRecord()
     result = solve_torchdyn_adjoint(f, state, 1.0, config, (*block.parameters(), unused), record)
     gradients = torch.autograd.grad(result.state.square().sum(), [state, *trained])
-    for one, other in zip(exact, gradients):
+    for one, other in zip(exact, gradients, strict=True):
         assert (one - other).norm() < 1e-5 * one.norm() + 1e-7
     assert record.evaluations > 0
 

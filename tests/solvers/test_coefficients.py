@@ -47,7 +47,7 @@ def test_shares_start_at_the_tableau_or_just_above_zero(scheme, mode):
     b = get_tableau(scheme).b_values
     zeros = sum(weight == 0 for weight in b)
     assert sum(weights) == pytest.approx(1, abs=1e-6)
-    for weight, expected in zip(weights, b):
+    for weight, expected in zip(weights, b, strict=True):
         if expected == 0:
             assert weight == pytest.approx(SMALLEST_START / (1 + zeros * SMALLEST_START), rel=1e-4)
         else:
@@ -125,7 +125,9 @@ def test_stage_norms_are_those_of_pcformer():
         for parameter in block.norms.parameters():
             parameter.normal_()
     norms = block.norms
-    expected = norms.state(state) + 0.5 * sum(0.5 * norm(stage) for norm, stage in zip(norms.increments, stages))
+    expected = norms.state(state) + 0.5 * sum(
+        0.5 * norm(stage) for norm, stage in zip(norms.increments, stages, strict=True)
+    )
     torch.testing.assert_close(block(state, stages, 0.5)[0], expected, rtol=0, atol=1e-12)
 
 

@@ -96,7 +96,7 @@ def test_recomputation_changes_no_bit(chain, gradient):
         x = START.clone().requires_grad_()
         end = chain(4, gradient=way, x=x, field=lambda t, z: torch.tanh(z @ matrix + t))
         found.append([end, *torch.autograd.grad(end.square().sum(), [x, matrix])])
-    for plain, recomputed in zip(*found):
+    for plain, recomputed in zip(*found, strict=True):
         assert torch.equal(plain, recomputed)
 
 

@@ -55,7 +55,7 @@ def test_gradient_is_that_of_autograd_in_float64(steps):
     torch.testing.assert_close(result.state, reference, rtol=0, atol=1e-10)
     weight = torch.randn_like(y)
     gradients = [torch.autograd.grad((s * weight).sum(), tensors) for s in (result.state, reference)]
-    for one, other in zip(*gradients):
+    for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() <= 1e-10 * other.norm() + 1e-12
 
 
@@ -70,7 +70,7 @@ def test_gradient_within_1e_6_of_autograd_in_float32(steps):
         (solve_reversible(f, y, 1.0, steps, list(field.parameters())).state * weight).sum(), tensors
     )
     theirs = torch.autograd.grad((written_out(f, y, 1.0, steps) * weight).sum(), tensors)
-    difference = torch.cat([(a - b).flatten() for a, b in zip(mine, theirs)]).norm()
+    difference = torch.cat([(a - b).flatten() for a, b in zip(mine, theirs, strict=True)]).norm()
     assert difference < 1e-6 * torch.cat([b.flatten() for b in theirs]).norm()
 
 
@@ -85,7 +85,7 @@ def test_the_way_back_meets_the_states_of_the_way_out():
     y = torch.randn(2, 3, 4, requires_grad=True)
     solve_reversible(field, y, 2.0, 200).state.sum().backward()
     assert len(seen) == 402
-    for out, back in zip(seen[:201], reversed(seen[201:])):
+    for out, back in zip(seen[:201], reversed(seen[201:]), strict=True):
         assert torch.equal(out, back)
 
 
@@ -98,7 +98,9 @@ def test_peak_memory_does_not_grow_with_the_steps():
         solve().square().sum().backward()
 
     parameters = list(field.parameters())
-    few, many = (peak_bytes(lambda: train(lambda: solve_reversible(f, y, 1.0, n, parameters).state)) for n in (4, 64))
+    few, many = (
+        peak_bytes(lambda n=n: train(lambda: solve_reversible(f, y, 1.0, n, parameters).state)) for n in (4, 64)
+    )
     assert many <= 1.02 * few
     assert peak_bytes(lambda: train(lambda: written_out(f, y, 1.0, 64))) > 5 * many
 

@@ -23,7 +23,7 @@ SCHEMES = list(TABLEAUS)
 
 def slope(step_counts, errors, floor=1e-13):
     """Convergence order on the finest pair of grids whose errors are above rounding."""
-    usable = [(n, error) for n, error in zip(step_counts, errors) if error > floor]
+    usable = [(n, error) for n, error in zip(step_counts, errors, strict=True) if error > floor]
     (n1, e1), (n2, e2) = usable[-2:]
     return math.log(e1 / e2) / math.log(n2 / n1)
 
@@ -166,7 +166,7 @@ def test_gradient_equals_that_of_a_written_out_loop(network, state):
     x = state.requires_grad_()
     ours, reference = solved(network, x, "rk4", 4), rk4_by_hand(network, x, 4, SPAN)
     assert (ours - reference).abs().max() < 1e-14
-    for mine, theirs in zip(gradients(ours, network, x), gradients(reference, network, x)):
+    for mine, theirs in zip(gradients(ours, network, x), gradients(reference, network, x), strict=True):
         assert (mine - theirs).abs().max() <= 1e-14 * max(1.0, theirs.abs().max().item())
 
 
@@ -182,7 +182,7 @@ def test_gradcheck(mode):
             return solve_explicit(f, y, Explicit("kutta3", 2), combination).state
 
         return torch.func.functional_call(
-            _Call(combination, run), dict(zip(["it." + n for n in names], parameters)), (network, x)
+            _Call(combination, run), dict(zip(["it." + n for n in names], parameters, strict=True)), (network, x)
         )
 
     x = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
@@ -215,7 +215,7 @@ def test_recomputation_changes_no_bit_with_dropout_in_every_evaluation(state, gr
         torch.rand(7)  # something else draws between forward and backward
         grads = torch.autograd.grad(result.state.square().sum(), [x, *network.parameters(), *combination.parameters()])
         found.append([result.state, *grads])
-    for plain, recomputed in zip(*found):
+    for plain, recomputed in zip(*found, strict=True):
         assert torch.equal(plain, recomputed)
 
 

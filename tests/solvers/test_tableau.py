@@ -48,7 +48,7 @@ def residual(tableau, weights, tree):
             for row in tableau.a
         ]
 
-    return sum(b * phi for b, phi in zip(weights, at_stages(tree))) - Fraction(1, density(tree))
+    return sum(b * phi for b, phi in zip(weights, at_stages(tree), strict=True)) - Fraction(1, density(tree))
 
 
 def largest_residual(tableau, weights, order):

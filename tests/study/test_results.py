@@ -62,7 +62,9 @@ def test_a_model_that_fails_at_every_rate_has_none(plan, tmp_path):
 
 
 def test_final_runs_by_seed(plan, tmp_path):
-    for run, bits in zip(plan.finals({"one": 0.1, "two": 0.2}), ((4.0, 3.0), (4.0, 4.5), (5.0, 3.5), (4.0, math.nan))):
+    for run, bits in zip(
+        plan.finals({"one": 0.1, "two": 0.2}), ((4.0, 3.0), (4.0, 4.5), (5.0, 3.5), (4.0, math.nan)), strict=True
+    ):
         write(tmp_path, run, *bits)
     found = results.results(plan, {"one": 0.1, "two": 0.2}, str(tmp_path))
     assert list(found) == ["one", "two"]

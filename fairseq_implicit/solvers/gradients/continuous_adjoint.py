@@ -80,7 +80,7 @@ class _ContinuousAdjoint(torch.autograd.Function):
         to_state, evaluations = gradient, 0
         starts = (ctx.start,) + tuple(piece.end for piece in ctx.pieces[:-1])
         with ctx.autocast.on():
-            for piece, start, state in reversed(list(zip(ctx.pieces, starts, states))):
+            for piece, start, state in reversed(list(zip(ctx.pieces, starts, states, strict=True))):
                 span = Span(start, piece.end - start)
                 to_state, parts, spent = _integrate_backward(
                     piece.field, state, to_state, span, ctx.config, ctx.layout, wanted
@@ -127,7 +127,7 @@ def _integrate_backward(
 
     def on_trial(accepted: bool, step: float) -> None:
         if accepted:
-            for weight, parts in zip(weights, stages):
+            for weight, parts in zip(weights, stages, strict=True):
                 accumulate(totals, parts, weight * step)
             del stages[:-1]
         else:
@@ -140,5 +140,5 @@ def _integrate_backward(
             f"The adjoint solve failed on its way back ({result.status.value}): this flow cannot be run backward at "
             "this tolerance; use the gradient checkpoint-step."
         )
-    totals = [None if total is None else (total * size).to(p.dtype) for total, p in zip(totals, wanted)]
+    totals = [None if total is None else (total * size).to(p.dtype) for total, p in zip(totals, wanted, strict=True)]
     return (result.state[..., dim:] * size).to(gradient.dtype), totals, result.field_calls

@@ -65,7 +65,8 @@ class ReversibleIteration(EquilibriumGradient):
                 "correction", "the reversible iteration keeps no iterates to correct; drop one of the two."
             )
         steps = solver.max_iter // 2
-        pairs = [pair for pair in zip(depends_on, depends_on if sources is None else sources) if pair[0].requires_grad]
+        sources = depends_on if sources is None else sources
+        pairs = [pair for pair in zip(depends_on, sources, strict=True) if pair[0].requires_grad]
         depends_on, sources = [tensor for tensor, _ in pairs], [source for _, source in pairs]
         if torch.is_grad_enabled() and not depends_on and not z0.requires_grad:
             raise ValueError("The reversible gradient needs depends_on: the tensors that the map depends on.")

@@ -21,7 +21,7 @@ def block():
 
 
 def relative(gradients, reference):
-    difference = torch.cat([(a - b).flatten() for a, b in zip(gradients, reference)]).norm()
+    difference = torch.cat([(a - b).flatten() for a, b in zip(gradients, reference, strict=True)]).norm()
     return (difference / torch.cat([b.flatten() for b in reference]).norm()).item()
 
 
@@ -59,7 +59,7 @@ def test_every_mode_agrees_in_float64(block):
         torch.autograd.grad(solve_reversible(f, y, 1.0, n, parameters).state.square().sum(), [y, *parameters])
         for n in (64, 128)
     )
-    extrapolated = [(4 * b - a) / 3 for a, b in zip(coarse, fine)]
+    extrapolated = [(4 * b - a) / 3 for a, b in zip(coarse, fine, strict=True)]
     assert relative(extrapolated, reference) < 1e-6
 
 
@@ -75,7 +75,7 @@ def test_adjoint_with_a_time_dependent_field():
     exact = y * torch.exp(rate * angle)
     torch.testing.assert_close(result.state, exact, rtol=0, atol=1e-8)
     for one, other in zip(
-        torch.autograd.grad(result.state.sum(), [y, rate]), torch.autograd.grad(exact.sum(), [y, rate])
+        torch.autograd.grad(result.state.sum(), [y, rate]), torch.autograd.grad(exact.sum(), [y, rate]), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
 

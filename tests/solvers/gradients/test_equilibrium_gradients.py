@@ -98,7 +98,7 @@ def test_gradcheck_of_the_input_and_the_weights():
     weights = [solved.get_parameter(name).detach().clone().requires_grad_() for name in names]
 
     def of(x, *values):
-        return torch.func.functional_call(solved, dict(zip(names, values)), (x,))
+        return torch.func.functional_call(solved, dict(zip(names, values, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(of, (u, *weights), fast_mode=True)
 
