@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 ALLOWED = {
     "options": set(),
     "layout": set(),
-    "solvers": {"layout", "options"},
-    "fields": {"layout", "options", "solvers"},
-    "depth": {"layout", "options", "solvers", "fields"},
+    "module_list": set(),
+    "solvers": {"layout", "module_list", "options"},
+    "fields": {"layout", "module_list", "options", "solvers"},
+    "depth": {"layout", "module_list", "options", "solvers", "fields"},
     "networks": {"layout", "options", "solvers", "fields", "depth"},
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
     "conversion": {"solvers"},
@@ -34,6 +35,7 @@ WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "eval
 ONLY = {
     "options": set(),
     "layout": {"torch"},
+    "module_list": {"torch"},
     "solvers": {"torch", "torchdyn", "torchdiffeq"},
     "fields": {"torch"},
     "depth": {"torch"},

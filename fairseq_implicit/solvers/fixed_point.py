@@ -142,7 +142,7 @@ class FixedPointResult(SolveResult):
     """
 
     evaluations: Tensor
-    residual: Tensor = field()
+    residual: Tensor = field()  # without the default that the base gives it
     converged: Tensor
     tolerance: float
     iterates: dict[int, Tensor] = field(default_factory=dict)

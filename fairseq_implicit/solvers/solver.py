@@ -105,6 +105,7 @@ class Solver:
         solver: where it is ``implicit``, that of its equations.
     """
 
+    # Subclasses are dataclasses: `dataclasses.replace` gives the same solver in other steps.
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     gradient: Any
     max_evaluations: int
