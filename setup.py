@@ -28,6 +28,7 @@ setup(
         "omegaconf==2.3.0",
         "orjson>=3.10",
         "packaging",
+        "protobuf",
         "regex",
         "sacrebleu>=2.0",
         "scikit-learn",

@@ -35,7 +35,7 @@ def named(name: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except OptionError as error:
-        raise error.renamed(name) from error
+        raise error.renamed(name) from None
 
 
 def check_choice(option: str, value: str, choices: Sequence[str]) -> None:

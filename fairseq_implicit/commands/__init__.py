@@ -73,20 +73,19 @@ def main(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         sys.stderr.write(f"fairseq-implicit: there is no command {name!r}; fairseq-implicit --help lists them\n")
         return 2
+    status = 1
     try:
         command, parser = load(name)
+        parsed = parser.parse_intermixed_args(arguments)  # options may stand between a folder and its sentences
+        try:
+            return command.run(parsed) or 0
+        except argparse.ArgumentError as error:
+            parser.error(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", "fairseq_implicit"):
             raise
-        sys.stderr.write(f"fairseq-implicit {name}: it needs the package {package}, which is not installed\n")
-        return 1
-    parsed = parser.parse_args(arguments)
-    status = 1
-    try:
-        return command.run(parsed) or 0
-    except argparse.ArgumentError as error:
-        parser.error(str(error))
+        sentence = f"it needs the package {package}, which is not installed"
     except KeyboardInterrupt:
         sentence, status = "interrupted; run the same command again", 130
     except CorpusError as error:
@@ -98,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
             sentence = f"{place}{error.strerror}; mend it and run the same command again"
     except (ArithmeticError, ValueError) as error:
         sentence = str(error)
-    sys.stderr.write(f"{parser.prog}: {sentence}\n")
+    sys.stderr.write(f"fairseq-implicit {name}: {sentence}\n")
     return status
 
 

@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from fairseq_implicit.commands.values import positive
 from fairseq_implicit.evaluation.masked_lm import Blocks
 
 SHORT = 4  # batches, without --all
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser, batch_size: int = 32) -> None
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("data", metavar="DATA", help="data folder, as for fairseq-validate")
     parser.add_argument("--subset", default="valid")
-    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--batch-size", type=positive, default=batch_size)
 
 
 def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,15 @@ def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"evaluate so many batches, spread over the subset (default: {SHORT}, with --all every one)",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _device(name: str) -> str:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"'{name}' cannot be used: {str(error).splitlines()[0]}") from None
+    return name
 
 
 def dial_blocks(options: argparse.Namespace) -> Blocks:

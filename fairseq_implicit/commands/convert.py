@@ -16,6 +16,7 @@ import os
 import sys
 from typing import Any
 
+from fairseq_implicit.commands.values import positive
 from fairseq_implicit.conversion.roberta import checkpoint_from_fairseq
 from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.evaluation.checkpoints import model_name, stored, write
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="file to write; must not exist")
     parser.add_argument("--data", metavar="DATA", help="data folder, as for fairseq-validate, to compare the losses on")
     parser.add_argument("--subset", default="valid")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=positive, default=32)
 
 
 def convert(path: str, output: str) -> Any:
@@ -55,7 +56,8 @@ def compare(options: argparse.Namespace, converted: Any) -> None:
     before, after = evaluate(options.input, blocks).loss, evaluate(options.output, blocks).loss
     sys.stdout.write(f"loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per masked token)\n")
     to_deq = converted["_name"].startswith("deq_bert")
-    if to_deq and converted["deq_no_final_norm"]:
+    equilibrium = converted if to_deq else stored(options.input)["cfg"]["model"]
+    if equilibrium.get("deq_no_final_norm"):
         sys.stdout.write("a pre-norm cell without a norm inside the map has no equilibrium to compare with\n")
         return
     deq = options.output if to_deq else options.input

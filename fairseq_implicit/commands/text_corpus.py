@@ -28,9 +28,8 @@ from fairseq_implicit.corpora.small_corpus import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a text file, or a folder of text files")
-    source.add_argument("--docstrings", action="store_true", help="the documentation strings of Python and torch")
+    parser.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a text file, or a folder of text files")
+    parser.add_argument("--docstrings", action="store_true", help="the documentation strings of Python and torch")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="gets train.txt, valid.txt, test.txt")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="processes that parse sources (default: all cores)"
@@ -47,6 +46,8 @@ def report(folder: Path, counts: Mapping[str, Counts]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.docstrings == (arguments.path is not None):
+        raise argparse.ArgumentError(None, "give a PATH or --docstrings, one of the two")
     if arguments.docstrings:
         documents = list(cleaned(docstring_documents(standard_files(), arguments.workers)))
         assign = HashSplit(text for _, text in documents)

@@ -17,6 +17,13 @@ def byte_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def positive(text: str) -> int:
+    """Reads a whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
 def part_of(text: str) -> tuple[int, int]:
     """Reads ``i/n`` with 0 ≤ i < n."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)

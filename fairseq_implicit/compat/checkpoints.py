@@ -99,6 +99,10 @@ def _load_checkpoint_to_cpu(original, path, arg_overrides=None, *args, **kwargs)
         raise _no_checkpoint(path, _reason(error)) from None
     except zipfile.BadZipFile as error:
         raise _no_checkpoint(path, str(error)) from None
+    except OSError as error:  # of a file that is there torch's reader says no more than that an argument is invalid
+        if error.filename is not None or not os.path.isfile(path):
+            raise
+        raise _no_checkpoint(path, "it ends too early") from None
     if arg_overrides:
         override(state, arg_overrides, path)
     return state
@@ -115,8 +119,8 @@ def _reason(error: Exception) -> str:
 
 def _no_checkpoint(path: str, reason: str) -> ValueError:
     return ValueError(
-        f"checkpoint {path} is truncated or is no checkpoint ({reason}): continue from another one of the folder with "
-        "--restore-file."
+        f"checkpoint {path} is truncated or is no checkpoint ({reason}): take another one of its folder, in a "
+        "training with --restore-file."
     )
 
 

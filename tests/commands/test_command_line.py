@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from fairseq_implicit import commands
 from fairseq_implicit.commands import COMMANDS, load
 from tests.conftest import ROOT
 
@@ -119,3 +120,34 @@ for order in orders:  # each in a process that has loaded fairseq and nothing el
 
 def test_everything_is_registered_in_any_order():
     assert python(ORDERS).stdout.split() == ["0"] * 6
+
+
+@pytest.mark.parametrize(
+    "error, status, sentence",
+    [
+        (KeyboardInterrupt(), 130, "fairseq-implicit entropy: interrupted; run the same command again"),
+        (ModuleNotFoundError("no", name="google.protobuf"), 1, "it needs the package google, which is not installed"),
+    ],
+    ids=["Ctrl-C", "package"],
+)
+@pytest.mark.parametrize("moment", ["loading", "running"])
+def test_what_may_end_a_command_at_any_moment(command, monkeypatch, moment, error, status, sentence):
+    def ends(*arguments):
+        raise error
+
+    module, parser = load("entropy")
+    monkeypatch.setattr(module, "run", ends)
+    monkeypatch.setattr(commands, "load", ends if moment == "loading" else lambda name: (module, parser))
+    found, _, said = command("entropy", "data-bin")
+    assert found == status and sentence in said
+
+
+def test_options_may_stand_between_a_folder_and_its_sentences():
+    parsed = load("fill-masks")[1].parse_intermixed_args(["folder", "--candidates", "2", "A <mask>.", "B <mask>."])
+    assert parsed.candidates == 2 and parsed.sentences == ["A <mask>.", "B <mask>."]
+
+
+@pytest.mark.parametrize("flags", [["--device", "nonsense"], ["--batch-size", "0"]])
+def test_values_that_no_command_can_use(command, flags):
+    status, _, said = command("depth-sweep", "checkpoint.pt", "data-bin", *flags)
+    assert status == 2 and f"argument {flags[0]}: '{flags[1]}'" in said
