@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=32)
 
 
-def convert(path: str, output: str) -> Any:
-    """Writes the other model and returns its settings.
+def convert(path: str, output: str) -> tuple[Any, Any]:
+    """Writes the other model; returns the settings of the model that was read and of the one that was written.
 
     Raises:
         OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
@@ -47,17 +47,16 @@ def convert(path: str, output: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     write(converted, output)
-    return converted["cfg"]["model"]
+    return checkpoint["cfg"]["model"], converted["cfg"]["model"]
 
 
-def compare(options: argparse.Namespace, converted: Any) -> None:
+def compare(options: argparse.Namespace, read: Any, written: Any) -> None:
     """Prints the losses of both models, and that of the deq_bert of the two at its equilibrium."""
     blocks = Blocks(options.data, options.subset, options.batch_size)
     before, after = evaluate(options.input, blocks).loss, evaluate(options.output, blocks).loss
     sys.stdout.write(f"loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per masked token)\n")
-    to_deq = converted["_name"].startswith("deq_bert")
-    equilibrium = converted if to_deq else stored(options.input)["cfg"]["model"]
-    if equilibrium.get("deq_no_final_norm"):
+    to_deq = written["_name"].startswith("deq_bert")
+    if (written if to_deq else read).get("deq_no_final_norm"):
         sys.stdout.write("a pre-norm cell without a norm inside the map has no equilibrium to compare with\n")
         return
     deq = options.output if to_deq else options.input
@@ -70,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, f"there is no checkpoint {options.input}")
     if os.path.exists(options.output):
         raise argparse.ArgumentError(None, f"{options.output} exists: remove it or choose another name")
-    model = convert(options.input, options.output)
-    sys.stdout.write(f"wrote {options.output}: {model['_name']}\n")
+    read, written = convert(options.input, options.output)
+    sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
     if options.data:
-        compare(options, model)
+        compare(options, read, written)

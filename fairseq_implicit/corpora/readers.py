@@ -30,15 +30,16 @@ from fairseq_implicit.corpora.content import (
 )
 from fairseq_implicit.corpora.problems import CorpusError, ReadNote, ReadProblem
 from fairseq_implicit.corpora.records import TEXT_FIELDS, Document, RecordError, document_from_record
+from fairseq_implicit.corpora.side_files import checked_by_side_file, side_file_of
 from fairseq_implicit.corpora.sources import (
     STANDARD_INPUT,
     Source,
     is_archived_corpus_file,
     looks_like_json,
-    oscar_metadata_beside,
     suffixes_of,
 )
 from fairseq_implicit.corpora.streams import (
+    LONGEST_LINE,
     BlockReader,
     PeekableFile,
     StreamDamage,
@@ -53,8 +54,6 @@ from fairseq_implicit.corpora.tar import TarMember, tar_members
 
 logger = logging.getLogger(__name__)
 
-# A JSON line beyond this length is a damaged file (a lost line feed, a binary file), not a document.
-LONGEST_LINE = 2**30
 # Text files without any document boundary are read in pieces of this many bytes, so that memory stays flat.
 LONGEST_TEXT_PIECE = 64 * 2**20
 # In compressed text so much is held until a blank line shows that documents are separated by blank lines.
@@ -215,8 +214,8 @@ def _read_recognised(
                     "in OSCAR 2019; --document-boundary decides otherwise).",
                 )
     documents = _read_text(blocks, name, boundary, encoding, watched)
-    metadata = oscar_metadata_beside(path) if path is not None and boundary == "blank-line" else None
-    yield from documents if metadata is None else _checked_by_metadata(documents, metadata)
+    metadata = side_file_of(path) if path is not None and boundary == "blank-line" else None
+    yield from documents if metadata is None else checked_by_side_file(documents, metadata)
 
 
 def _read_tar(blocks: Iterator[bytes], path: str, options: ReadOptions) -> Iterator[Item]:
@@ -450,52 +449,3 @@ def _read_text(
         line = None
         if not ended and length > LONGEST_TEXT_PIECE - 4:
             yield document("cut at 64 MiB")
-
-
-def _checked_by_metadata(items: Iterator[Item], metadata_path: Path) -> Iterator[Item]:
-    """Passes the documents of an OSCAR 21.09 text through and compares their line counts with the side file's.
-
-    A text that lost or gained a blank line would silently merge or cut documents; the first disagreement is reported.
-    """
-    try:
-        opened = open(metadata_path, "rb")
-    except OSError as error:
-        sentence = f"{metadata_path} cannot be read ({error.strerror or error}); its text is read without a check."
-        yield ReadProblem("unreadable side file", str(metadata_path), 0, sentence)
-        yield from items
-        return
-    with opened:
-        lines = _lines_of_side_file(PeekableFile(opened))
-        checking, number = True, 0
-        for item in items:
-            yield item
-            if not checking or not isinstance(item, Document):
-                continue
-            number += 1
-            expected, fault = _sentences_of(lines)
-            found = item.text.count("\n") + 1
-            if expected != found:
-                checking = False
-                fault = fault or f"its side file {metadata_path.name} says {expected}"
-                yield ReadProblem(
-                    "metadata disagree",
-                    item.path,
-                    item.offset,
-                    f"{item.path}: document {number} (byte {item.offset}) has {found} lines, but {fault}; text and "
-                    "side file do not belong together or the text is damaged.",
-                )
-
-
-def _lines_of_side_file(file: PeekableFile) -> Iterator[bytes]:
-    blocks = uncompressed_blocks(file, compression_of(file.peek(16)))
-    yield from (line for _, line, _, _ in lines_of(blocks, LONGEST_LINE) if line)
-
-
-def _sentences_of(lines: Iterator[bytes]) -> tuple[int | None, str]:
-    try:
-        line = next(lines, None)
-        if line is None:
-            return None, "the side file has no further entry"
-        return json.loads(line)["nb_sentences"], ""
-    except (StreamDamage, OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        return None, f"the side file cannot be read there ({type(error).__name__}: {error})"

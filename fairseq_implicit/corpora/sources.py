@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -10,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fairseq_implicit.corpora.problems import CorpusError
-from fairseq_implicit.corpora.records import is_oscar_2109_metadata
-from fairseq_implicit.corpora.streams import StreamDamage, compression_of, lines_of, uncompressed_blocks
+from fairseq_implicit.corpora.side_files import is_side_file
 
 STANDARD_INPUT = "-"
 # Its other names would be opened anew, which worker processes cannot.
@@ -24,7 +22,6 @@ _TEXT_SUFFIXES = {".txt", ".text", ".tokens", ".raw"}
 _OTHER_SUFFIXES = {".parquet", ".tar", ".tgz"}
 # Side files that stand next to the data in the published layouts.
 _NOT_DATA = re.compile(r"(^\.)|sha256|checksum|^readme|^license|\.md$|\.lock$|\.incomplete$", re.IGNORECASE)
-_OSCAR_METADATA = re.compile(r"_meta(_part_\d+)?(_dedup)?\.jsonl(\.gz|\.zst)?$")
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def find_sources(paths: list[str], split: str = "") -> tuple[list[Source], list[
                 f"The input {path} does not exist; give a file, a folder, '-' for the standard input, or "
                 "hf://OWNER/NAME for a dataset repository of the Hugging Face hub."
             )
-    side_files = {name for name in names if name != STANDARD_INPUT and is_oscar_metadata(Path(name))}
+    side_files = {name for name in names if name != STANDARD_INPUT and is_side_file(Path(name))}
     return [Source(name, split) for name in sorted(names - side_files)], passed_over + sorted(side_files)
 
 
@@ -156,31 +153,3 @@ def looks_like_json(name: str, head: bytes) -> bool:
         return False
     first = head.lstrip()[:1]
     return first == b"{" or (first == b'"' and head.lstrip().partition(b"\n")[0].rstrip().endswith(b'"'))
-
-
-def oscar_metadata_beside(path: Path) -> Path | None:
-    """OSCAR 21.09's side file of a text file if it is there: ``fr_meta_part_3.jsonl.gz`` of ``fr_part_3.txt.gz``."""
-    match = re.fullmatch(r"(.+?)(_part_\d+)?(_dedup)?\.txt(\.gz|\.zst)?", path.name)
-    if not match:
-        return None
-    language, part, dedup = match[1], match[2] or "", match[3] or ""
-    for stem in (f"{language}_meta{part}{dedup}", f"{language}{part}_meta{dedup}", f"{language}{part}{dedup}_meta"):
-        for ending in (".jsonl.gz", ".jsonl.zst", ".jsonl"):
-            candidate = path.with_name(stem + ending)
-            if candidate.is_file():
-                return candidate
-    return None
-
-
-def is_oscar_metadata(path: Path) -> bool:
-    """True for a side file of OSCAR 21.09, which has no text; 22.01 and later keep the text under the same name."""
-    if not _OSCAR_METADATA.search(path.name) or not path.is_file():  # a pipe would lose what is looked at
-        return False
-    try:
-        with open(path, "rb") as file:
-            compression = compression_of(file.read(16))
-            file.seek(0)
-            line = next(lines_of(uncompressed_blocks(file, compression), 2**20), None)
-        return line is not None and line[1] is not None and is_oscar_2109_metadata(json.loads(line[1]))
-    except (OSError, ValueError, RecursionError, StreamDamage):
-        return False  # the reader says what is wrong with it

@@ -28,6 +28,8 @@ _LARGEST_STEP = 1024 * 1024
 _ZSTD_PIECE = 1024
 # Outputs are gathered to blocks of this size: a block costs the reader of lines more than a byte does.
 _GATHERED = 64 * 1024
+# A line beyond this length is a damaged file (a lost line feed, a binary file), not a document.
+LONGEST_LINE = 2**30
 # Of a long line, what exceeds this is kept compressed until its end is seen (and may be past what is read at all).
 _LONG_LINE = 16 * 1024 * 1024
 

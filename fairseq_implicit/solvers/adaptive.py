@@ -90,9 +90,6 @@ class Adaptive(Solver):
                 f"to at least {stages}.",
             )
 
-    def state(self, x: Tensor) -> Tensor:
-        return x.to(state_dtype(x.dtype)) if self.state_float32 else x
-
     def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
         """The weights of the stages: always the tableau's b, whose error is estimated."""
         return Combination(embedded_pair(self.scheme)[0])

@@ -100,10 +100,6 @@ class RungeKutta(Solver):
     def around_layer(self, layer: VectorField) -> VectorField:
         return self.gradient.around_step(self.gradient.around_stage(layer, self.replay_random), self.replay_random)
 
-    def state(self, x: Tensor) -> Tensor:
-        """``x`` in the dtype in which the solve accumulates, and a stack carries it from solve to solve."""
-        return x.to(state_dtype(x.dtype)) if self.state_float32 else x
-
     def field(self, f: VectorField, dtype: torch.dtype) -> VectorField:
         """The field as it is evaluated: entered in ``dtype``, with the configured residual and recomputation."""
         if self.residual_in_field:

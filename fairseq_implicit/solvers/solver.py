@@ -14,6 +14,7 @@ from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.coefficients import Combination, Weight
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
+from fairseq_implicit.solvers.precision import state_dtype
 from fairseq_implicit.solvers.status import SolveResult
 from fairseq_implicit.solvers.vector_field import Time, VectorField
 
@@ -101,6 +102,7 @@ class Solver:
         own_coefficients: whether the weights of its stages are its own affair.
         carries_history: whether a layer history of the stack would be a second one.
         mixes_history: whether it corrects a ``mixture`` of its prediction with earlier blocks.
+        state_float32: whether a stack carries a half-precision state in float32 from solve to solve.
         max_evaluations: where it is ``adaptive``, what one sample may cost.
         solver: where it is ``implicit``, that of its equations.
     """
@@ -111,6 +113,7 @@ class Solver:
     max_evaluations: int
     solver: FixedPointConfig
 
+    state_float32: bool = False
     kind: ClassVar[str]
     combines: ClassVar[bool] = False
     implicit: ClassVar[bool] = False
@@ -199,7 +202,7 @@ class Solver:
 
     def state(self, x: Tensor) -> Tensor:
         """``x`` in the dtype in which a stack carries it from solve to solve."""
-        return x
+        return x.to(state_dtype(x.dtype)) if self.state_float32 else x
 
     def plain_layers(self, span: Span) -> int:
         """How many residual layers ``z + f(t, z)`` over unit time the solve of ``span`` is, 0 where it is none."""

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
+from fairseq_implicit.solvers.gradients.accumulation import accumulate
 from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient, verdict
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.precision import Autocast, field_dtype
@@ -112,9 +113,7 @@ class _Iteration:
         found = torch.autograd.grad(
             f_at, (leaf, *self.depends_on), (self.damping * g).to(f_at.dtype), allow_unused=True
         )
-        for place, extra in enumerate(found[1:]):
-            if extra is not None:
-                gradients[place] = extra if gradients[place] is None else gradients[place] + extra
+        accumulate(gradients, found[1:])
         return f_at.detach(), 0.0 if found[0] is None else found[0].double()
 
 
