@@ -167,7 +167,7 @@ def main() -> None:
     report("\nscheme                                          time / (evaluations x Euler)   peak memory / Euler\n")
     # Recomputation evaluates the field a second time, a forward pass without its backward: a third of a step.
     for name, step in pre_norm.items():
-        stages = step.model.encoder.depth.solve_config.tableau.stages
+        stages = step.model.encoder.depth.config.solver.tableau.stages
         report(
             f"{name:<47} {seconds[name] / (stages * seconds[euler]):>10.3f}                     "
             f"{peaks[name] / peaks[euler]:>6.3f}\n"

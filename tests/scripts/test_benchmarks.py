@@ -4,8 +4,10 @@ import math
 import subprocess
 import sys
 
+import torch
+
 from fairseq_implicit.commands.wording import conditions, counted
-from scripts import benchmark_corpus
+from scripts import benchmark_corpus, benchmark_throughput
 from tests.conftest import ROOT
 
 
@@ -33,3 +35,12 @@ def test_measuring_memory_prints_nothing():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) >= 40_000
     assert [line for line in done.stderr.splitlines() if "Profiler" in line] == []
+
+
+def test_the_throughput_benchmark_runs_to_its_end(monkeypatch, capsys):
+    """Its tables are printed by the commands of a README; a small model shows that every row comes."""
+    flags = "--size tiny --layers 1 --batch 1 --length 8 --vocabulary 30 --rounds 1 --device cpu".split()
+    monkeypatch.setattr("sys.argv", ["benchmark_throughput", *flags, "--threads", str(torch.get_num_threads())])
+    benchmark_throughput.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "(pre-norm" in line]
+    assert len(rows) == 6 and all(float(row[-2]) > 0 < float(row[-1]) for row in rows)
