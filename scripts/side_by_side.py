@@ -60,3 +60,19 @@ def peak_bytes(call: Call, device: str = "cpu") -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def self_time_shares(call: Call, device: str = "cpu") -> dict[str, tuple[float, int]]:
+    """Share of the time of ``call`` that each operation spends itself, and its calls, the largest share first.
+
+    On an accelerator it is the accelerator's time.
+    """
+    on_device = device.startswith("cuda")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
+    with profile(activities=activities) as recorded:
+        call()
+        synchronise()
+    of = "self_device_time_total" if on_device else "self_cpu_time_total"
+    found = sorted(recorded.key_averages(), key=lambda event: -getattr(event, of))
+    total = sum(getattr(event, of) for event in found)
+    return {event.key: (getattr(event, of) / total, event.count) for event in found}
