@@ -1,6 +1,6 @@
 """A network as fairseq's model: what every family shares.
 
-A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides ``build_depth``.
+What a family is stands in its options (:mod:`fairseq_implicit.families`); here it gets a name and flags.
 """
 
 import logging
@@ -64,12 +64,7 @@ class ImplicitBertModel(BaseFairseqModel):
         # fairseq's trainer, tasks and criterions read the configuration under this name.
         self.args = cfg
         self.classification_heads = nn.ModuleDict()
-        initialise(encoder, cfg.initialisation(self.layers_in_series))
-
-    @classmethod
-    def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
-        """The hook of a family: the module between embeddings and head, made of what ``cfg.check()`` returns."""
-        raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
+        initialise(encoder, cfg.initialisation())
 
     @classmethod
     def build_model(cls, cfg: ImplicitBertConfig, task) -> "ImplicitBertModel":
@@ -87,18 +82,13 @@ class ImplicitBertModel(BaseFairseqModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
-            depth, dictionary = cls.build_depth(typed), task.source_dictionary
+            depth, dictionary = typed.build_depth(), task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod
     def config_class(cls):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
-
-    @property
-    def layers_in_series(self) -> int:
-        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
-        return self.args.encoder_layers
 
     def forward(
         self,
