@@ -17,7 +17,7 @@ from fairseq_implicit.networks.embeddings import EmbeddingConfig
 from fairseq_implicit.networks.encoder import EncoderConfig
 from fairseq_implicit.networks.heads import MaskedLMHeadConfig
 from fairseq_implicit.networks.initialisation import INITIALISATIONS, POSITION_STARTS, InitialisationConfig
-from fairseq_implicit.options import OptionError
+from fairseq_implicit.options import OptionError, check_choice
 
 #: The options of mixers, and the fields of the configuration below that set them.
 MIXER_FLAGS = {"heads": "encoder_attention_heads", "dropout": "attention_dropout"}
@@ -228,9 +228,3 @@ class BertOptions:
             drop_path=self.drop_path,
             dropout_policy=self.stage_dropout,
         )
-
-
-def check_choice(flag: str, value: str, choices) -> None:
-    """ValueError unless ``value`` is among ``choices``; the sentence names the flag and lists them."""
-    if value not in choices:
-        raise ValueError(f"{flag} {value!r} is unknown: choose one of {', '.join(choices)}")

@@ -7,11 +7,11 @@ from typing import Any, Dict, Optional, Tuple
 from fairseq_implicit.depth.equilibrium import ESTIMATORS, INITIAL_STATES, EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.depth.schedule import PhaseConfig
-from fairseq_implicit.families.bert import SIZES, BertOptions, check_choice
+from fairseq_implicit.families.bert import SIZES, BertOptions
 from fairseq_implicit.families.flags import Flags, flag
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
-from fairseq_implicit.options import OptionError, named
+from fairseq_implicit.options import OptionError, check_choice, named
 from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig
 from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
 from fairseq_implicit.solvers.gradients.names import parse_gradient

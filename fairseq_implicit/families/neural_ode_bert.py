@@ -6,10 +6,11 @@ from typing import List, Optional
 
 from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.output import Depth
-from fairseq_implicit.families.bert import BertOptions, check_choice
+from fairseq_implicit.families.bert import BertOptions
 from fairseq_implicit.families.flags import Flags
 from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import KINDS
+from fairseq_implicit.options import check_choice
 from fairseq_implicit.solvers.adaptive import PAIRS, STEP_CONTROLS
 from fairseq_implicit.solvers.names import BACKENDS, GRADIENTS, REVERSIBLE_SCHEME, continuous_solver
 

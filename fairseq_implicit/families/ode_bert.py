@@ -7,11 +7,11 @@ from typing import List, NamedTuple, Optional
 
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.depth.stack import HISTORIES, BlockStack, StackConfig
-from fairseq_implicit.families.bert import BertOptions, check_choice
+from fairseq_implicit.families.bert import BertOptions
 from fairseq_implicit.families.flags import Flags, flag
 from fairseq_implicit.families.original_flags import from_original_flags
 from fairseq_implicit.fields.transformer import KINDS, TransformerField
-from fairseq_implicit.options import OptionError
+from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import Adaptive
 from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
