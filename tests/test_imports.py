@@ -26,9 +26,10 @@ ALLOWED = {
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
-    "compat": {"networks", "folder_lock"},
+    "commands": set("options machine solvers depth conversion models text data compat corpora evaluation".split()),
+    "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
+    "machine": set(),
 }
 WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
@@ -43,6 +44,7 @@ ONLY = {
     "conversion": {"torch"},
     "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
+    "machine": {"torch"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -29,6 +29,7 @@ COMMANDS = {
     "budget-sweep": "one deq_bert under other solvers and budgets",
     "plot-losses": "the loss curves of a training as a picture",
     "plot-trajectory": "what a model does along its depth",
+    "precision": "the precision flag for fairseq-train that pays on this machine",
     "user-dir": "the folder for fairseq's --user-dir (without a NAME, too)",
 }
 #: Loggers that tell on stderr how a command gets on; all others say only what is wrong.
