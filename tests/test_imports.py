@@ -26,10 +26,13 @@ ALLOWED = {
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": set("options machine solvers depth conversion models text data compat corpora evaluation".split()),
+    "commands": set(
+        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+    ),
     "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
     "machine": set(),
+    "open_mp": set(),
 }
 WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
@@ -45,6 +48,7 @@ ONLY = {
     "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
     "machine": {"torch"},
+    "open_mp": set(),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.open_mp import spin_briefly
 
 COMMANDS = {
     "prepare-corpus": "clean The Pile, OSCAR or plain text into numbered shards",
@@ -104,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command_line() -> None:
     """Entry point of ``fairseq-implicit``."""
+    spin_briefly()
     # fairseq announces optional packages when it is imported.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     for name in TALKING:
