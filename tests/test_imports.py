@@ -28,9 +28,13 @@ ALLOWED = {
     "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
-    "compat": {"networks", "folder_lock"},
+    "commands": set(
+        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+    ),
+    "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
+    "machine": set(),
+    "open_mp": set(),
 }
 WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "optim", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
@@ -46,6 +50,8 @@ ONLY = {
     "conversion": {"torch"},
     "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
+    "machine": {"torch"},
+    "open_mp": set(),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
