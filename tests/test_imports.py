@@ -42,7 +42,7 @@ ONLY = {
     "depth": {"torch"},
     "networks": {"torch"},
     "conversion": {"torch"},
-    "text": {"numpy", "sentencepiece"},
+    "text": {"numpy", "sentencepiece", "tokenizers"},
     "huggingface": {"torch", "transformers", "tokenizers", "safetensors", "sentencepiece"},
     "folder_lock": set(),
 }

@@ -16,7 +16,7 @@ DISTRIBUTIONS = {"hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "PyYA
 BESIDE = {"fairseq", "fairseq_cli", "torchdyn", "torchdeq"}
 #: The extras that the files of a folder may need.
 EXTRAS = {
-    "fairseq_implicit": ["adaptive", "hub", "parquet", "plots", "quality", "tensorboard"],
+    "fairseq_implicit": ["adaptive", "hub", "huggingface", "parquet", "plots", "quality", "tensorboard"],
     "scripts": ["adaptive", "transformers"],
     "examples/study": ["study"],
     "examples/glue": [],

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fairseq_implicit.text.sentence_pieces import MODEL_FILE, WORD_START
+from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from fairseq_implicit.text.vocabulary import BOS, EOS, MASK, PAD, SPECIAL_SYMBOLS, UNKNOWN, Vocabulary
 
 # A score that no path through pieces of the text has: what has it is in the vocabulary and never matches.
@@ -231,8 +232,33 @@ def from_byte_pairs(symbols: list[str], encoder: bytes, merges: bytes) -> Tokeni
     return found
 
 
+def from_tokenizer_json(symbols: list[str], content: bytes) -> Tokenizer:
+    """A tokenizer of ``tokenizer.json`` with its tokens in the order and its special symbols under the names of rows.
+
+    Raises:
+        ValueError: a token that the symbols lack.
+    """
+    own = TokenizerVocabulary(content)
+    rows = {symbol: row for row, symbol in enumerate(symbols)}
+    if missing := [symbol for symbol in (*own.symbols[len(SPECIAL_SYMBOLS) :], MASK) if symbol not in rows]:
+        raise ValueError(f"{len(missing)} of its tokens are not in dict.txt ({missing[0]!r} is the first)")
+    described = json.loads(content)
+    model = described["model"]
+    renamed = {theirs: ours for ours, theirs in own.special.items()}
+    if model["type"] == "Unigram":
+        scores = {renamed.get(piece, piece): score for piece, score in model["vocab"]}
+        model.update(vocab=[[symbol, scores.get(symbol, _NEVER)] for symbol in symbols], unk_id=UNKNOWN)
+    else:
+        model.update(vocab=rows, unk_token=SPECIAL_SYMBOLS[UNKNOWN])
+    added = [token for token in described["added_tokens"] if token["content"] not in renamed]
+    described.update(added_tokens=[{**token, "id": rows[token["content"]]} for token in added], post_processor=None)
+    described.update(truncation=None, padding=None)
+    return Tokenizer.from_str(json.dumps(described))
+
+
 #: How a vocabulary becomes a tokenizer, by the names of its files: symbols and the files' contents.
 CONVERSIONS: dict[tuple[str, ...], Callable[..., Tokenizer]] = {
     (MODEL_FILE,): from_sentence_pieces,
     ("encoder.json", "vocab.bpe"): from_byte_pairs,
+    tuple(TokenizerVocabulary.published_names()): from_tokenizer_json,
 }

@@ -12,10 +12,12 @@ from fairseq_implicit.corpora.tokenizer_training import PRESETS
 from fairseq_implicit.data.byte_pairs import BytePairVocabulary
 from fairseq_implicit.huggingface.tokenization import fast_tokenizer
 from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
+from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from fairseq_implicit.text.vocabulary import MASK
 from tests.huggingface.compare_tokenizers import Comparison
 from tests.models.test_public_weights import MERGES, bytes_to_unicode
 from tests.text.test_seam import WhiteSpaceWords
+from tests.text.test_tokenizer_json import KINDS as KINDS_OF_JSON
 
 WORDS = "The field of a solver is smooth (or not): 12.5 £ – it integrates <unk> tokens; "
 WORDS += "東京は 猫である。 がぎぐ naïve Ångström"
@@ -133,6 +135,22 @@ def test_byte_pairs_of_gpt2():
         assert ids == vocabulary.encode(text).tolist() and tokenizer.decode(ids) == text
     with pytest.raises(ValueError, match="1 of its pieces are not in dict.txt"):
         fast_tokenizer(BytePairVocabulary(encoder, merges, symbols=symbols[:4] + symbols[5:]))
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_JSON)
+def test_tokenizer_json_in_the_order_of_rows(kind):
+    vocabulary = TokenizerVocabulary(KINDS_OF_JSON[kind]().to_str().encode())
+    symbols = [*vocabulary.symbols, "madeupword0000", MASK]
+    vocabulary = TokenizerVocabulary(*vocabulary.contents.values(), symbols=symbols)
+    tokenizer = fast_tokenizer(vocabulary)
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == symbols
+    for text in ("the field is smooth", "unseen ☃ WORDS, zq"):
+        ids = vocabulary.encode(text).tolist()
+        assert tokenizer(text)["input_ids"] == [0, *ids, 2]
+    after = vocabulary.encode("ly smooth", glued=True).tolist()
+    assert tokenizer(f"the {MASK}ly smooth")["input_ids"] == [0, *vocabulary.encode("the"), len(symbols) - 1, *after, 2]
+    with pytest.raises(ValueError, match="1 of its tokens are not in dict.txt"):
+        fast_tokenizer(TokenizerVocabulary(*vocabulary.contents.values(), symbols=symbols[:5] + symbols[6:]))
 
 
 @pytest.mark.parametrize(
