@@ -17,7 +17,7 @@ BESIDE = {"fairseq", "fairseq_cli", "torchdyn", "torchdeq"}
 #: The extras that the files of a folder may need.
 EXTRAS = {
     "fairseq_implicit": ["adaptive", "hub", "huggingface", "parquet", "plots", "quality", "tensorboard"],
-    "scripts": ["adaptive", "transformers"],
+    "scripts": ["adaptive", "huggingface"],
     "examples/study": ["study"],
     "examples/glue": [],
 }
