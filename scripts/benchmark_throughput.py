@@ -27,8 +27,8 @@ logging.disable(logging.INFO)
 from fairseq.data import Dictionary  # noqa: E402
 
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
+from fairseq_implicit.families.bert import SIZES  # noqa: E402
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
-from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.networks.cross_entropy import cross_entropy_and_correct  # noqa: E402
 from scripts.side_by_side import median_seconds, peak_bytes, self_time_shares  # noqa: E402
 

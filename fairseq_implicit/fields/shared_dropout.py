@@ -85,9 +85,12 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (mask,) = ctx.saved_tensors
-        onto = gradient.to(ctx.onto) if ctx.needs_input_grad[3] else None
-        dropped = _Masked.apply(gradient, mask, ctx.scale, gradient.new_zeros(())) if ctx.needs_input_grad[0] else None
-        return None if dropped is None else dropped.to(ctx.dtype), None, None, onto
+        x = onto = None
+        if ctx.needs_input_grad[0]:
+            x = _Masked.apply(gradient, mask, ctx.scale, gradient.new_zeros(())).to(ctx.dtype)
+        if ctx.needs_input_grad[3]:
+            onto = gradient.to(ctx.onto)
+        return x, None, None, onto
 
 
 class SharedDropout(nn.Module):
