@@ -376,8 +376,8 @@ class _Iteration:
                 following = self._restarted(f_z, residual)
             else:
                 following = self.acceleration.step(self.z, f_z, residual, self.damping)
-                if self.linear and self.damping is None and self.acceleration.knows_residual:
-                    self._foresee(following)
+            if self.linear and self.acceleration.knows_residual:
+                self._foresee(following)
             moving = self._moving()
             if not moving:
                 break
@@ -482,7 +482,11 @@ class _Iteration:
         """
         scale = 1.0 if self.scale is None else self.scale.double() + _TINY
         expected = (self.acceleration.expected_residual() / scale).tolist()
-        promising = [row.active and value < self.tol for row, value in zip(self.rows, expected, strict=True)]
+        # A damped step is not the map of the mixture. Whether a row is damped is its own matter, not its neighbours'.
+        promising = [
+            row.active and row.damping * self.config.damping == 1.0 and value < self.tol
+            for row, value in zip(self.rows, expected, strict=True)
+        ]
         if not any(promising):
             return
         mixed_residual = self.acceleration.mixed_residual()
