@@ -19,22 +19,33 @@ Call = Callable[[], Any]
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-def median_seconds(
-    calls: dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
-) -> dict[str, float]:
-    """Median seconds of each call. They take turns, one call each per round, so that whatever else the machine does
-    hits all alike; ``before`` is called with the name and is not timed."""
-    times: dict[str, list] = {name: [] for name in calls}
+def all_seconds(
+    calls: dict[str, Call],
+    rounds: int,
+    before: Callable[[str], None] = lambda name: None,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round. They take turns, one call each per round, so that whatever else the machine
+    does hits all alike; ``before`` is called with the name and is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + warm_up):
         for name, call in calls.items():
             before(name)
             synchronise()
-            start = time.perf_counter()
+            start = clock()
             call()
             synchronise()
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+                times[name].append(clock() - start)
+    return times
+
+
+def median_seconds(
+    calls: dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
+) -> dict[str, float]:
+    """The median of each call's :func:`all_seconds`."""
+    return {name: statistics.median(found) for name, found in all_seconds(calls, rounds, before, warm_up).items()}
 
 
 def synchronise() -> None:
