@@ -7,7 +7,7 @@ import sys
 import torch
 
 from fairseq_implicit.commands.wording import conditions, counted
-from scripts import benchmark_corpus, benchmark_throughput
+from scripts import benchmark_corpus, benchmark_loop, benchmark_throughput
 from tests.conftest import ROOT
 
 
@@ -44,3 +44,13 @@ def test_the_throughput_benchmark_runs_to_its_end(monkeypatch, capsys):
     benchmark_throughput.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if "(pre-norm" in line]
     assert len(rows) == 6 and all(float(row[-2]) > 0 < float(row[-1]) for row in rows)
+
+
+def test_the_loop_benchmark_runs_to_its_end(monkeypatch, capsys):
+    """Through fairseq's loop, with a bare pass before each update that changes nothing."""
+    flags = "--arch ode_bert_euler_tiny --batch 2 --length 8 --vocabulary 30 --updates 2 --rounds 1 --workers 0"
+    threads = ["--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr("sys.argv", ["benchmark_loop", *flags.split(), *threads, "--device", "cpu", "--clock", "cpu"])
+    benchmark_loop.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("ode_bert")]
+    assert [row[1] for row in rows] == ["adam", "fused_adam"] and all(float(row[4]) > 0 for row in rows)
