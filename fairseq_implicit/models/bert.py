@@ -1,6 +1,6 @@
 """A network as fairseq's model: what every family shares.
 
-A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides ``build_depth``.
+What a family is stands in its options (:mod:`fairseq_implicit.families`); here it gets a name and flags.
 """
 
 import logging
@@ -71,15 +71,10 @@ class ImplicitBertModel(BaseFairseqModel):
         # fairseq's trainer, tasks and criterions read the configuration under this name.
         self.args = cfg
         self.classification_heads = nn.ModuleDict()
-        initialise(encoder, cfg.initialisation(self.layers_in_series))
+        initialise(encoder, cfg.initialisation())
         for module in encoder.modules():
             if isinstance(module, _COEFFICIENTS):
                 leave_undecayed(module.parameters())
-
-    @classmethod
-    def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
-        """The hook of a family: the module between embeddings and head, made of what ``cfg.check()`` returns."""
-        raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
 
     @classmethod
     def build_model(cls, cfg: ImplicitBertConfig, task) -> "ImplicitBertModel":
@@ -97,18 +92,13 @@ class ImplicitBertModel(BaseFairseqModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
-            depth, dictionary = cls.build_depth(typed), task.source_dictionary
+            depth, dictionary = typed.build_depth(), task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod
     def config_class(cls):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
-
-    @property
-    def layers_in_series(self) -> int:
-        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
-        return self.args.encoder_layers
 
     def forward(
         self,
@@ -218,10 +208,11 @@ class ImplicitBertModel(BaseFairseqModel):
                 ``checkpoint_last.pt`` that is there.
             data_name_or_path: folder that holds ``dict.txt`` and the tokenizer; by default they are looked for beside
                 the checkpoint, then in the data folder that the checkpoint names.
-            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``) or ``gpt2`` (``encoder.json`` and ``vocab.bpe``, as
-                RoBERTa's public weights have them); by default the one whose files are there.
+            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``), ``hf_tokenizer`` (``tokenizer.json``) or ``gpt2``
+                (``encoder.json`` and ``vocab.bpe``, as RoBERTa's public weights have them); by default the one whose
+                files are there.
             **overrides: model or task fields to change, as with ``--model-overrides``; files of the tokenizer under
-                fairseq's names (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
+                fairseq's names (``sentencepiece_model``, ``hf_tokenizer``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
 
         Returns:
             :class:`~fairseq_implicit.models.hub_interface.ImplicitBertHubInterface` in evaluation mode.
