@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fairseq_implicit.commands.wording import conditions, counted
-from scripts import benchmark_corpus, benchmark_throughput
+from scripts import benchmark_corpus, benchmark_loop, benchmark_throughput
 from tests.conftest import ROOT
 
 
@@ -72,3 +72,13 @@ def test_operations_are_those_of_the_weights_and_of_attention(monkeypatch):
     head = of(model.lm_head) * len(bench.target)
     attention = 2 * (2 * 3 * 8 * 8 * model.embed_tokens.embedding_dim)
     assert bench.operations() == 6 * (of(model.depth) * 24 + attention + head)
+
+
+def test_the_loop_benchmark_runs_to_its_end(monkeypatch, capsys):
+    """Through fairseq's loop, with a bare pass before each update that changes nothing."""
+    flags = "--arch ode_bert_euler_tiny --batch 2 --length 8 --vocabulary 30 --updates 2 --rounds 1 --workers 0"
+    threads = ["--threads", str(torch.get_num_threads())]
+    monkeypatch.setattr("sys.argv", ["benchmark_loop", *flags.split(), *threads, "--device", "cpu", "--clock", "cpu"])
+    benchmark_loop.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("ode_bert")]
+    assert [row[1] for row in rows] == ["adam", "fused_adam"] and all(float(row[4]) > 0 for row in rows)
