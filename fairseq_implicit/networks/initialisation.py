@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fairseq_implicit.fields.sub_layer import SubLayer
 from fairseq_implicit.networks.encoder import Encoder
 from fairseq_implicit.options import OptionError, check_choice
 
 INITIALISATIONS = ("depth-scaled", "identity", "plain")
-POSITION_STARTS = ("normal", "sinusoidal")
+POSITION_STARTS = ("normal", "sinusoidal", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class InitialisationConfig:
         scheme: ``plain``: N(0, ``std``) everywhere; ``depth-scaled``: residual projections divided by the root of
             their number along the depth; ``identity``: residual projections 0.
         std: standard deviation of the weights.
-        positions: ``normal``, or ``sinusoidal``: sines and cosines of the same scale.
+        positions: ``normal``; ``sinusoidal``: sines and cosines of the same scale; ``neighbours``: those with
+            wavelengths that the table has room for, and mixers that start by reading the tokens beside each.
         layers_in_series: how many layers a token passes, sub-steps and iterations not counted; ``None``: as many as
             the depth has. With tied blocks the same weights act in every one.
 
@@ -53,9 +55,11 @@ def initialise(network: Encoder, config: InitialisationConfig) -> None:
                 module.weight[module.padding_idx].zero_()
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-    if config.positions == "sinusoidal":
-        network.embed_positions.weight.copy_(math.sqrt(2.0) * config.std * sinusoids(network.embed_positions.weight))
-        network.embed_positions.weight[network.embeddings.padding].zero_()
+    positions = network.embed_positions.weight
+    longest = float(len(positions)) if config.positions == "neighbours" else 10000.0
+    if config.positions != "normal":
+        positions.copy_(math.sqrt(2.0) * config.std * sinusoids(positions, longest))
+        positions[network.embeddings.padding].zero_()
     layers = list(network.depth.layers())
     projections = [projection for layer in layers for projection in layer.residual_projections()]
     if config.scheme != "plain":
@@ -64,15 +68,37 @@ def initialise(network: Encoder, config: InitialisationConfig) -> None:
         for projection in projections:
             projection.weight.div_(divisor)
     network.depth.initialise()
+    if config.positions == "neighbours":
+        for module in network.modules():
+            if isinstance(module, SubLayer):
+                module.start_at_neighbours(lambda weight, distance: moved(weight, distance, longest))
 
 
-def sinusoids(like: Tensor) -> Tensor:
+def frequencies(dim: int, longest: float) -> Tensor:
+    """Radians per position of ``dim / 2`` sinusoids, from 1 down to almost ``1 / longest`` (arXiv 1706.03762 §3.5)."""
+    half = (dim + 1) // 2
+    return torch.exp(-math.log(longest) / half * torch.arange(half))
+
+
+def sinusoids(like: Tensor, longest: float = 10000.0) -> Tensor:
     """Sines and cosines of the positions (arXiv 1706.03762 §3.5), in the shape ``(positions, dim)`` of ``like``.
 
     A head finds a neighbour by one rotation then, instead of learning it place by place.
     """
     positions, dim = like.shape
-    half = (dim + 1) // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half))
-    angles = torch.arange(positions)[:, None] * frequencies
+    angles = torch.arange(positions)[:, None] * frequencies(dim, longest)
     return torch.cat([angles.sin(), angles.cos()], dim=1)[:, :dim]
+
+
+def moved(weight: Tensor, distance: int, longest: float = 10000.0) -> Tensor:
+    """The map that finds at a position what ``weight``, ``(rows, dim)``, finds ``distance`` places further on.
+
+    By the addition theorem the sinusoids there are those here, rotated by the angle ``distance * frequency``.
+    """
+    sines, cosines = weight.split([(weight.shape[1] + 1) // 2, weight.shape[1] // 2], dim=1)
+    angles = distance * frequencies(weight.shape[1], longest)[: cosines.shape[1]]
+    rest = sines[:, cosines.shape[1] :]  # of an odd width: a sine without its cosine
+    sines = sines[:, : cosines.shape[1]]
+    return torch.cat(
+        [sines * angles.cos() - cosines * angles.sin(), rest, sines * angles.sin() + cosines * angles.cos()], dim=1
+    )
