@@ -18,19 +18,25 @@ ALLOWED = {
     "fields": {"layout", "module_list", "options", "solvers"},
     "depth": {"layout", "module_list", "options", "solvers", "fields"},
     "networks": {"layout", "options", "solvers", "fields", "depth"},
-    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
+    "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
     "conversion": {"solvers"},
     "text": set(),
     "data": {"text", "compat"},
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
+    "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
-    "compat": {"networks", "folder_lock"},
+    "commands": set(
+        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+    ),
+    "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
+    "machine": set(),
+    "open_mp": set(),
 }
-WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
+WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "optim", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
     "options": set(),
@@ -40,9 +46,12 @@ ONLY = {
     "fields": {"torch"},
     "depth": {"torch"},
     "networks": {"torch"},
+    "families": {"torch"},
     "conversion": {"torch"},
     "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
+    "machine": {"torch"},
+    "open_mp": set(),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -130,6 +139,7 @@ def test_objectives_are_numpy_alone():
         ("networks", "fairseq.modules", True),
         ("networks", "transformers", True),
         ("networks", "fairseq_implicit.models.config", True),
+        ("families", "fairseq_implicit.models.config", True),
         ("models", "fairseq_implicit.networks.encoder", False),
         ("conversion", "fairseq_implicit.models.ode_bert", True),
         ("models", "fairseq.models", False),
