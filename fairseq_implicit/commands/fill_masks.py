@@ -82,11 +82,13 @@ def run(arguments: argparse.Namespace) -> None:
     asked = [Question(sentence, None) for sentence in arguments.sentences]
     if arguments.text:
         found = questions(arguments.text, lambda word: is_one_piece(bert, word))
-        asked += itertools.islice(found, arguments.count)
+        fitting = (question for question in found if len(bert.masked_ids(question.sentence)) - 2 <= bert.room())
+        asked += itertools.islice(fitting, arguments.count)
     for question in asked:
         filled = bert.fill_mask(question.sentence, topk=arguments.candidates)
         sys.stdout.write("\n".join(report(question, filled)) + "\n")
     if not asked:
         sys.stdout.write(
-            f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead\n"
+            f"  {arguments.text} holds no plain sentence of 6 to 16 words that fits into the model's "
+            f"{bert.model.max_positions()} positions: give sentences with a <mask> instead\n"
         )

@@ -58,6 +58,8 @@ def test_masks_are_filled_for_any_family_without_naming_the_file(trained, comman
     _, output, _ = command("fill-masks", trained, *everything)
     own, _, taken, filled = output.splitlines()
     assert own == "  the <mask> state" and taken.endswith(f"(hidden: {word})") and f"[{word}] 0." in filled
+    (tmp_path / "long").write_text(f"Q{'zx' * 60} qzx {word} qzx qzx {word} qzx.\n")
+    assert "fits into the model's 32 positions" in command("fill-masks", trained, "--text", tmp_path / "long")[1]
     status, _, said = command("fill-masks", trained, "the <mask> state", "--candidates", 0)
     assert status == 1 and "fill-masks: topk=0" in said
 
