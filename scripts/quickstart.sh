@@ -177,18 +177,18 @@ stage "$name-data" "$data" "$data_key" binarise
 # A masked-language model rests near the unigram entropy until its attention has found the neighbours: heads that start
 # there spare it that. Short blocks, twice the usual share of masks and no dropout let it learn much from few tokens; large
 # first weights and large updates are for the tiny models alone.
-recipe=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
+settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
     --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.07)
 case $arch in
-    ode_bert_euler_tiny) recipe+=(--ode-time 2 --lr 4e-3) length=2600 ;;
-    neural_ode_bert_tiny) recipe+=(--lr 4e-3) length=1200 ;;
-    deq_bert_tiny) recipe+=(--lr 4e-3) length=1200 ;;
-    *) recipe=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;
+    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2600 ;;
+    neural_ode_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
+    deq_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
+    *) settings=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;
 esac
 updates=${updates:-$length}
 model=$out/$name/$arch
 training=(
-    --arch "$arch" --criterion implicit_masked_lm --encoder-position-start neighbours "${recipe[@]}"
+    --arch "$arch" --criterion implicit_masked_lm --encoder-position-start neighbours "${settings[@]}"
     --dropout 0 --attention-dropout 0 --mask-prob 0.3 --valid-mask-prob 0.15
     --optimizer fused_adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0
     --lr-scheduler polynomial_decay
