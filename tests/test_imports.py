@@ -22,6 +22,7 @@ ALLOWED = {
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
     "conversion": {"solvers"},
     "text": set(),
+    "huggingface": set("options layout solvers fields depth networks text conversion".split()),
     "data": {"text", "compat"},
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
@@ -48,7 +49,8 @@ ONLY = {
     "networks": {"torch"},
     "families": {"torch"},
     "conversion": {"torch"},
-    "text": {"numpy", "sentencepiece"},
+    "text": {"numpy", "sentencepiece", "tokenizers"},
+    "huggingface": {"torch", "transformers", "tokenizers", "safetensors", "sentencepiece"},
     "folder_lock": set(),
     "machine": {"torch"},
     "open_mp": set(),
@@ -102,7 +104,7 @@ def test_imports_point_one_way(path):
 
 def test_what_needs_no_fairseq_loads_without_it_and_soon():
     """Every module left of the models, in a process that has neither fairseq nor transformers."""
-    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ]
+    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ - {"huggingface"}]
     names = [".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)) for path in rooms]
     code = """
 import importlib, sys, time
