@@ -22,7 +22,7 @@ ALLOWED = {
     "conversion": {"solvers"},
     "text": set(),
     "data": {"text", "compat"},
-    "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
+    "tasks": {"machine", "solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},

@@ -31,7 +31,7 @@ def register() -> None:
 
 
 class ComparesCheckpoints:
-    """A task whose ``set_checkpoint_dict`` compares a checkpoint with its data and changes nothing.
+    """A task whose ``set_checkpoint_dict`` compares a checkpoint with its data and changes nothing but its counts.
 
     fairseq calls it only where the order of the data is resumed as well; such a task is asked wherever a training
     starts from a checkpoint.

@@ -177,7 +177,9 @@ class ContinuousDepth(Depth):
         if self.final_norm is not None:
             state = self.final_norm(state)
         hidden_states = [one.to(x.dtype) for one in solution.states] if return_hidden_states else None
-        return DepthOutput(state, hidden_states, statistics, penalties)
+        cost = self.config.solver.update_cost(statistics["evaluations"], statistics["evaluations_backward"], 1)
+        operations = cost * self.field.operations(x.shape[1])
+        return DepthOutput(state, hidden_states, statistics, penalties, operations=operations)
 
     def solve(self, f: Increment, x: Tensor, layout: Layout = UNPADDED, keep: Keep = NOTHING) -> Solution:
         """The solve of the prepared field over the whole depth; arguments and errors as in :meth:`forward`."""

@@ -232,7 +232,9 @@ class EquilibriumDepth(Depth):
         auxiliary = [
             (weight, self._finish(found.iterates[count], layout, None)) for count, weight in self._correction_weights()
         ]
-        return DepthOutput(state, hidden, self._statistics(found, phase), penalties, auxiliary)
+        statistics = self._statistics(found, phase)
+        operations = self._operations(statistics, phase, x.shape[1])
+        return DepthOutput(state, hidden, statistics, penalties, auxiliary, operations)
 
     def _through(
         self, layers: Iterable[CellLayer], state: Tensor, layout: Layout, hidden: list[Tensor] | None
@@ -371,6 +373,17 @@ class EquilibriumDepth(Depth):
             f"Raise `injection_gain` above {injection.gain:g}, lower the scale of the initial weights, set "
             "`jacobian_weight`,"
         )
+
+    def _operations(self, statistics: dict[str, float | Tensor], phase: Phase, time: int) -> float | Tensor:
+        """See :class:`DepthOutput`; of ``time`` tokens a sequence, penalties and measurements not included."""
+        gradient = phase.gradient
+        cost = gradient.update_cost(statistics["evaluations"], statistics["evaluations_backward"])[0]
+        if self.config.recompute:
+            cost = cost + gradient.steps  # the tracked evaluations
+        codas = 1 + len(self._correction_weights())
+        explicit = sum(layer.operations(time) for layer in self.prelude)
+        explicit += sum(layer.operations(time) for layer in self.coda) * codas
+        return cost * self.cell.operations(time) + 3 * explicit
 
     def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, float | Tensor]:
         result, adjoint = found.solve, self.adjoint

@@ -22,6 +22,9 @@ class DepthOutput:
             adds each to the loss, times the sample size.
         auxiliary_states: ``(weight, state)`` pairs whose masked-LM loss is added to the loss with that weight
             (fixed-point correction).
+        operations: floating-point operations of the forward and backward pass per token: those of the matrix products
+            of all evaluations, recomputation included. Of backward passes that solve something the last one that is
+            known counts.
     """
 
     state: Tensor
@@ -29,6 +32,7 @@ class DepthOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary_states: list[tuple[float, Tensor]] = field(default_factory=list)
+    operations: float | Tensor = 0.0
 
 
 class Depth(nn.Module):

@@ -70,5 +70,9 @@ class Field(nn.Module):
         """The linear maps whose output is added to the state: their initialisation is scaled by the depth."""
         return iter(())
 
+    def operations(self, time: int) -> int:
+        """Floating-point operations of one evaluation per token of a sequence of ``time``: those of matrix products."""
+        raise TypeError(f"{type(self).__name__} defines no operations(): a field must count its matrix products there")
+
     def initialise(self) -> None:
         """Called after the initialisation of all linear maps, for what must start otherwise."""

@@ -15,3 +15,8 @@ class SubLayer(nn.Module):
     def residual_projections(self) -> Iterator[nn.Linear]:
         """The linear maps whose output is added to the state."""
         return iter(())
+
+    def operations(self, time: int) -> int:
+        """Floating-point operations that one token costs among ``time``: those of the matrix products."""
+        projections = (*self.inner_projections(), *self.residual_projections())
+        return 2 * sum(linear.in_features * linear.out_features for linear in projections)

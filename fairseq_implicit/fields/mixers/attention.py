@@ -67,6 +67,10 @@ class MultiHeadAttention(Mixer):
     def residual_projections(self) -> Iterator[nn.Linear]:
         yield self.out
 
+    def operations(self, time: int) -> int:
+        # A query with each key, a probability with each value.
+        return super().operations(time) + 4 * time * self.out.in_features
+
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
         attend = self._attending(x, layout)
 
