@@ -169,7 +169,7 @@ class ContinuousDepth(Depth):
         # Penalties need the trajectory only where they are trained.
         penalised = self.config.penalised and torch.is_grad_enabled()
         keep = Keep(states=return_hidden_states or penalised, penalties=penalised)
-        f = self.field.prepare(x, layout)
+        f = self.field.prepare(x, layout).within(self.around)
         solution = self.solve(f, x, layout, keep)
         penalties = self._penalties(f, solution, layout, x.dtype) if penalised else {}
         state = solution.state.to(x.dtype)

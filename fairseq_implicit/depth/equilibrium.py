@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -134,18 +134,18 @@ class EquilibriumConfig:
             raise OptionError("correction_weight", "weight must be positive and decay in (0, 1].")
 
 
-class _Recomputed(StateMap):
-    """A map whose activations are computed again in the backward pass."""
+class _Within(StateMap):
+    """A map with something put around it."""
 
-    def __init__(self, cell: StateMap):
-        self.cell, self.function = cell, recomputed(cell)
+    def __init__(self, cell: StateMap, around: Callable[[Callable], Callable]):
+        self.cell, self.around, self.function = cell, around, around(cell)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.function(z)
 
     def rows(self, index: Tensor) -> StateMap | None:
         chosen = self.cell.rows(index)
-        return None if chosen is None else _Recomputed(chosen)
+        return None if chosen is None else _Within(chosen, self.around)
 
 
 class EquilibriumDepth(Depth):
@@ -257,8 +257,9 @@ class EquilibriumDepth(Depth):
     def _solve(self, cell: CellMap, x: Tensor, layout: Layout, phase: Phase) -> Equilibrium:
         f = cell.severed() if phase.gradient.reconstructs else cell
         leaves = f.depends_on
+        compiled = _Within(f, self.around)
         return phase.gradient.equilibrium(
-            _Recomputed(f) if self.config.recompute else f,
+            _Within(compiled, recomputed) if self.config.recompute else compiled,
             self._initial_state(x),
             phase.solver,
             layout,

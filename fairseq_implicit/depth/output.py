@@ -1,6 +1,6 @@
 """What every depth (stack, continuum, equilibrium) is to the model, and what it returns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -36,7 +36,13 @@ class DepthOutput:
 
 
 class Depth(nn.Module):
-    """What lies between a network's embeddings and its heads: fields and how they are solved."""
+    """What lies between a network's embeddings and its heads: fields and how they are solved.
+
+    Attributes:
+        around: what is put around the function of each solve, such as a compiler.
+    """
+
+    around: Callable[[Callable], Callable] = staticmethod(lambda function: function)
 
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Solve.

@@ -34,6 +34,10 @@ class Increment:
     def __call__(self, t: Time, z: Tensor) -> Tensor:
         return self.function(t, z)
 
+    def within(self, around: Callable[[VectorField], VectorField]) -> Increment:
+        """The same increment with ``around`` put around its functions; pieces stay as they are."""
+        return Increment(around(self.function), None if self.layer is None else around(self.layer), self._pieces)
+
     def pieces(self, end: float) -> tuple[Piece, ...]:
         """This increment from t = 0 to ``end``, cut at the times where it is not smooth."""
         return (Piece(self.function, end),) if self._pieces is None else self._pieces(end)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.compat.outputs import for_fairseq
+from fairseq_implicit.depth.compilation import compile_fields
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
@@ -88,6 +89,8 @@ class ImplicitBertModel(BaseFairseqModel):
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
             depth, dictionary = cls.build_depth(typed), task.source_dictionary
+            if typed.compile_blocks:
+                compile_fields(depth)
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod

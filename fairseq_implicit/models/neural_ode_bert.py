@@ -112,6 +112,11 @@ class NeuralOdeBertConfig(ImplicitBertConfig):
         check_choice("--ode-depth-weights", self.ode_depth_weights, DEPTH_WEIGHTS)
         if self.ode_knots is not None and self.ode_depth_weights == "embedding":
             raise ValueError("--ode-knots belongs to --ode-depth-weights linear or constant")
+        if self.compile_blocks and self.ode_depth_weights != "embedding":
+            raise ValueError(
+                f"--compile-blocks: the weights of --ode-depth-weights {self.ode_depth_weights} are others at every "
+                "time, which would all be compiled: leave it out, or use embedding"
+            )
         if self.drop_path > 0:
             raise ValueError(
                 f"--drop-path {self.drop_path} would skip the whole depth of a sample, because the depth is one solve: "
