@@ -18,12 +18,15 @@ ALLOWED = {
     "fields": {"layout", "module_list", "options", "solvers"},
     "depth": {"layout", "module_list", "options", "solvers", "fields"},
     "networks": {"layout", "options", "solvers", "fields", "depth"},
-    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
+    "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
     "conversion": {"solvers"},
     "text": set(),
+    "huggingface": set("options layout solvers fields depth networks text conversion".split()),
     "data": {"text", "compat"},
     "tasks": {"machine", "solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
+    "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
     "commands": set(
@@ -34,7 +37,7 @@ ALLOWED = {
     "machine": set(),
     "open_mp": set(),
 }
-WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
+WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "optim", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
     "options": set(),
@@ -44,8 +47,10 @@ ONLY = {
     "fields": {"torch"},
     "depth": {"torch"},
     "networks": {"torch"},
+    "families": {"torch"},
     "conversion": {"torch"},
-    "text": {"numpy", "sentencepiece"},
+    "text": {"numpy", "sentencepiece", "tokenizers"},
+    "huggingface": {"torch", "transformers", "tokenizers", "safetensors", "sentencepiece"},
     "folder_lock": set(),
     "machine": {"torch"},
     "open_mp": set(),
@@ -99,7 +104,7 @@ def test_imports_point_one_way(path):
 
 def test_what_needs_no_fairseq_loads_without_it_and_soon():
     """Every module left of the models, in a process that has neither fairseq nor transformers."""
-    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ]
+    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ - {"huggingface"}]
     names = [".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)) for path in rooms]
     code = """
 import importlib, sys, time
@@ -136,6 +141,7 @@ def test_objectives_are_numpy_alone():
         ("networks", "fairseq.modules", True),
         ("networks", "transformers", True),
         ("networks", "fairseq_implicit.models.config", True),
+        ("families", "fairseq_implicit.models.config", True),
         ("models", "fairseq_implicit.networks.encoder", False),
         ("conversion", "fairseq_implicit.models.ode_bert", True),
         ("models", "fairseq.models", False),

@@ -21,8 +21,14 @@ def compile_fields(depth: Depth) -> None:
     """From now on ``depth`` solves compiled fields.
 
     Raises:
-        OptionError: what ``torch.compile`` needs is not installed.
+        OptionError: what ``torch.compile`` needs is not installed, or there would be no end of compiling.
     """
+    if depth.piecewise:
+        raise OptionError(
+            "--compile-blocks",
+            "weights interpolated along the depth are others at every time, which would all be compiled: leave it out, "
+            "or set `depth_weights` embedding.",
+        )
     if BACKEND == "inductor":
         _check_compilers()
     depth.around = _compiled

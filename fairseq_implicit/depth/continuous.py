@@ -137,6 +137,10 @@ class ContinuousDepth(Depth):
         return self.field.layers()
 
     @property
+    def piecewise(self) -> bool:
+        return self.field.piecewise
+
+    @property
     def step_control(self) -> str:
         """``sample`` or ``batch``: that of a solve in the present mode, training or evaluation."""
         if self.config.step_control != "auto":

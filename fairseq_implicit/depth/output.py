@@ -54,6 +54,11 @@ class Depth(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} defines no forward(): a depth must solve its fields there")
 
+    @property
+    def piecewise(self) -> bool:
+        """Whether other weights act at other times of one solve."""
+        return False
+
     def layers(self) -> Iterator[Field]:
         """The fields of one layer each, every one once."""
         raise TypeError(f"{type(self).__name__} defines no layers(): a depth must name its fields there")

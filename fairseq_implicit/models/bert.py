@@ -1,6 +1,6 @@
 """A network as fairseq's model: what every family shares.
 
-A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides ``build_depth``.
+What a family is stands in its options (:mod:`fairseq_implicit.families`); here it gets a name and flags.
 """
 
 import logging
@@ -13,15 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.compat.outputs import for_fairseq
+from fairseq_implicit.compat.parameters import leave_undecayed
 from fairseq_implicit.depth.compilation import compile_fields
+from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.fields.time_conditioned import DepthEmbedding
 from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
 from fairseq_implicit.networks.encoder import Encoder, EncoderConfig
 from fairseq_implicit.networks.heads import ClassificationHead, ClassificationHeadConfig
 from fairseq_implicit.networks.initialisation import initialise
+from fairseq_implicit.solvers.coefficients import StageWeights
 
 logger = logging.getLogger(__name__)
+
+#: Modules whose matrices are coefficients, gates and mixtures: zero is no rest for them, as it is for weights.
+_COEFFICIENTS = (StageWeights, LayerHistory, DepthEmbedding)
 
 
 class ImplicitBertEncoder(Encoder):
@@ -65,12 +72,10 @@ class ImplicitBertModel(BaseFairseqModel):
         # fairseq's trainer, tasks and criterions read the configuration under this name.
         self.args = cfg
         self.classification_heads = nn.ModuleDict()
-        initialise(encoder, cfg.initialisation(self.layers_in_series))
-
-    @classmethod
-    def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
-        """The hook of a family: the module between embeddings and head, made of what ``cfg.check()`` returns."""
-        raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
+        initialise(encoder, cfg.initialisation())
+        for module in encoder.modules():
+            if isinstance(module, _COEFFICIENTS):
+                leave_undecayed(module.parameters())
 
     @classmethod
     def build_model(cls, cfg: ImplicitBertConfig, task) -> "ImplicitBertModel":
@@ -88,20 +93,22 @@ class ImplicitBertModel(BaseFairseqModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
-            depth, dictionary = cls.build_depth(typed), task.source_dictionary
-            if typed.compile_blocks:
-                compile_fields(depth)
+            depth, dictionary = typed.build_depth(), task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
+
+    def compile_blocks(self) -> None:
+        """For the rest of a training; who opens its checkpoint needs no compiler.
+
+        Raises:
+            ValueError: there is none, or the weights are others at every time.
+        """
+        with self.args.flags.naming():
+            compile_fields(self.encoder.depth)
 
     @classmethod
     def config_class(cls):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
-
-    @property
-    def layers_in_series(self) -> int:
-        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
-        return self.args.encoder_layers
 
     def forward(
         self,
@@ -211,10 +218,11 @@ class ImplicitBertModel(BaseFairseqModel):
                 ``checkpoint_last.pt`` that is there.
             data_name_or_path: folder that holds ``dict.txt`` and the tokenizer; by default they are looked for beside
                 the checkpoint, then in the data folder that the checkpoint names.
-            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``) or ``gpt2`` (``encoder.json`` and ``vocab.bpe``, as
-                RoBERTa's public weights have them); by default the one whose files are there.
+            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``), ``hf_tokenizer`` (``tokenizer.json``) or ``gpt2``
+                (``encoder.json`` and ``vocab.bpe``, as RoBERTa's public weights have them); by default the one whose
+                files are there.
             **overrides: model or task fields to change, as with ``--model-overrides``; files of the tokenizer under
-                fairseq's names (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
+                fairseq's names (``sentencepiece_model``, ``hf_tokenizer``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
 
         Returns:
             :class:`~fairseq_implicit.models.hub_interface.ImplicitBertHubInterface` in evaluation mode.

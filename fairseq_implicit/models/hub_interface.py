@@ -1,4 +1,4 @@
-"""A trained model behind RoBERTa's hub interface, for sentencepiece and GPT-2 vocabularies."""
+"""A trained model behind RoBERTa's hub interface, for every kind of vocabulary."""
 
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
@@ -243,8 +243,8 @@ def _other_family(path: str, found: type) -> str:
     """Why a checkpoint is not opened by the class that was asked, and what opens it."""
     if not issubclass(found, ImplicitBertModel):
         return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with fairseq-implicit convert"
-    # A preset is made from its family's class, the one that builds a depth.
-    right = next(base for base in found.__mro__ if "build_depth" in vars(base))
+    # A preset is made from its family's class.
+    right = next(base for base in found.__mro__ if ImplicitBertModel in base.__bases__)
     return (
         f"{path} holds the model {found.__name__}: open it with {right.__name__}.from_pretrained, or with "
         "ImplicitBertModel.from_pretrained, which opens every family"
@@ -272,8 +272,8 @@ def find_vocabulary(
     Args:
         checkpoint: its path. They are looked for in ``data``, beside it, then in the data folder that it names.
         data: folder of the dictionary.
-        bpe: ``sentencepiece`` or ``gpt2``; by default the first whose files are found.
-        named: files by fairseq's flags (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``), which are
+        bpe: a name of :data:`FILES`; by default the first whose files are found.
+        named: files by fairseq's flags (``sentencepiece_model``, ``hf_tokenizer``, …), which are
             then not looked for.
 
     Raises:

@@ -65,7 +65,9 @@ def test_compiled_blocks_are_the_model_under_the_same_names(task, tokens, case, 
     config, model, settings = COMPILED[case]
     found = []
     for compiled in (False, True):
-        built = build(task, config, model, {**settings, "compile_blocks": compiled})
+        built = build(task, config, model, settings)
+        if compiled:
+            built.compile_blocks()
         for _ in range(2):
             torch.manual_seed(3)
             built.zero_grad()
@@ -82,10 +84,21 @@ def test_compiled_blocks_are_the_model_under_the_same_names(task, tokens, case, 
 def test_what_cannot_be_compiled_is_said_in_a_sentence(task, monkeypatch):
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="--compile-blocks: it needs a C\\+\\+ compiler"):
-        build(task, *ODE, dict(compile_blocks=True))
+        build(task, *ODE, {}).compile_blocks()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(compilation.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--compile-blocks: it needs triton"):
-        build(task, *ODE, dict(compile_blocks=True))
-    with pytest.raises(ValueError, match="--compile-blocks: the weights of --ode-depth-weights linear"):
-        build(task, *NEURAL, dict(compile_blocks=True, ode_depth_weights="linear"))
+        build(task, *ODE, {}).compile_blocks()
+    with pytest.raises(ValueError, match="--compile-blocks: weights interpolated.*--ode-depth-weights embedding"):
+        build(task, *NEURAL, dict(ode_depth_weights="linear")).compile_blocks()
+
+
+def test_a_training_with_compiled_blocks(toy_flags, fairseq_train, tmp_path, monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    runs = {}
+    for name, flags in (("plain", []), ("compiled", ["--compile-blocks"])):
+        flags = [*toy_flags, *flags, "--max-update", 3, "--save-dir", tmp_path / name]
+        runs[name] = fairseq_train(*flags).losses()
+    assert runs["compiled"] == pytest.approx(runs["plain"], abs=2e-3)
+    plain, compiled = (torch.load(tmp_path / name / "checkpoint_last.pt")["model"] for name in runs)
+    assert plain.keys() == compiled.keys()

@@ -1,0 +1,1 @@
+"""The transformers face of the models. Needs transformers, never fairseq."""
