@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 
 logging.disable(logging.INFO)
 
+from fairseq_implicit.commands.checkpoint_arguments import device  # noqa: E402
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.families.bert import SIZES  # noqa: E402
 from fairseq_implicit.families.deq_bert import MATCHED_SIZES  # noqa: E402
@@ -53,7 +54,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--base-batch", type=int, default=2, help="sequences of 128 tokens at base size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cpu-time", action="store_true", help="part step: CPU time of the process, not the wall's")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()

@@ -34,6 +34,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf  # noqa: E402
 from fairseq.trainer import Trainer  # noqa: E402
 
 import fairseq_implicit.models  # noqa: E402, F401  (registers everything)
+from fairseq_implicit.commands.checkpoint_arguments import device  # noqa: E402
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from scripts.side_by_side import synchronise  # noqa: E402
 
@@ -54,7 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each architecture with each optimizer, in turn")
     parser.add_argument("--workers", type=int, default=1, help="processes that make batches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("float32", "bf16", "fp16"), default="float32")
     parser.add_argument(
         "--clock",

@@ -26,6 +26,7 @@ from torch.nn import functional  # noqa: E402
 logging.disable(logging.INFO)
 from fairseq.data import Dictionary  # noqa: E402
 
+from fairseq_implicit.commands.checkpoint_arguments import device  # noqa: E402
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.families.bert import SIZES  # noqa: E402
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,

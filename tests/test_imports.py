@@ -24,7 +24,7 @@ ALLOWED = {
     "text": set(),
     "huggingface": set("options layout solvers fields depth networks text conversion".split()),
     "data": {"text", "compat"},
-    "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
+    "tasks": {"machine", "solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "optim": {"compat"},
     "corpora": {"text", "folder_lock"},

@@ -18,7 +18,7 @@ from fairseq_implicit.networks.output import ModelOutput
 
 # Keys of the logging output with a meaning of their own. Every other key is a statistic or penalty: summed over
 # batches, and divided by the number of batches when it is reported.
-_RESERVED = ("loss", "ntokens", "nsentences", "sample_size", "correct", "batches", "auxiliary_loss")
+_RESERVED = ("loss", "ntokens", "nsentences", "sample_size", "correct", "batches", "auxiliary_loss", "operations")
 _SHOWN = 8  # statistics that a line of text has room for; all of them go to TensorBoard and JSON
 
 
@@ -66,6 +66,8 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
             "correct": correct,
             "batches": 1,
         }
+        if self.training:
+            logging_output["operations"] = output.operations
         if output.auxiliary:
             weighted = sum(
                 weight * cross_entropy_and_correct(logits, target, self.padding_idx)[0]

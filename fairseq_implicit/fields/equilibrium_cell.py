@@ -205,6 +205,10 @@ class EquilibriumCell(nn.Module):
         if linear.bias is not None:
             linear.bias.zero_()
 
+    def operations(self, time: int) -> int:
+        """Floating-point operations of one evaluation per token of a sequence of ``time``: those of matrix products."""
+        return sum(layer.operations(time) for layer in self.layers)
+
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> CellMap:
         """Fix one solve's noise and injection.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -68,12 +68,21 @@ class Encoder(Embeddings):
         layout = self.layout(tokens, segments, has_padding)
         depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states)
         output = ModelOutput(
-            depth.state, depth.hidden_states, depth.statistics, depth.penalties, depth.auxiliary_states
+            depth.state,
+            depth.hidden_states,
+            depth.statistics,
+            depth.penalties,
+            depth.auxiliary_states,
+            depth.operations * tokens.numel(),
         )
         if features_only:
             return output
         selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
-        return output.read_by(lambda features: self.logits(features, selected))
+        output = output.read_by(lambda features: self.logits(features, selected))
+        assert self.lm_head is not None, "logits() refuses a network without"
+        predicted = tokens.numel() if selected is None else selected.numel()
+        head = 3 * self.lm_head.operations() * predicted * (1 + len(output.auxiliary))
+        return replace(output, operations=output.operations + head)
 
     @property
     def dtype(self) -> torch.dtype:

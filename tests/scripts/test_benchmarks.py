@@ -1,5 +1,6 @@
 """What the benchmarks share, and the rows of the corpus benchmark; their measurements are not tested."""
 
+import importlib
 import math
 import subprocess
 import sys
@@ -36,6 +37,14 @@ def test_measuring_memory_prints_nothing():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and int(done.stdout) >= 40_000
     assert [line for line in done.stderr.splitlines() if "Profiler" in line] == []
+
+
+@pytest.mark.parametrize("script", ["benchmark_ode", "benchmark_deq", "benchmark_loop", "benchmark_throughput"])
+def test_a_device_that_is_not_there_ends_a_benchmark_in_one_sentence(script, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [script, "--device", "cuda:99"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"scripts.{script}").main()
+    assert "argument --device: 'cuda:99' cannot be used:" in capsys.readouterr().err.splitlines()[-1]
 
 
 def throughput(monkeypatch, capsys, *more):
