@@ -1,0 +1,12 @@
+"""The transformers face of the models: configurations and models for the Auto classes, registered on import.
+
+Needs transformers, never fairseq.
+"""
+
+from fairseq_implicit.huggingface.deq_bert import DeqBertConfig
+from fairseq_implicit.huggingface.modeling import register
+from fairseq_implicit.huggingface.neural_ode_bert import NeuralOdeBertConfig
+from fairseq_implicit.huggingface.ode_bert import OdeBertConfig
+
+for _family in (OdeBertConfig, NeuralOdeBertConfig, DeqBertConfig):
+    register(_family)
