@@ -26,13 +26,18 @@ ALLOWED = {
     "data": {"text", "compat"},
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
+    "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
-    "compat": {"networks", "folder_lock"},
+    "commands": set(
+        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+    ),
+    "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
+    "machine": set(),
+    "open_mp": set(),
 }
-WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
+WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "optim", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
     "options": set(),
@@ -47,6 +52,8 @@ ONLY = {
     "huggingface": {"torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub"},
     "text": {"numpy", "sentencepiece"},
     "folder_lock": set(),
+    "machine": {"torch"},
+    "open_mp": set(),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.compat.outputs import for_fairseq
+from fairseq_implicit.compat.parameters import leave_undecayed
+from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.fields.time_conditioned import DepthEmbedding
 from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
 from fairseq_implicit.networks.encoder import Encoder, EncoderConfig
 from fairseq_implicit.networks.heads import ClassificationHead, ClassificationHeadConfig
 from fairseq_implicit.networks.initialisation import initialise
+from fairseq_implicit.solvers.coefficients import StageWeights
 
 logger = logging.getLogger(__name__)
+
+#: Modules whose matrices are coefficients, gates and mixtures: zero is no rest for them, as it is for weights.
+_COEFFICIENTS = (StageWeights, LayerHistory, DepthEmbedding)
 
 
 class ImplicitBertEncoder(Encoder):
@@ -65,6 +72,9 @@ class ImplicitBertModel(BaseFairseqModel):
         self.args = cfg
         self.classification_heads = nn.ModuleDict()
         initialise(encoder, cfg.initialisation())
+        for module in encoder.modules():
+            if isinstance(module, _COEFFICIENTS):
+                leave_undecayed(module.parameters())
 
     @classmethod
     def build_model(cls, cfg: ImplicitBertConfig, task) -> "ImplicitBertModel":
