@@ -28,9 +28,10 @@ ALLOWED = {
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
-    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat", "huggingface"},
     "commands": set(
-        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+        "options machine open_mp solvers depth conversion models text data compat corpora".split()
+        + ["evaluation", "huggingface"]
     ),
     "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),

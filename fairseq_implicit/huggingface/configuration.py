@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from fairseq_implicit.families.bert import BertOptions
 from fairseq_implicit.networks.encoder import Encoder
-from fairseq_implicit.options import OptionError, named
+from fairseq_implicit.options import OptionError
 
 
 def _attributes(text: str) -> str:
@@ -28,6 +28,7 @@ class ImplicitBertConfig(PretrainedConfig):
         vocab_size: symbols of the vocabulary.
         bos_token_id, pad_token_id, eos_token_id, mask_token_id: ids, in fairseq's order by default.
         classifier_inner_dim: width of the layer in the head of whole inputs; ``None``: that of the state.
+        classification_head: fairseq's name of that head.
 
     Raises:
         ValueError: an impossible value or combination, in one sentence with the attribute's name.
@@ -53,6 +54,7 @@ class ImplicitBertConfig(PretrainedConfig):
     eos_token_id: int | None = 2
     mask_token_id: int | None = None
     classifier_inner_dim: int | None = None
+    classification_head: str = "sentence_classification_head"
 
     def __init_subclass__(cls, options: type[BertOptions] | None = None, **kwargs: Any):
         if options is not None:
@@ -90,10 +92,10 @@ class ImplicitBertConfig(PretrainedConfig):
     def naming(self) -> Iterator[None]:
         """Within it a wrong option is said with its attribute's name, not with a command line's flag."""
         try:
-            with named(self.options().flags.flag):
-                yield
+            yield
         except OptionError as error:
-            raise type(error)(_attributes(error.option), _attributes(error.sentence)) from None
+            said = error.renamed(self.options().flags.flag)
+            raise type(said)(_attributes(said.option), _attributes(said.sentence)) from None
         except ValueError as error:
             if "--" not in str(error):
                 raise

@@ -20,6 +20,8 @@ from fairseq_implicit.networks.initialisation import initialise
 
 logger = logging.get_logger(__name__)
 
+_ALIGNMENT = 64  # bytes, of torch's allocator
+
 
 @dataclass
 class ImplicitModelOutput(ModelOutput):
@@ -138,7 +140,9 @@ class FeatureModel(ImplicitBertPreTrainedModel):
             fresh = self.config.encoder(self.encoder.lm_head is not None)
             initialise(fresh, start)
             _fill(self.encoder, fresh)
-        elif not self.loaded and not self.started:
+        if self.loaded:
+            _align(self.encoder)
+        elif not self.started:
             initialise(self.encoder, start)
         self.started = True
 
@@ -245,6 +249,7 @@ class TaskModel(ImplicitBertPreTrainedModel):
         if self.model.loaded:
             for name, head in self.heads().items():
                 _fill(getattr(self, name), head)
+                _align(getattr(self, name))
 
     def _run(self, loss_of: Callable[[Tensor], Tensor] | None, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """What the head makes of ``inputs``, and the parts of the output that all tasks have."""
@@ -438,14 +443,18 @@ def auto_classes(config: type[ImplicitBertConfig]) -> dict[str, str]:
     return {"AutoConfig": config.__name__, "AutoModel": f"{stem}Model", **tasks}
 
 
+def family_class(config: type[ImplicitBertConfig], auto: str) -> type[ImplicitBertPreTrainedModel]:
+    """A family's model for an Auto class."""
+    return getattr(sys.modules[config.__module__], auto_classes(config)[auto])
+
+
 def register(config: type[ImplicitBertConfig]) -> None:
     """Let transformers' Auto classes open the models of a family. Again, it changes nothing."""
-    module = sys.modules[config.__module__]
-    for auto, name in auto_classes(config).items():
+    for auto in auto_classes(config):
         if auto == "AutoConfig":
             AutoConfig.register(config.model_type, config, exist_ok=True)
         else:
-            getattr(transformers, auto).register(config, getattr(module, name), exist_ok=True)
+            getattr(transformers, auto).register(config, family_class(config, auto), exist_ok=True)
 
 
 def _is_whole(module: nn.Module) -> bool:
@@ -466,3 +475,13 @@ def _fill(module: nn.Module, fresh: nn.Module) -> None:
     for name, tensor in own:
         if not _is_there(tensor):
             tensor.copy_(values[name])
+
+
+def _align(module: nn.Module) -> None:
+    """Move weights to where torch puts new ones: matrix products of others round otherwise.
+
+    transformers maps a file into memory, in which they begin anywhere.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
