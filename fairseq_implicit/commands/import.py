@@ -9,6 +9,7 @@ number of updates stays with the weights, the optimiser's state does not: contin
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,8 +30,11 @@ def run(arguments: argparse.Namespace) -> None:
     model = read_folder(arguments.folder)
     files = vocabulary_files(model)
     checkpoint = checkpoint_of(model, os.path.abspath(output))
-    output.mkdir(parents=True)
+    part = output.with_name(output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     for name, contents in files.items():
-        (output / name).write_bytes(contents)
-    write(checkpoint, str(output / "model.pt"))
+        (part / name).write_bytes(contents)
+    write(checkpoint, str(part / "model.pt"))
+    os.rename(part, output)
     sys.stdout.write(f"wrote {output / 'model.pt'}: {model.config.model_type}\n")

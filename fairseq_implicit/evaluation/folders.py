@@ -106,12 +106,13 @@ def _facts(path: str, model: ImplicitBertModel) -> dict[str, str]:
     checkpoint = stored(path)
     cfg, state = checkpoint["cfg"], checkpoint.get("extra_state") or {}
     updates = (checkpoint.get("optimizer_history") or [{}])[-1].get("num_updates")
+    metric = (cfg.get("checkpoint") or {}).get("best_checkpoint_metric") or "loss"
     data = [os.path.basename(os.path.normpath(part)) for part in str(cfg["task"].get("data") or "").split(os.pathsep)]
     facts = {
         "Data": ", ".join(data),
         "Task": cfg["task"].get("_name"),
         "Updates": updates,
-        "Validation loss (base 2)": state.get("val_loss"),
+        f"Validation {metric}{' (base 2)' * (metric == 'loss')}": state.get("val_loss"),
         "Parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "Evaluations of the field per forward pass": f"{_evaluations(model):.4g} (random tokens, full length)",
     }

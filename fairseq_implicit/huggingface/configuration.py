@@ -1,7 +1,5 @@
 """The options of a family as a configuration of transformers: flat, JSON, under the names that they have here."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import re
@@ -9,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
 from fairseq_implicit.families.bert import BertOptions
@@ -21,6 +20,11 @@ def _attributes(text: str) -> str:
     return re.sub(r"--([a-z][a-z0-9-]*)", lambda found: found[1].replace("-", "_"), text)
 
 
+#: In files and by hand 2 stands for 2.0.
+_NUMBERS = {float: float | int, float | None: float | int | None}
+
+
+@strict
 class ImplicitBertConfig(PretrainedConfig):
     """Vocabulary and head, for all families. A family adds its options: ``class …(ImplicitBertConfig, options=…)``.
 
@@ -32,6 +36,7 @@ class ImplicitBertConfig(PretrainedConfig):
 
     Raises:
         ValueError: an impossible value or combination, in one sentence with the attribute's name.
+        StrictDataclassError: a value of another type.
     """
 
     #: The options of the family, a dataclass.
@@ -62,17 +67,17 @@ class ImplicitBertConfig(PretrainedConfig):
             cls.__doc__ = f"{options.__doc__}\n\nEvery option under its own name, and those of a vocabulary."
             annotations = cls.__dict__.get("__annotations__", {})
             for option in dataclasses.fields(options):
-                # Annotations as text: transformers resolves none of them, and the check below is the options' own.
-                annotations[option.name] = option.type
+                annotations[option.name] = _NUMBERS.get(option.type, option.type)
                 setattr(cls, option.name, 512 if option.name == "max_positions" else option.default)
             cls.__annotations__ = annotations
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        padding = self.pad_token_id
-        if padding is None or not 0 <= padding < self.vocab_size:
-            raise ValueError(f"pad_token_id {padding} is no id of a vocabulary of vocab_size {self.vocab_size}")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id {self.pad_token_id} is no id of a vocabulary of vocab_size {self.vocab_size}"
+            )
         with self.naming():
             self.options().check()
 

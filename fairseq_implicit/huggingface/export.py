@@ -134,11 +134,12 @@ def read_folder(folder: str | Path) -> TrainedModel:
     if found not in CONFIGURATIONS:
         raise ValueError(f"{source} holds a model of the type {found!r}: choose one of {', '.join(CONFIGURATIONS)}")
     config = CONFIGURATIONS[found].from_pretrained(source)
-    weights = _names(config.classification_head).imported(_stored(source))
-    if config.tie_word_embeddings and _TOKENS in weights:
-        weights.setdefault(_LM_HEAD, weights[_TOKENS])
-    if "encoder.lm_head.dense.weight" not in weights:
+    theirs = _stored(source)
+    if "model.encoder.lm_head.dense.weight" not in theirs:
         raise ValueError(f"{source} has no head of masked tokens, which fairseq's {found} needs: save it with its head")
+    weights = _names(config.classification_head).imported(theirs)
+    if config.tie_word_embeddings:
+        weights.setdefault(_LM_HEAD, weights[_TOKENS])
     names = ["dict.txt", *itertools.chain.from_iterable(CONVERSIONS)]
     files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else None

@@ -176,14 +176,17 @@ class FeatureModel(ImplicitBertPreTrainedModel):
             raise ValueError("output_attentions: torch's attention gives no probabilities; leave it out")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}, not (batch, time)")
+        given = inputs_embeds if input_ids is None else input_ids
+        if attention_mask is not None and attention_mask.shape != given.shape[:2]:
+            raise ValueError(
+                f"attention_mask has the shape {tuple(attention_mask.shape)}, and the input is (batch, time) "
+                f"{tuple(given.shape[:2])}"
+            )
         self._remind()
-        padding = self.config.pad_token_id
         if input_ids is None:
             # Any id will do that is not the padding's.
-            shape, device = inputs_embeds.shape[:2], inputs_embeds.device
-            input_ids = torch.full(shape, int(padding == 0), dtype=torch.int64, device=device)
+            token = int(self.config.pad_token_id == 0)
+            input_ids = torch.full(given.shape[:2], token, dtype=torch.int64, device=given.device)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         with self.config.naming():

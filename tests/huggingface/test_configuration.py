@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from fairseq_implicit.huggingface import DeqBertConfig, OdeBertConfig
@@ -52,7 +53,6 @@ def test_generic_code_finds_its_names():
         (OdeBertConfig, dict(ode_tolerance=1e-3, ode_corrector="adams"), ["ode_tolerance", "ode_corrector"]),
         (DeqBertConfig, dict(deq_gradient="bptt-4", deq_solver="anderson"), ["deq_solver", "deq_gradient bptt-4"]),
         (DeqBertConfig, dict(checkpoint_activations=True), ["checkpoint_activations"]),
-        (DeqBertConfig, dict(pad_token_id=None), ["pad_token_id None"]),
         (DeqBertConfig, dict(pad_token_id=99, vocab_size=99), ["pad_token_id 99", "vocab_size 99"]),
     ],
 )
@@ -61,6 +61,17 @@ def test_wrong_values_are_said_with_the_attributes_name(config, options, words):
         config(**options)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [dict(encoder_layers="two"), dict(encoder_layers=2.5), dict(pad_token_id=None)])
+def test_values_of_another_type_are_refused(options):
+    (name,) = options
+    with pytest.raises(StrictDataclassError, match=name):
+        OdeBertConfig(**options)
+
+
+def test_whole_numbers_are_numbers():
+    assert OdeBertConfig(ode_time=2, ode_theta_tol=None).options().ode_time == 2
 
 
 def test_an_unknown_keyword_is_kept_as_transformers_keeps_it():

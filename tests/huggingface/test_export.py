@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.bundle import bundle
+from fairseq_implicit.huggingface.export import read_folder, write_folder
 from tests.huggingface.tiny import SIZES
 
 CASES = {
@@ -67,6 +74,7 @@ def checkpoints(toy_data, toy_model, tmp_path_factory):
         stub = TrainedModel(CONFIGURATIONS[family](vocab_size=len(dictionary), **names), model.state_dict())
         state = checkpoint_of(stub, str(folders[case]))
         state["optimizer_history"][-1]["num_updates"] = 70 if case == "deq" else 0
+        state["extra_state"]["val_loss"] = 3.25
         write(state, str(folders[case] / "model.pt"))
     return folders
 
@@ -276,9 +284,13 @@ def test_what_transformers_saved_comes_back_too(exported, hubs, inputs, tmp_path
     back = ImplicitBertModel.from_pretrained(str(tmp_path / "back"))  # with tokenizer.json in sentencepiece's place
     with torch.no_grad():
         assert torch.equal(back.model(inputs)[0], hubs["gated"].model(inputs)[0])
-    assert [one.token for one in back.fill_mask(SENTENCES[0])] == [
-        one.token for one in hubs["gated"].fill_mask(SENTENCES[0])
-    ]
+    filled = [one.token for one in hubs["gated"].fill_mask(SENTENCES[0])]
+    assert [one.token for one in back.fill_mask(SENTENCES[0])] == filled
+    status, _, errors = command("export", tmp_path / "back", tmp_path / "forth")
+    assert status == 0, errors
+    fill = pipeline("fill-mask", model=str(tmp_path / "forth"), trust_remote_code=True)
+    ids = [one["token"] for one in fill(SENTENCES[0], top_k=5)]
+    assert [back.vocabulary.surface(back.dictionary[index]) for index in ids] == filled
 
 
 def test_pushing_to_the_hub_sends_the_model(exported, monkeypatch):
@@ -299,6 +311,20 @@ def test_pushing_to_the_hub_sends_the_model(exported, monkeypatch):
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: types.SimpleNamespace(save=print))
     AutoModelForMaskedLM.from_pretrained(exported / "deq").push_to_hub("someone/deq")
     assert {"config.json", "model.safetensors"} <= set(Recorder.sent)
+
+
+def test_a_model_without_its_head_is_no_model_of_fairseqs(exported, tmp_path, command):
+    AutoModel.from_pretrained(exported / "gated").save_pretrained(tmp_path / "saved")
+    status, _, errors = command("import", tmp_path / "saved", tmp_path / "back")
+    assert status == 1 and "no head of masked tokens" in errors
+
+
+def test_weights_of_another_configuration_are_not_written(exported, tmp_path):
+    model = read_folder(exported / "gated")
+    model.config.encoder_layers = 3
+    with pytest.raises(ValueError, match=r"combinations\.2.*shape None"):
+        write_folder(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

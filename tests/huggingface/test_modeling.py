@@ -177,6 +177,7 @@ def test_segments():
         (dict(position_ids=torch.zeros(3, 12)), "position_ids"),
         (dict(output_attentions=True), "output_attentions"),
         (dict(attention_mask=torch.ones(3, 12, 12)), "attention_mask"),
+        (dict(attention_mask=torch.ones(3, 11)), "attention_mask"),
         (dict(inputs_embeds=torch.zeros(3, 12, 16)), "either input_ids or inputs_embeds"),
     ],
 )
