@@ -21,16 +21,17 @@ ALLOWED = {
     "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
     "conversion": {"solvers"},
+    "huggingface": set("options layout solvers fields depth networks families text conversion".split()),
     "text": set(),
-    "huggingface": set("options layout solvers fields depth networks text conversion".split()),
     "data": {"text", "compat"},
     "tasks": {"machine", "solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
-    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat", "huggingface"},
     "commands": set(
-        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+        "options machine open_mp solvers depth conversion models text data compat corpora".split()
+        + ["evaluation", "huggingface"]
     ),
     "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
@@ -50,7 +51,7 @@ ONLY = {
     "families": {"torch"},
     "conversion": {"torch"},
     "text": {"numpy", "sentencepiece", "tokenizers"},
-    "huggingface": {"torch", "transformers", "tokenizers", "safetensors", "sentencepiece"},
+    "huggingface": {"torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub"},
     "folder_lock": set(),
     "machine": {"torch"},
     "open_mp": set(),

@@ -141,6 +141,14 @@ class ContinuousDepth(Depth):
         return self.field.piecewise
 
     @property
+    def scheduled(self) -> bool:
+        return self.random_steps is not None
+
+    def count_updates(self, updates: int) -> None:
+        if self.random_steps is not None:
+            self.random_steps.update = updates
+
+    @property
     def step_control(self) -> str:
         """``sample`` or ``batch``: that of a solve in the present mode, training or evaluation."""
         if self.config.step_control != "auto":

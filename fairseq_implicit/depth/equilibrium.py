@@ -193,6 +193,17 @@ class EquilibriumDepth(Depth):
     def initialise(self) -> None:
         self.cell.initialise()
 
+    @property
+    def scheduled(self) -> bool:
+        return self.config.monitor_interval > 0 or self.config.phases.moves
+
+    def count_updates(self, updates: int) -> None:
+        self.updates.reach(updates)
+
+    @property
+    def updates_seen(self) -> int:
+        return self.updates.value
+
     def phase(self) -> Phase:
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
         config = self.config

@@ -67,3 +67,22 @@ class Depth(nn.Module):
         """Called after the initialisation of all linear maps, for what must start otherwise."""
         for layer in self.layers():
             layer.initialise()
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether training must be told its updates, because something depends on their number."""
+        return False
+
+    def count_updates(self, updates: int) -> None:
+        """Told by a training that keeps no number of its own through the weights' whole life, before each update.
+
+        fairseq, which keeps one, tells the depth's parts through ``set_num_updates``.
+
+        Args:
+            updates: how many the weights have seen, those of earlier trainings included.
+        """
+
+    @property
+    def updates_seen(self) -> int:
+        """How many the weights have seen, where the state dict holds their number; otherwise 0."""
+        return 0

@@ -163,6 +163,15 @@ class BlockStack(Depth):
         """Called by fairseq before every update."""
         self.update = num_updates
 
+    @property
+    def scheduled(self) -> bool:
+        return self.random_steps is not None
+
+    def count_updates(self, updates: int) -> None:
+        self.update = updates
+        if self.random_steps is not None:
+            self.random_steps.update = updates
+
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.
 

@@ -49,6 +49,7 @@ class Encoder(Embeddings):
         return_hidden_states: bool = False,
         has_padding: bool | None = None,
         token_embeddings: Tensor | None = None,
+        attended: Tensor | None = None,
     ) -> ModelOutput:
         """Run the network. Inputs that it does not know are refused.
 
@@ -60,12 +61,13 @@ class Encoder(Embeddings):
             return_hidden_states: also return the states along the depth.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
             token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
+            attended: ``(batch, time)`` bool, False at tokens that are padding whatever their id.
 
         Raises:
             ValueError: more tokens than positions, or logits of a network without a head.
             TypeError: segments for a network that takes none.
         """
-        layout = self.layout(tokens, segments, has_padding)
+        layout = self.layout(tokens, segments, has_padding, attended)
         depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states)
         output = ModelOutput(
             depth.state,
