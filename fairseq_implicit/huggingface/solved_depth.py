@@ -80,8 +80,7 @@ def solve_depth(model: nn.Module, scheme: str | None = None, **options: Any) -> 
     if scheme is None:
         if options:
             raise OptionError("scheme", f"say which one {', '.join(options)} belongs to, such as scheme='rk4'.")
-        configs = [vars(config) for module in model.modules() if (config := config_of(module)) is not None]
-        options = next((config[KEY] for config in configs if KEY in config), {})
+        options = next((config[KEY] for config in _configs(model) if KEY in config), {})
         if not options:
             raise OptionError("scheme", "the model's configuration does not say how its depth is solved: name one.")
     else:
@@ -102,16 +101,15 @@ def solve_depth(model: nn.Module, scheme: str | None = None, **options: Any) -> 
 
 
 def restore_depth(model: nn.Module) -> nn.Module:
-    """Undo :func:`solve_depth`: the plain model, in place; one that is plain already stays as it is."""
+    """Undo :func:`solve_depth`, in place: the plain model, whose configuration says nothing of a solver either."""
     solved = _find(model)
-    if solved is None:
-        return model
-    encoder, depth = solved
-    for layer in (*encoder.layers, *(encoder.beside if depth.settings.whole_stack else ())):
-        restore_layer(layer)
-    depth.detach(encoder.module)
-    if encoder.config is not None:
-        delattr(encoder.config, KEY)
+    if solved is not None:
+        encoder, depth = solved
+        for layer in (*encoder.layers, *(encoder.beside if depth.settings.whole_stack else ())):
+            restore_layer(layer)
+        depth.detach(encoder.module)
+    for config in _configs(model):
+        config.pop(KEY, None)
     return model
 
 
@@ -150,6 +148,11 @@ def load_solved(folder: str, **options: Any) -> nn.Module:
     if name not in dir(transformers):
         raise OptionError("folder", f"transformers has no {name}: load the model and call solve_depth(model).")
     return solve_depth(getattr(transformers, name).from_pretrained(folder, **options))
+
+
+def _configs(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """What the configurations in a model hold."""
+    return (vars(config) for module in model.modules() if (config := config_of(module)) is not None)
 
 
 def _find(model: nn.Module) -> tuple[Encoder, SolvedDepth] | None:
