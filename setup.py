@@ -43,6 +43,6 @@ setup(
         "quality": ["datatrove[processing]", "spacy"],
         "study": ["matplotlib", "PyYAML", "scipy", "tensorboard"],
         "tensorboard": ["tensorboard", "tensorboardX"],
-        "transformers": ["transformers"],
+        "huggingface": ["transformers>=5", "accelerate", "safetensors"],
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 
 
 class OptionError(ValueError):
@@ -38,7 +38,7 @@ def named(name: Callable[[str], str]) -> Iterator[None]:
         raise error.renamed(name) from None
 
 
-def check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(option: str, value: str, choices: Collection[str]) -> None:
     """OptionError unless ``value`` is among ``choices``."""
     if value not in choices:
         raise OptionError(option, f"{value!r} is unknown: choose one of {', '.join(choices)}.")

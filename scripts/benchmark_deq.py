@@ -25,12 +25,12 @@ from torch import Tensor  # noqa: E402
 logging.disable(logging.INFO)
 
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
+from fairseq_implicit.families.bert import SIZES  # noqa: E402
+from fairseq_implicit.families.deq_bert import MATCHED_SIZES  # noqa: E402
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, EquilibriumCell  # noqa: E402
 from fairseq_implicit.fields.injection import InjectionConfig  # noqa: E402
 from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerFieldConfig  # noqa: E402
-from fairseq_implicit.models.deq_bert import MATCHED_SIZES  # noqa: E402
-from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig, solve  # noqa: E402
 from fairseq_implicit.solvers.gradients.equilibrium import Equilibrium, EquilibriumGradient  # noqa: E402
 from fairseq_implicit.solvers.gradients.implicit import Implicit  # noqa: E402

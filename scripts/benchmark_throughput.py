@@ -23,8 +23,8 @@ logging.disable(logging.INFO)
 from fairseq.data import Dictionary  # noqa: E402
 
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
+from fairseq_implicit.families.bert import SIZES  # noqa: E402
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
-from fairseq_implicit.models.presets import SIZES  # noqa: E402
 from scripts.side_by_side import median_seconds, peak_bytes  # noqa: E402
 
 Step = Callable[[], torch.Tensor]

@@ -150,3 +150,5 @@ fi
 export PATH="$venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 unset PYTHONHOME
+# What fairseq_implicit/open_mp.py does for commands of the package, for fairseq's as well.
+if [ -z "${GOMP_SPINCOUNT:-}${OMP_WAIT_POLICY:-}" ]; then export GOMP_SPINCOUNT=10000; fi

@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Trainings of a few updates in bfloat16, whatever the CPU.
+os.environ["FAIRSEQ_IMPLICIT_EMULATED_BF16"] = "1"
+
 NOUNS = "encoder solver field block state step scheme order residual gradient tableau stage token mask corpus".split()
 VERBS = "integrates bounds repeats follows corrects predicts shortens measures divides restores".split()
 ADJECTIVES = "implicit explicit stable learned fixed embedded continuous deep shallow exact".split()

@@ -123,6 +123,19 @@ def test_refused_in_one_sentence(toy_flags, fairseq_train, tmp_path, flags, erro
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("flag", ["--bf16", "--memory-efficient-bf16"])
+def test_emulated_bfloat16_is_refused_unless_insisted_on(toy_flags, fairseq_train, tmp_path, monkeypatch, flag):
+    flags = [*toy_flags, flag, "--max-update", 1, "--disable-validation", "--no-save", "--save-dir", tmp_path]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False})
+    assert len(fairseq_train(*flags).losses()) == 1  # the whole suite insists
+    monkeypatch.setenv("FAIRSEQ_IMPLICIT_EMULATED_BF16", "0")
+    with pytest.raises(ValueError, match="--bf16 is emulated on this CPU.*FAIRSEQ_IMPLICIT_EMULATED_BF16=1") as caught:
+        fairseq_train(*flags)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert len(fairseq_train(*flags).losses()) == 1
+
+
 def test_two_silent_copies_of_a_job_are_refused(toy_flags, fairseq_train, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")

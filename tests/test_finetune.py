@@ -105,18 +105,18 @@ def test_the_clock_loads_from_a_checkpoint_without_one():
 
 
 def test_the_clock_is_found_by_fairseq_and_kept_by_its_trainer(toy_flags, fairseq_train, tmp_path, monkeypatch):
-    from fairseq_implicit.models.ode_bert import OdeBertModel
+    from fairseq_implicit.families.ode_bert import OdeBertOptions
 
     clocks = []
-    build = OdeBertModel.build_depth.__func__
+    build = OdeBertOptions.build_depth
 
-    def with_clock(cls, cfg):
-        depth = build(cls, cfg)
+    def with_clock(options):
+        depth = build(options)
         depth.updates = UpdateCount()
         clocks.append(depth.updates)
         return depth
 
-    monkeypatch.setattr(OdeBertModel, "build_depth", classmethod(with_clock))
+    monkeypatch.setattr(OdeBertOptions, "build_depth", with_clock)
     flags = [*toy_flags, "--disable-validation"]
     fairseq_train(*flags, "--max-update", 4, "--save-dir", tmp_path / "a")
     fairseq_train(

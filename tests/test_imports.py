@@ -18,20 +18,26 @@ ALLOWED = {
     "fields": {"layout", "module_list", "options", "solvers"},
     "depth": {"layout", "module_list", "options", "solvers", "fields"},
     "networks": {"layout", "options", "solvers", "fields", "depth"},
-    "huggingface": set("layout options solvers fields depth networks text conversion".split()),
-    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "text", "data", "compat"},
+    "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
+    "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
+    "huggingface": set("layout options solvers fields depth networks families text conversion".split()),
     "conversion": {"solvers"},
     "text": set(),
     "data": {"text", "compat"},
     "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
+    "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
-    "commands": set("options solvers depth conversion models text data compat corpora evaluation".split()),
-    "compat": {"networks", "folder_lock"},
+    "commands": set(
+        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+    ),
+    "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
+    "machine": set(),
+    "open_mp": set(),
 }
-WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "evaluation", "commands", "compat"}
+WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "optim", "evaluation", "commands", "compat"}
 # What a folder may import beside the standard library. The optional back ends are for adaptive steps.
 ONLY = {
     "options": set(),
@@ -41,10 +47,13 @@ ONLY = {
     "fields": {"torch"},
     "depth": {"torch"},
     "networks": {"torch"},
+    "families": {"torch"},
     "conversion": {"torch"},
     "text": {"numpy", "sentencepiece"},
     "huggingface": {"torch", "transformers", "tokenizers", "safetensors"},
     "folder_lock": set(),
+    "machine": {"torch"},
+    "open_mp": set(),
 }
 FAIRSEQ = ("fairseq", "fairseq_cli", "hydra", "omegaconf")
 FILES = sorted(ROOT.rglob("*.py"))
@@ -148,6 +157,7 @@ def test_objectives_are_numpy_alone():
         ("huggingface", "fairseq.models", True),
         ("huggingface", "fairseq_implicit.models.ode_bert", True),
         ("networks", "fairseq_implicit.models.config", True),
+        ("families", "fairseq_implicit.models.config", True),
         ("models", "fairseq_implicit.networks.encoder", False),
         ("conversion", "fairseq_implicit.models.ode_bert", True),
         ("models", "fairseq.models", False),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairseq_implicit.models.flags import Flags
+from fairseq_implicit.families.flags import Flags
 from fairseq_implicit.options import OptionError, check_choice, named
 
 FLAGS = Flags("ode", total_time="ode_time", stage_norm="rk_norm")

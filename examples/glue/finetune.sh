@@ -54,7 +54,7 @@ OBJECTIVE=(--num-classes "$CLASSES" --best-checkpoint-metric "$METRIC" --maximiz
 if [ "$CLASSES" = 1 ]; then OBJECTIVE+=(--regression-target); fi
 # --report-mcc, --report-acc-and-f1, --report-pearson-and-spearman: computed over the whole set, in one process only
 if [ "$METRIC" != accuracy ]; then OBJECTIVE+=("--report-${METRIC//_/-}"); fi
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then OBJECTIVE+=(--fp16); fi
+PRECISION=$(python -m fairseq_implicit precision) # --fp16 on a GPU, --bf16 on a CPU that has it, else float32
 run fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@]}" \
     --task sentence_prediction --criterion sentence_prediction --init-token 0 --separator-token 2 \
     --dropout 0.1 --attention-dropout 0.1 --weight-decay 0.1 --clip-norm 0.0 \
@@ -62,7 +62,7 @@ run fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" "${MODEL[@
     --lr "$LR" --lr-scheduler polynomial_decay --warmup-updates $((UPDATES * 6 / 100)) \
     --total-num-update "$UPDATES" --max-update "$UPDATES" --max-epoch 10 \
     --batch-size "$BATCH" --required-batch-size-multiple 1 \
-    --valid-subset "$VALID" "${OBJECTIVE[@]}" \
+    --valid-subset "$VALID" "${OBJECTIVE[@]}" ${PRECISION:+"$PRECISION"} \
     --save-dir "$OUT/checkpoints" --no-epoch-checkpoints --distributed-world-size 1 --save-on-signal \
     --log-format simple --log-interval 50 --seed 1 "$@"
 best=$OUT/checkpoints/checkpoint_best.pt

@@ -23,8 +23,8 @@ ARCH=deq_bert_base         # one pre-norm layer with a final norm, 768 wide, fee
 TOKENS_PER_SAMPLE=512
 BATCH=16                   # sequences per GPU and step
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-PRECISION=(--fp16)
-if [ "$GPUS" = 0 ]; then PRECISION=() GPUS=1; fi # a CPU
+if [ "$GPUS" = 0 ]; then GPUS=1; fi # a CPU
+PRECISION=$(python -m fairseq_implicit precision) # --fp16 on a GPU, --bf16 on a CPU that has it, else float32
 UPDATE_FREQ=$((2048 / BATCH / GPUS > 0 ? 2048 / BATCH / GPUS : 1)) # 2,048 sequences per update on any number of GPUs
 PEAK_LR=0.00025            # half of RoBERTa's: the cell's weights act at every evaluation
 WARMUP_UPDATES=10000
@@ -44,7 +44,7 @@ run fairseq-train "$DATA" --user-dir "$root/fairseq_implicit" \
     --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 \
     --lr "$PEAK_LR" --lr-scheduler polynomial_decay \
     --warmup-updates "$WARMUP_UPDATES" --total-num-update "$TOTAL_UPDATES" --max-update "$TOTAL_UPDATES" \
-    --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
+    --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" ${PRECISION:+"$PRECISION"} \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates 1000 --keep-interval-updates 2 --no-epoch-checkpoints \
     --save-on-signal --validate-interval-updates 1000 --tensorboard-logdir "$OUT/tensorboard" \

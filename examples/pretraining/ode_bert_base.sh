@@ -21,8 +21,8 @@ DICTIONARY=${DICTIONARY:-32000} # a multiple of 64, below 65,500 so that a token
 TOKENS_PER_SAMPLE=512      # longest sequence
 BATCH=16                   # sequences per GPU and step
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-PRECISION=(--fp16)         # --bf16 where the GPU has it
-if [ "$GPUS" = 0 ]; then PRECISION=() GPUS=1; fi # a CPU
+if [ "$GPUS" = 0 ]; then GPUS=1; fi # a CPU
+PRECISION=$(python -m fairseq_implicit precision) # --fp16 on a GPU, --bf16 on a CPU that has it, else float32
 UPDATE_FREQ=$((2048 / BATCH / GPUS > 0 ? 2048 / BATCH / GPUS : 1)) # 2,048 sequences per update on any number of GPUs
 PEAK_LR=0.0005
 WARMUP_UPDATES=10000
@@ -57,7 +57,7 @@ run fairseq-train "$OUT/data-bin" --user-dir "$root/fairseq_implicit" \
     --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 \
     --lr "$PEAK_LR" --lr-scheduler polynomial_decay \
     --warmup-updates "$WARMUP_UPDATES" --total-num-update "$TOTAL_UPDATES" --max-update "$TOTAL_UPDATES" \
-    --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
+    --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" ${PRECISION:+"$PRECISION"} \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates 1000 --keep-interval-updates 2 --no-epoch-checkpoints \
     --save-on-signal --validate-interval-updates 1000 --tensorboard-logdir "$OUT/tensorboard" \

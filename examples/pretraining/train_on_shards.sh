@@ -9,8 +9,8 @@ else
     TOKENS_PER_SAMPLE=512 BATCH=16 SEQUENCES=2048 TOTAL_UPDATES=125000 WARMUP_UPDATES=10000 PEAK_LR=0.0005 INTERVAL=1000
 fi
 GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
-PRECISION=(--fp16)
-if [ "$GPUS" = 0 ]; then PRECISION=() GPUS=1; fi # a CPU
+if [ "$GPUS" = 0 ]; then GPUS=1; fi # a CPU
+PRECISION=$(python -m fairseq_implicit precision) # --fp16 on a GPU, --bf16 on a CPU that has it, else float32
 UPDATE_FREQ=$((SEQUENCES / BATCH / GPUS > 0 ? SEQUENCES / BATCH / GPUS : 1))
 
 # sentencepiece model on a random sample of the shards, and its dict.txt
@@ -33,7 +33,7 @@ run fairseq-train "$(cat "$OUT/data-bin/data-bin.txt")" --user-dir "$root/fairse
     --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 \
     --lr "$PEAK_LR" --lr-scheduler polynomial_decay \
     --warmup-updates "$WARMUP_UPDATES" --total-num-update "$TOTAL_UPDATES" --max-update "$TOTAL_UPDATES" \
-    --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" "${PRECISION[@]}" \
+    --batch-size "$BATCH" --update-freq "$UPDATE_FREQ" ${PRECISION:+"$PRECISION"} \
     --distributed-world-size "$GPUS" --ddp-backend legacy_ddp \
     --save-dir "$OUT/checkpoints" --save-interval-updates "$INTERVAL" --keep-interval-updates 2 \
     --no-epoch-checkpoints --save-on-signal --validate-interval-updates "$INTERVAL" --validate-interval 1000000 \

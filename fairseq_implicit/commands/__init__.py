@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from fairseq_implicit.corpora.problems import CorpusError
+from fairseq_implicit.open_mp import spin_briefly
 
 COMMANDS = {
     "prepare-corpus": "clean The Pile, OSCAR or plain text into numbered shards",
@@ -29,6 +30,7 @@ COMMANDS = {
     "budget-sweep": "one deq_bert under other solvers and budgets",
     "plot-losses": "the loss curves of a training as a picture",
     "plot-trajectory": "what a model does along its depth",
+    "precision": "the precision flag for fairseq-train that pays on this machine",
     "user-dir": "the folder for fairseq's --user-dir (without a NAME, too)",
 }
 #: Loggers that tell on stderr how a command gets on; all others say only what is wrong.
@@ -103,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
 
 def command_line() -> None:
     """Entry point of ``fairseq-implicit``."""
+    spin_briefly()
     # fairseq announces optional packages when it is imported.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     for name in TALKING:

@@ -11,8 +11,12 @@ from fairseq import options
 from fairseq.file_io import PathManager
 
 from fairseq_implicit.compat.wrapping import wrap
+from fairseq_implicit.machine import multiplies_bfloat16
 
 _DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
+
+#: Set to 1, this variable allows trainings in bfloat16 on CPUs that have to emulate it.
+EMULATED_BF16 = "FAIRSEQ_IMPLICIT_EMULATED_BF16"
 
 
 def register() -> None:
@@ -107,7 +111,8 @@ def refuse_what_cannot_train(cfg: omegaconf.DictConfig) -> None:
 
     Raises:
         FileNotFoundError: the file to restore does not exist (fairseq would train from scratch).
-        ValueError: copies of a job under a launcher, or precisions that fairseq only has for GPUs.
+        ValueError: copies of a job under a launcher, precisions that fairseq only has for GPUs, or that the CPU
+            has to emulate.
     """
     restore = cfg.checkpoint.restore_file
     if restore != _DEFAULT_RESTORE_FILE and not PathManager.exists(restore):
@@ -124,8 +129,14 @@ def refuse_what_cannot_train(cfg: omegaconf.DictConfig) -> None:
         return
     if cfg.common.fp16:
         raise ValueError(
-            "--fp16 needs a GPU (fairseq moves to CUDA at the first overflow of a gradient): on a CPU use --bf16 or "
-            "neither."
+            "--fp16 needs a GPU (fairseq moves to CUDA at the first overflow of a gradient): on a CPU use --bf16 where "
+            "it has that, or neither."
         )
     if cfg.common.amp:
-        raise ValueError("--amp needs a GPU, on a CPU it does nothing: use --bf16 or neither.")
+        raise ValueError("--amp needs a GPU, on a CPU it does nothing: use --bf16 where it has that, or neither.")
+    if cfg.common.bf16 and not multiplies_bfloat16() and os.environ.get(EMULATED_BF16) != "1":
+        raise ValueError(
+            "--bf16 is emulated on this CPU, which has none of amx_bf16, avx512_bf16 and bf16, and slower than float32 "
+            f"by a factor of up to a hundred: leave it out, or set the environment variable {EMULATED_BF16}=1 to train "
+            "in it all the same."
+        )

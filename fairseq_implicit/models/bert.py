@@ -1,6 +1,6 @@
 """A network as fairseq's model: what every family shares.
 
-A family subclasses :class:`ImplicitBertModel`, gives it a config and overrides ``build_depth``.
+What a family is stands in its options (:mod:`fairseq_implicit.families`); here it gets a name and flags.
 """
 
 import logging
@@ -13,14 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fairseq_implicit.compat.outputs import for_fairseq
+from fairseq_implicit.compat.parameters import leave_undecayed
+from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.fields.time_conditioned import DepthEmbedding
 from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
 from fairseq_implicit.networks.encoder import Encoder, EncoderConfig
 from fairseq_implicit.networks.heads import ClassificationHead, ClassificationHeadConfig
 from fairseq_implicit.networks.initialisation import initialise
+from fairseq_implicit.solvers.coefficients import StageWeights
 
 logger = logging.getLogger(__name__)
+
+#: Modules whose matrices are coefficients, gates and mixtures: zero is no rest for them, as it is for weights.
+_COEFFICIENTS = (StageWeights, LayerHistory, DepthEmbedding)
 
 
 class ImplicitBertEncoder(Encoder):
@@ -64,12 +71,10 @@ class ImplicitBertModel(BaseFairseqModel):
         # fairseq's trainer, tasks and criterions read the configuration under this name.
         self.args = cfg
         self.classification_heads = nn.ModuleDict()
-        initialise(encoder, cfg.initialisation(self.layers_in_series))
-
-    @classmethod
-    def build_depth(cls, cfg: ImplicitBertConfig) -> Depth:
-        """The hook of a family: the module between embeddings and head, made of what ``cfg.check()`` returns."""
-        raise TypeError(f"{cls.__name__} defines no build_depth(): a model family must build its depth there")
+        initialise(encoder, cfg.initialisation())
+        for module in encoder.modules():
+            if isinstance(module, _COEFFICIENTS):
+                leave_undecayed(module.parameters())
 
     @classmethod
     def build_model(cls, cfg: ImplicitBertConfig, task) -> "ImplicitBertModel":
@@ -87,18 +92,13 @@ class ImplicitBertModel(BaseFairseqModel):
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
-            depth, dictionary = cls.build_depth(typed), task.source_dictionary
+            depth, dictionary = typed.build_depth(), task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
 
     @classmethod
     def config_class(cls):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
-
-    @property
-    def layers_in_series(self) -> int:
-        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
-        return self.args.encoder_layers
 
     def forward(
         self,

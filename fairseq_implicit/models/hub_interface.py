@@ -243,8 +243,8 @@ def _other_family(path: str, found: type) -> str:
     """Why a checkpoint is not opened by the class that was asked, and what opens it."""
     if not issubclass(found, ImplicitBertModel):
         return f"{path} holds fairseq's {found.__name__}: make it an ode_bert with fairseq-implicit convert"
-    # A preset is made from its family's class, the one that builds a depth.
-    right = next(base for base in found.__mro__ if "build_depth" in vars(base))
+    # A preset is made from its family's class.
+    right = next(base for base in found.__mro__ if ImplicitBertModel in base.__bases__)
     return (
         f"{path} holds the model {found.__name__}: open it with {right.__name__}.from_pretrained, or with "
         "ImplicitBertModel.from_pretrained, which opens every family"

@@ -1,4 +1,4 @@
-"""Sizes and presets: one registered model per preset.
+"""Presets: one registered model each.
 
 fairseq merges a checkpoint with its model's dataclass only when the stored name is a *registered model*; a named
 architecture of another model is not merged and is ignored by hydra. A preset is therefore a subclass with a config
@@ -11,16 +11,9 @@ from typing import Any, Dict, Type
 
 from fairseq.models import register_model
 
+from fairseq_implicit.families.bert import SIZES
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig
-
-#: BERT's published sizes (arXiv 1810.04805; tiny and small: arXiv 1908.08962).
-SIZES: Dict[str, Dict[str, int]] = {
-    "tiny": dict(encoder_layers=2, encoder_embed_dim=128, encoder_ffn_embed_dim=512, encoder_attention_heads=2),
-    "small": dict(encoder_layers=4, encoder_embed_dim=512, encoder_ffn_embed_dim=2048, encoder_attention_heads=8),
-    "base": dict(encoder_layers=12, encoder_embed_dim=768, encoder_ffn_embed_dim=3072, encoder_attention_heads=12),
-    "large": dict(encoder_layers=24, encoder_embed_dim=1024, encoder_ffn_embed_dim=4096, encoder_attention_heads=16),
-}
 
 
 def register_preset(

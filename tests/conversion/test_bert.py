@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
 from fairseq_implicit.conversion.bert import from_transformers, to_transformers
-from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
+from fairseq_implicit.models.ode_bert import OdeBertConfig
 from fairseq_implicit.networks.encoder import Encoder
 from fairseq_implicit.networks.heads import ClassificationHead, ClassificationHeadConfig, Pooler
 
@@ -36,7 +36,7 @@ def imported(model):
     around = config.network(model.config.vocab_size, model.config.pad_token_id)
     if "encoder.lm_head.weight" not in weights:
         around = dataclasses.replace(around, head=None)
-    network = Encoder(around, OdeBertModel.build_depth(config)).double()
+    network = Encoder(around, config.build_depth()).double()
     network.load_state_dict(
         {name[len("encoder.") :]: weight for name, weight in weights.items() if name.startswith("encoder.")}
     )

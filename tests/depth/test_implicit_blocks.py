@@ -8,7 +8,7 @@ from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
-from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
+from fairseq_implicit.models.ode_bert import OdeBertConfig
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.implicit import Implicit
 from fairseq_implicit.solvers.gradients.names import parse_gradient
@@ -146,7 +146,7 @@ def test_explicit_and_implicit_checkpoints_open_each_other():
     def build(scheme, **settings):
         config = OdeBertConfig(**SHAPE, ode_scheme=scheme, **settings)
         config.check()
-        return OdeBertModel.build_depth(config)
+        return config.build_depth()
 
     explicit, implicit = build("rk4"), build("theta", ode_theta=0.5, ode_steps=2)
     implicit.load_state_dict({k: v for k, v in explicit.state_dict().items() if not k.startswith("combinations")})

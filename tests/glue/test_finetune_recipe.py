@@ -27,7 +27,7 @@ STAND_IN = r"""#!/usr/bin/env bash
 printf '%s\0' "$(basename "$0")" "$@" $'\n' >>"$RECORD"
 case $1 in
     */columns.py) exec "$PYTHON" "$@" ;;
-    -m) printf '%s\n' "$FLAGS" ;;
+    -m) case $3 in checkpoint-flags) printf '%s\n' "$FLAGS" ;; precision) echo --bf16 ;; esac ;;
     -c) exit 1 ;;
 esac
 """
@@ -148,8 +148,10 @@ def test_each_task_is_judged_by_its_metric_in_folders_of_any_name(task, tmp_path
     assert result.returncode == 0, result.stderr
     out = tmp_path / "a 'quoted' out"
     scripts = [Path(command[1]).name for command in commands[:-1]]
-    assert scripts == ["columns.py", "binarise.py", "-m", "-c"]
-    assert commands[2][2:4] == ["fairseq_implicit", "checkpoint-flags"]
+    assert scripts == ["columns.py", "binarise.py", "-m", "-m"]
+    assert [command[2:4] for command in commands[2:4]] == [
+        ["fairseq_implicit", "checkpoint-flags"], ["fairseq_implicit", "precision"]
+    ]  # fmt: skip
     assert commands[1][2:] == [f"{out}/lines", "--pretrained", f"{tmp_path}/pre trained", "--out", f"{out}/data-bin"]
     train = commands[-1]
     assert train[:2] == ["fairseq-train", f"{out}/data-bin"]
@@ -162,7 +164,7 @@ def test_each_task_is_judged_by_its_metric_in_folders_of_any_name(task, tmp_path
     assert flags["--num-classes"] == str(len(columns.TABLES[task].labels) or 1)
     assert flags["--ode-random-steps"] == "[2, 4]" and flags["--save-dir"] == f"{out}/checkpoints"
     assert flags["--valid-subset"] == ("valid,valid1" if task == "MNLI" else "valid")
-    assert "--save-on-signal" in flags and train[-2:] == ["--lr", "1e-3 extra"]
+    assert "--save-on-signal" in flags and "--bf16" in flags and train[-2:] == ["--lr", "1e-3 extra"]
 
 
 def test_a_training_that_stopped_goes_on_with_its_own_data_or_not_at_all(tmp_path):

@@ -11,8 +11,9 @@ from fairseq.dataclass.configs import EMAConfig
 from fairseq.models import MODEL_REGISTRY
 from fairseq.models.ema import build_ema
 
-from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel, matched_ffn_dim
-from fairseq_implicit.models.presets import SIZES
+from fairseq_implicit.families.bert import SIZES
+from fairseq_implicit.families.deq_bert import matched_ffn_dim
+from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel
 
 SHAPE = dict(encoder_layers=2, encoder_embed_dim=16, encoder_ffn_embed_dim=48, encoder_attention_heads=4)
 

@@ -215,7 +215,7 @@ def test_adaptive_blocks_agree_with_fine_fixed_steps(task, tokens, scheme):
         (NeuralOdeBertModel, dict(ode_gradient="adjoint", checkpoint_activations=True), "adjoint keeps no activations"),
         (NeuralOdeBertModel, dict(ode_backend="torchdyn", checkpoint_activations=True), "needs --ode-backend own"),
         (OdeBertModel, dict(ode_random_steps=[2]), "--ode-random-steps: 2 is no range"),
-        (NeuralOdeBertModel, dict(ode_depth_weights="cubic"), "--ode-depth-weights 'cubic'"),
+        (NeuralOdeBertModel, dict(ode_depth_weights="cubic"), "--ode-depth-weights: 'cubic'"),
         (NeuralOdeBertModel, dict(ode_knots=3), "--ode-knots belongs to"),
         (NeuralOdeBertModel, dict(ode_depth_weights="linear", ode_knots=0), "at least one knot"),
         (NeuralOdeBertModel, dict(ode_field="post-norm"), "not of a post-norm one"),

@@ -70,6 +70,8 @@ elif name == "binarise":
     make(value("--output") / "data-bin.txt", str(value("--output") / "shard0") + "\\n")
 elif name == "fairseq-train":
     make(value("--save-dir") / "checkpoint_best.pt")
+elif name == "precision":
+    print(os.environ.get("TRAINS_IN", ""))
 elif name == "fairseq-validate":
     print("valid | loss 7.5 | ppl 181")
 '''

@@ -85,6 +85,15 @@ def inputs(checkout, text):
 
 
 @pytest.mark.parametrize("script", RECIPES)
+def test_a_recipe_trains_in_the_precision_of_the_machine(checkout, inputs, script):
+    for precision in ("--bf16", ""):
+        result = checkout.run(f"examples/pretraining/{script}", *RECIPES[script], TRAINS_IN=precision, **inputs)
+        assert result.returncode == 0, result.stderr
+        training = checkout.calls()[-1][1]
+        assert ("--bf16" in training) == bool(precision) and "" not in training and "--fp16" not in training
+
+
+@pytest.mark.parametrize("script", RECIPES)
 def test_a_recipe_with_relative_paths(checkout, inputs, script):
     """Every path that a command gets is absolute and below the folder where the recipe was started."""
     result = checkout.run(f"examples/pretraining/{script}", *RECIPES[script], "--max-update", 3, **inputs)

@@ -174,7 +174,7 @@ class Plan:
 
     def flags(self, run: Run) -> Flags:
         """Every flag of fairseq-train that makes this run what it is; folders and logging excepted."""
-        from fairseq_implicit.models.deq_bert import matched_ffn_dim
+        from fairseq_implicit.families.deq_bert import matched_ffn_dim
 
         shape, model = dict(self.shape), run.model
         layers, dim, ffn = (shape[f"encoder-{key}"] for key in ("layers", "embed-dim", "ffn-embed-dim"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairseq_implicit.models.original_flags import OriginalFlags, from_original_flags
+from fairseq_implicit.families.original_flags import OriginalFlags, from_original_flags
 from fairseq_implicit.solvers.coefficients import check_coefficients
 from fairseq_implicit.solvers.tableau import get_tableau
 

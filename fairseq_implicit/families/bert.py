@@ -1,0 +1,230 @@
+"""What every family is configured by: RoBERTa's flags where the meaning is RoBERTa's, and BERT's sizes."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional
+
+from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.families.flags import Flags
+from fairseq_implicit.fields.feed_forward import ACTIVATIONS
+from fairseq_implicit.fields.mixers import MIXERS
+from fairseq_implicit.fields.mixers.mixer import MixerConfig
+from fairseq_implicit.fields.norms import NormConfig
+from fairseq_implicit.fields.shared_dropout import POLICIES
+from fairseq_implicit.fields.transformer import TransformerFieldConfig
+from fairseq_implicit.networks.embeddings import EmbeddingConfig
+from fairseq_implicit.networks.encoder import EncoderConfig
+from fairseq_implicit.networks.heads import MaskedLMHeadConfig
+from fairseq_implicit.networks.initialisation import INITIALISATIONS, POSITION_STARTS, InitialisationConfig
+from fairseq_implicit.options import OptionError, check_choice
+
+#: The options of mixers, and the fields of the configuration below that set them.
+MIXER_FLAGS = {"heads": "encoder_attention_heads", "dropout": "attention_dropout"}
+
+
+#: BERT's published sizes (arXiv 1810.04805; tiny and small: arXiv 1908.08962).
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": dict(encoder_layers=2, encoder_embed_dim=128, encoder_ffn_embed_dim=512, encoder_attention_heads=2),
+    "small": dict(encoder_layers=4, encoder_embed_dim=512, encoder_ffn_embed_dim=2048, encoder_attention_heads=8),
+    "base": dict(encoder_layers=12, encoder_embed_dim=768, encoder_ffn_embed_dim=3072, encoder_attention_heads=12),
+    "large": dict(encoder_layers=24, encoder_embed_dim=1024, encoder_ffn_embed_dim=4096, encoder_attention_heads=16),
+}
+
+
+@dataclass
+class BertOptions:
+    """Embeddings, noise and heads. Choices are plain strings, checked by :meth:`check`, so that a model pickles."""
+
+    encoder_layers: int = field(default=12, metadata={"help": "number of encoder blocks"})
+    encoder_embed_dim: int = field(default=768, metadata={"help": "width of the state"})
+    encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "inner width of the feed-forward networks"})
+    encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads; must divide the width"})
+    mixer: str = field(default="attention", metadata={"help": f"what mixes the tokens: {', '.join(MIXERS)}"})
+    activation_fn: str = field(default="gelu", metadata={"help": f"activation: {', '.join(ACTIVATIONS)}"})
+    pooler_activation_fn: str = field(default="tanh", metadata={"help": "activation of the classification heads"})
+    dropout: float = field(default=0.1, metadata={"help": "dropout of embeddings and sub-layer outputs"})
+    attention_dropout: float = field(default=0.1, metadata={"help": "dropout of the attention probabilities"})
+    activation_dropout: float = field(default=0.0, metadata={"help": "dropout after the activation"})
+    pooler_dropout: float = field(default=0.0, metadata={"help": "dropout in the classification heads"})
+    stage_dropout: str = field(
+        default="shared",
+        metadata={
+            "help": "shared: one dropout mask per block and forward pass for all evaluations; independent: a new one "
+            "at each evaluation, as in the original publications"
+        },
+    )
+    drop_path: float = field(
+        default=0.0, metadata={"help": "stochastic depth: rate at which a sample's increment is dropped"}
+    )
+    max_positions: Optional[int] = field(
+        default=None, metadata={"help": "longest input in tokens (default: what the task asks for)"}
+    )
+    segment_types: int = field(
+        default=0,
+        metadata={"help": "kinds of segments (BERT's token types) that a task's batches tell apart; 0: they have none"},
+    )
+    layernorm_eps: float = field(
+        default=1e-5, metadata={"help": "added to the variance in every LayerNorm: 1e-5 as in RoBERTa, 1e-12 in BERT"}
+    )
+    no_layernorm_embedding: bool = field(default=False, metadata={"help": "no LayerNorm after the embeddings"})
+    untie_weights_roberta: bool = field(
+        default=False, metadata={"help": "an output matrix of its own instead of the token embedding's"}
+    )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "recompute activations in the backward pass: those of each step (--ode-gradient checkpoint-step), "
+            "or those of an equilibrium cell (with phantom-K, jfb, bptt-K)"
+        },
+    )
+    spectral_norm_classification_head: bool = field(
+        default=False, metadata={"help": "spectral normalisation of the classification heads"}
+    )
+    encoder_init: str = field(
+        default="depth-scaled",
+        metadata={
+            "help": "plain: N(0, --encoder-init-std) everywhere; depth-scaled: residual projections divided by the "
+            "root of their number (in an equilibrium cell, of the cell's own); identity: residual projections 0, so "
+            "that every block starts as the identity and an equilibrium cell as its injection"
+        },
+    )
+    encoder_init_std: float = field(
+        default=0.02,
+        metadata={
+            "help": "standard deviation of the initial weights. BERT's 0.02 suits its width 768; narrower models leave "
+            "the start sooner with 0.02 * sqrt(768 / width)"
+        },
+    )
+
+    encoder_position_start: str = field(
+        default="normal",
+        metadata={
+            "help": "learned positions start from N(0, --encoder-init-std), as BERT's, or sinusoidal: from sines and "
+            "cosines of that scale, with which attention finds a token's neighbours much sooner"
+        },
+    )
+
+    @property
+    def flags(self) -> Flags:
+        """What the options of the depth are called here."""
+        return Flags("encoder")
+
+    @property
+    def layers_in_series(self) -> int:
+        """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
+        return self.encoder_layers
+
+    def build_depth(self) -> Depth:
+        """The module between embeddings and head, made of what :meth:`check` returns."""
+        raise TypeError(f"{type(self).__name__} defines no build_depth(): a family must build its depth there")
+
+    def check(self):
+        """Refuse impossible values with one sentence that names the flag. A family returns its depth's configuration.
+
+        Raises:
+            ValueError: naming the flag, the value and what is possible.
+        """
+        check_choice("--mixer", self.mixer, MIXERS)
+        check_choice("--activation-fn", self.activation_fn, tuple(ACTIVATIONS))
+        check_choice("--pooler-activation-fn", self.pooler_activation_fn, tuple(ACTIVATIONS))
+        check_choice("--stage-dropout", self.stage_dropout, POLICIES)
+        check_choice("--encoder-init", self.encoder_init, INITIALISATIONS)
+        check_choice("--encoder-position-start", self.encoder_position_start, POSITION_STARTS)
+        for flag, value in (
+            ("--encoder-layers", self.encoder_layers),
+            ("--encoder-embed-dim", self.encoder_embed_dim),
+            ("--encoder-ffn-embed-dim", self.encoder_ffn_embed_dim),
+            ("--encoder-attention-heads", self.encoder_attention_heads),
+        ):
+            if value < 1:
+                raise ValueError(f"{flag} must be at least 1, got {value}")
+        if self.segment_types < 0:
+            raise ValueError(f"--segment-types must be at least 0, got {self.segment_types}")
+        for flag, rate in (
+            ("--dropout", self.dropout),
+            ("--attention-dropout", self.attention_dropout),
+            ("--activation-dropout", self.activation_dropout),
+            ("--pooler-dropout", self.pooler_dropout),
+            ("--drop-path", self.drop_path),
+        ):
+            if not 0.0 <= rate < 1.0:
+                raise ValueError(f"{flag} must lie in [0, 1), got {rate}")
+        if not 0.0 < self.encoder_init_std < math.inf:
+            raise ValueError(f"--encoder-init-std must be a positive number, got {self.encoder_init_std}")
+        if not 0.0 < self.layernorm_eps < math.inf:
+            raise ValueError(f"--layernorm-eps must be a positive number, got {self.layernorm_eps}")
+        if "heads" in self._mixer_options() and self.encoder_embed_dim % self.encoder_attention_heads:
+            raise ValueError(
+                f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
+                f"--encoder-embed-dim {self.encoder_embed_dim}"
+            )
+
+    def recomputed(self, gradient: str) -> str:
+        """The ``--ode-gradient`` that ``--checkpoint-activations`` makes of ``gradient``.
+
+        Raises:
+            ValueError: the gradient keeps no activations.
+        """
+        if not self.checkpoint_activations or gradient.startswith("checkpoint-"):
+            return gradient
+        if gradient != "autograd":
+            raise ValueError(
+                f"--checkpoint-activations: --ode-gradient {gradient} keeps no activations to recompute: leave it out"
+            )
+        return "checkpoint-step"
+
+    def norm(self) -> NormConfig:
+        """All layer norms of the network."""
+        return NormConfig(eps=self.layernorm_eps)
+
+    def network(self, symbols: int, padding: int) -> EncoderConfig:
+        """What lies around the depth, over a vocabulary of ``symbols`` whose padding has the id ``padding``.
+
+        Raises:
+            OptionError: neither the options nor a task say how long an input may be.
+        """
+        if self.max_positions is None:
+            raise OptionError("--max-positions", "how many tokens has the longest input? Give a number.")
+        return EncoderConfig(
+            EmbeddingConfig(
+                symbols=symbols,
+                dim=self.encoder_embed_dim,
+                positions=self.max_positions,
+                padding=padding,
+                segments=self.segment_types,
+                norm=None if self.no_layernorm_embedding else self.norm(),
+                dropout=self.dropout,
+            ),
+            MaskedLMHeadConfig(self.activation_fn, self.norm(), tied=not self.untie_weights_roberta),
+        )
+
+    def initialisation(self) -> InitialisationConfig:
+        """How the network starts."""
+        return InitialisationConfig(
+            self.encoder_init, self.encoder_init_std, self.encoder_position_start, self.layers_in_series
+        )
+
+    def _mixer_options(self) -> Dict[str, Any]:
+        """Those of the mixer's options that have a flag; the others keep their defaults."""
+        names = (item.name for item in dataclasses.fields(MIXERS[self.mixer]))
+        return {name: getattr(self, MIXER_FLAGS[name]) for name in names if name in MIXER_FLAGS}
+
+    def mixer_config(self) -> MixerConfig:
+        """What mixes the tokens, with its options."""
+        return MIXERS[self.mixer](**self._mixer_options())
+
+    def transformer_field(self, kind: str) -> TransformerFieldConfig:
+        """Shape and noise of a transformer field of one of :data:`fairseq_implicit.fields.transformer.KINDS`."""
+        return TransformerFieldConfig(
+            dim=self.encoder_embed_dim,
+            ffn_dim=self.encoder_ffn_embed_dim,
+            mixer=self.mixer_config(),
+            kind=kind,
+            activation=self.activation_fn,
+            norm=self.norm(),
+            dropout=self.dropout,
+            activation_dropout=self.activation_dropout,
+            drop_path=self.drop_path,
+            dropout_policy=self.stage_dropout,
+        )
