@@ -21,6 +21,7 @@ setup(
         "torch>=2.11,<2.14",
         "numpy>=1.26",
         "sentencepiece>=0.2",
+        "tokenizers>=0.22",
         "zstandard>=0.22",
         "bitarray",
         "cffi",

@@ -16,8 +16,8 @@ DISTRIBUTIONS = {"hydra": "hydra-core", "sklearn": "scikit-learn", "yaml": "PyYA
 BESIDE = {"fairseq", "fairseq_cli", "torchdyn", "torchdeq"}
 #: The extras that the files of a folder may need.
 EXTRAS = {
-    "fairseq_implicit": ["adaptive", "hub", "parquet", "plots", "quality", "tensorboard"],
-    "scripts": ["adaptive", "transformers"],
+    "fairseq_implicit": ["adaptive", "hub", "huggingface", "parquet", "plots", "quality", "tensorboard"],
+    "scripts": ["adaptive", "huggingface"],
     "examples/study": ["study"],
     "examples/glue": [],
 }

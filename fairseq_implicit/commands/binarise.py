@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--valid", type=Path, help="text file of the valid split")
     parser.add_argument("--test", type=Path, help="text file of the test split")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="sentencepiece model")
+    parser.add_argument("--tokenizer", required=True, type=Path, help="sentencepiece model, or tokenizer.json")
     parser.add_argument("--output", required=True, type=Path, help="parent of the data-bin folders")
     parser.add_argument("--workers", type=int, default=1, help="processes on this machine")
     parser.add_argument("--fast", action="store_true", help="encode without fairseq; the files are the same")

@@ -1,11 +1,17 @@
-"""Turns a checkpoint into one of this package, or of another family of it.
+"""Turns a checkpoint into one of this package, or of another family of it; a folder of transformers' too, and back.
 
     fairseq-implicit convert roberta.base/model.pt roberta.ode/model.pt
     fairseq-implicit convert ode/checkpoint_best.pt deq.pt --data DATA
+    fairseq-implicit convert bert-base-uncased bert.ode
+    fairseq-implicit convert bert.ode/model.pt bert --to bert
 
 What it becomes follows from what it holds: fairseq's RoBERTa becomes an ode_bert, a weight-tied ode_bert (Euler) a
 deq_bert, and a deq_bert without injection a weight-tied ode_bert. With --data the losses of the last two are printed
 before and after, and that of the deq_bert of the two at its equilibrium.
+
+A folder of transformers' BERT, RoBERTa or ELECTRA (config.json, model.safetensors, tokenizer.json), with the head of
+masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the same tokenizer: the symbols change
+their order, nothing else, and --to brings them back to the last bit.
 
 The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
 weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
@@ -14,8 +20,10 @@ weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece voca
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.commands.values import positive
 from fairseq_implicit.conversion.roberta import checkpoint_from_fairseq
 from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
@@ -27,8 +35,17 @@ CONVERSIONS = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", metavar="INPUT", help="checkpoint of a RoBERTa, a weight-tied ode_bert or a deq_bert")
-    parser.add_argument("output", metavar="OUTPUT", help="file to write; must not exist")
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        help="checkpoint of a RoBERTa, a weight-tied ode_bert or a deq_bert; or a folder of transformers'",
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="file, or for transformers folder, to write; must not exist")
+    parser.add_argument(
+        "--to",
+        choices=sorted(transformers_folder.MODELS),
+        help="write a folder of transformers' from a post-norm ode_bert with Euler steps",
+    )
     parser.add_argument("--data", metavar="DATA", help="data folder, as for fairseq-validate, to compare the losses on")
     parser.add_argument("--subset", default="valid")
     parser.add_argument("--batch-size", type=positive, default=32)
@@ -65,10 +82,23 @@ def compare(options: argparse.Namespace, read: Any, written: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    if not os.path.isfile(options.input):
+    from_transformers = os.path.isdir(options.input)
+    if from_transformers and options.to:
+        raise argparse.ArgumentError(None, f"--to {options.to} needs a checkpoint, and {options.input} is a folder")
+    if options.data and (from_transformers or options.to):
+        raise argparse.ArgumentError(None, "--data compares losses of checkpoints, not of folders of transformers'")
+    if not from_transformers and not os.path.isfile(options.input):
         raise argparse.ArgumentError(None, f"there is no checkpoint {options.input}")
     if os.path.exists(options.output):
         raise argparse.ArgumentError(None, f"{options.output} exists: remove it or choose another name")
+    if from_transformers:
+        written = transformers_folder.from_folder(Path(options.input), Path(options.output))
+        sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
+        return
+    if options.to:
+        written = transformers_folder.to_folder(Path(options.input), Path(options.output), options.to)
+        sys.stdout.write(f"wrote {options.output}: {written['model_type']}\n")
+        return
     read, written = convert(options.input, options.output)
     sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
     if options.data:

@@ -41,8 +41,14 @@ def from_transformers(
         ValueError: a setting or a weight that makes it another function.
     """
     pairs = any(name.startswith("cls.seq_relationship.") for name in weights)
+    return imported(config, weights, _names(head, "cls.seq_relationship" if pairs else "classifier"))
+
+
+def imported(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], names: TransformersNames
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of a model whose embeddings are BERT's."""
     settings = settings_of(config)
-    names = _names(head, "cls.seq_relationship" if pairs else "classifier")
     found = names.imported(weights, tied=not settings["untie_weights_roberta"])
     positions = found[_POSITIONS]
     nobodys = positions.new_zeros((config.get("pad_token_id") or 0) + 1, positions.shape[1])
@@ -68,6 +74,13 @@ def to_transformers(
     Raises:
         ValueError: a setting or a weight that BERT does not have.
     """
+    return exported(settings, weights, _names(head, classifier), "bert")
+
+
+def exported(
+    settings: Mapping[str, Any], weights: Mapping[str, Tensor], names: TransformersNames, model_type: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``config.json`` and weights of a model whose embeddings are BERT's."""
     found = dict(weights)
     rows, symbols = found[_POSITIONS], found["encoder.embed_tokens.weight"]
     nobodys = len(rows) - settings["max_positions"]
@@ -75,11 +88,11 @@ def to_transformers(
     # An ode_bert without segments is a BERT whose only segment adds nothing.
     found.setdefault(_SEGMENTS, symbols.new_zeros(1, symbols.shape[1]))
     config = {
-        "model_type": "bert",
+        "model_type": model_type,
         **config_of(settings),
         "vocab_size": len(symbols),
         "max_position_embeddings": settings["max_positions"],
         "type_vocab_size": len(found[_SEGMENTS]),
         "pad_token_id": nobodys - 1,
     }
-    return config, _names(head, classifier).exported(found)
+    return config, names.exported(found)

@@ -1,4 +1,4 @@
-"""The transformers face: encoders of transformers under the solvers."""
+"""The transformers face. Needs transformers, never fairseq."""
 
 from fairseq_implicit.huggingface.solved_depth import depth_statistics, load_solved, restore_depth, solve_depth
 

@@ -208,10 +208,11 @@ class ImplicitBertModel(BaseFairseqModel):
                 ``checkpoint_last.pt`` that is there.
             data_name_or_path: folder that holds ``dict.txt`` and the tokenizer; by default they are looked for beside
                 the checkpoint, then in the data folder that the checkpoint names.
-            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``) or ``gpt2`` (``encoder.json`` and ``vocab.bpe``, as
-                RoBERTa's public weights have them); by default the one whose files are there.
+            bpe: ``sentencepiece`` (``sentencepiece.bpe.model``), ``hf_tokenizer`` (``tokenizer.json``) or ``gpt2``
+                (``encoder.json`` and ``vocab.bpe``, as RoBERTa's public weights have them); by default the one whose
+                files are there.
             **overrides: model or task fields to change, as with ``--model-overrides``; files of the tokenizer under
-                fairseq's names (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
+                fairseq's names (``sentencepiece_model``, ``hf_tokenizer``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``).
 
         Returns:
             :class:`~fairseq_implicit.models.hub_interface.ImplicitBertHubInterface` in evaluation mode.

