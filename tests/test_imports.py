@@ -20,6 +20,7 @@ ALLOWED = {
     "networks": {"layout", "options", "solvers", "fields", "depth"},
     "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
+    "huggingface": set("layout options solvers fields depth networks families text conversion".split()),
     "conversion": {"solvers"},
     "huggingface": set("options layout solvers fields depth networks families text conversion".split()),
     "text": set(),
@@ -56,6 +57,7 @@ ONLY = {
     "machine": {"torch"},
     "open_mp": set(),
 }
+FAIRSEQ = ("fairseq", "fairseq_cli", "hydra", "omegaconf")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -105,22 +107,34 @@ def test_imports_point_one_way(path):
 
 def test_what_needs_no_fairseq_loads_without_it_and_soon():
     """Every module left of the models, in a process that has neither fairseq nor transformers."""
-    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ - {"huggingface"}]
+    count, seconds = import_without(WITHOUT_FAIRSEQ - {"huggingface"}, *FAIRSEQ, "transformers")
+    assert count > 80 and seconds < 1.5
+
+
+def test_the_transformers_face_loads_without_fairseq():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    count, _ = import_without({"huggingface"}, *FAIRSEQ)
+    assert count > 1
+
+
+def import_without(folders, *absent):
+    """How many modules these folders have, and how long importing them took in a process without some packages."""
+    rooms = [path for path in FILES if folder_of(path) in folders]
     names = [".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)) for path in rooms]
     code = """
 import importlib, sys, time
-for absent in ("fairseq", "fairseq_cli", "hydra", "omegaconf", "transformers"):
+for absent in sys.argv[1].split():
     sys.modules[absent] = None
 import torch
 started = time.process_time()
-for name in sys.argv[1:]:
+for name in sys.argv[2:]:
     importlib.import_module(name.removesuffix(".__init__"))
 print(time.process_time() - started)
 """
-    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    command = [sys.executable, "-W", "ignore", "-c", code, " ".join(absent), *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
-    assert len(names) > 80 and float(done.stdout) < 1.5
+    return len(names), float(done.stdout)
 
 
 def test_objectives_are_numpy_alone():
@@ -141,6 +155,9 @@ def test_objectives_are_numpy_alone():
         ("depth", "fairseq_implicit.models.bert", True),
         ("networks", "fairseq.modules", True),
         ("networks", "transformers", True),
+        ("huggingface", "transformers.AutoModel", False),
+        ("huggingface", "fairseq.models", True),
+        ("huggingface", "fairseq_implicit.models.ode_bert", True),
         ("networks", "fairseq_implicit.models.config", True),
         ("families", "fairseq_implicit.models.config", True),
         ("models", "fairseq_implicit.networks.encoder", False),
