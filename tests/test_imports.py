@@ -22,7 +22,6 @@ ALLOWED = {
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
     "huggingface": set("layout options solvers fields depth networks families text conversion".split()),
     "conversion": {"solvers"},
-    "huggingface": set("options layout solvers fields depth networks families text conversion".split()),
     "text": set(),
     "data": {"text", "compat"},
     "tasks": {"machine", "solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
