@@ -12,8 +12,8 @@ usage: bash scripts/quickstart.sh [options]
   --text PATH       pretrain on your own text: a file, or a folder of .txt, .md, .tokens, .raw files
                     (default: the documentation strings of Python's standard library and of torch)
   --model FAMILY    ode, neural-ode or deq (default: ode)
-  --arch NAME       a preset of that family (default: its tiny one, ode_bert_rk2_tiny)
-  --updates N       training updates (default: 3000); with --continue, that many more
+  --arch NAME       a preset of that family (default: its tiny one, ode_bert_euler_tiny)
+  --updates N       training updates (default: what two cores do in three minutes); with --continue, that many more
   --dictionary-size N
                     symbols in the dictionary (default: 2048; --dictionary is the same)
   --character-coverage SHARE
@@ -30,7 +30,7 @@ refuse() { # one sentence, exit status 2
     exit 2
 }
 
-text='' coverage='' family=ode arch='' updates=3000 dictionary=2048 further='' redo='' out=quickstart
+text='' coverage='' family=ode arch='' updates='' dictionary=2048 further='' redo='' out=quickstart
 given=() # the options, for the commands that the end prints
 while [ $# -gt 0 ]; do
     case $1 in
@@ -54,7 +54,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 case $family in
-    ode) default_arch=ode_bert_rk2_tiny ;;
+    ode) default_arch=ode_bert_euler_tiny ;;
     neural-ode) default_arch=neural_ode_bert_tiny ;;
     deq) default_arch=deq_bert_tiny ;;
     *) refuse "unknown --model $family: choose ode, neural-ode or deq" ;;
@@ -62,7 +62,7 @@ esac
 prefix=${default_arch%%_bert*}_bert
 arch=${arch:-$default_arch}
 case $arch in "$prefix" | "$prefix"_*) ;; *) refuse "--arch $arch is no preset of --model $family ($prefix...)" ;; esac
-case $updates in '' | *[!0-9]* | 0*) refuse "--updates $updates is not a positive whole number" ;; esac
+case $updates in *[!0-9]* | 0*) refuse "--updates $updates is not a positive whole number" ;; esac
 case $dictionary in '' | *[!0-9]* | 0*) refuse "--dictionary-size $dictionary is not a positive whole number" ;; esac
 [ -z "$further" ] || [ -z "$redo" ] || refuse "--continue and --redo contradict each other"
 [ -z "$text" ] || [ -e "$text" ] || refuse "--text $text does not exist"
@@ -173,16 +173,25 @@ binarise() {
 data_key=$(key fairseq_implicit/data/dictionary.py fairseq_implicit/text/*.py <(echo "$tokenizer_key"))
 stage "$name-data" "$data" "$data_key" binarise
 
-# --- pretraining: RoBERTa's recipe at the size of two cores. Every number is here.
-# A masked-language model rests near the unigram entropy until its attention has found the neighbours. What gets it away
-# in few tokens: short blocks, small updates, twice the usual share of masks (more to learn from each block), no dropout.
+# --- pretraining: RoBERTa's recipe at the size of two cores and three minutes. Every number is here.
+# A masked-language model rests near the unigram entropy until its attention has found the neighbours: heads that start
+# there spare it that. Short blocks, twice the usual share of masks and no dropout let it learn much from few tokens; large
+# first weights and large updates are for the tiny models alone.
+settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
+    --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.07)
+case $arch in
+    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2600 ;;
+    neural_ode_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
+    deq_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
+    *) settings=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;
+esac
+updates=${updates:-$length}
 model=$out/$name/$arch
 training=(
-    --arch "$arch" --criterion implicit_masked_lm
-    --dropout 0 --attention-dropout 0
-    --tokens-per-sample 64 --batch-size 16 --mask-prob 0.3
-    --optimizer adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0
-    --lr 1e-3 --lr-scheduler polynomial_decay --warmup-updates 300
+    --arch "$arch" --criterion implicit_masked_lm --encoder-position-start neighbours "${settings[@]}"
+    --dropout 0 --attention-dropout 0 --mask-prob 0.3 --valid-mask-prob 0.15
+    --optimizer fused_adam --adam-betas '(0.9,0.98)' --adam-eps 1e-6 --weight-decay 0.01 --clip-norm 1.0
+    --lr-scheduler polynomial_decay
     --seed 1 --distributed-world-size 1
 )
 bookkeeping=(
@@ -214,23 +223,12 @@ pretrain() {
         "stands above, its log is $model/train.log); from the last checkpoint goes on: $resume"
 }
 
-show_validation() {
-    local log=$model/validate.log loss
-    if ! run fairseq-validate "$data" "${plugin[@]}" --path "$model/checkpoint_best.pt" --batch-size 32 \
-        --log-format simple --distributed-world-size 1 >"$log" 2>&1; then
-        tail -n 5 "$log" >&2
-        fail "quickstart: fairseq-validate failed; the whole log is $log"
-    fi
-    loss=$(grep -o '| loss [0-9.]*' "$log" | tail -n 1 | cut -d ' ' -f 3)
-    run python -m fairseq_implicit entropy "$data" --loss-bits "$loss"
-}
-
 if [ "$trained" -ge "$target" ]; then
     echo "== pretraining: kept, $arch has $trained updates (--continue goes on, --redo starts again)"
 elif [ "$trained" -gt 0 ] && [ -z "$further" ]; then
     fail "quickstart: $model has $trained finished updates: go on with --continue --updates $((updates - trained)), or train again with --redo"
 else
-    echo "== pretraining $arch: $target updates of 1,024 tokens on $cores cores"
+    echo "== pretraining $arch: $target updates on $cores cores"
     start=$SECONDS
     pretrain
     echo "$target" >"$model/trained"
@@ -247,18 +245,31 @@ shown() {
     echo "   $((SECONDS - start)) s"
     note_time "$name" $((SECONDS - start))
 }
-shown "validation" show_validation
-shown "filled masks" run python -m fairseq_implicit fill-masks "$model" --text "$corpus/valid.txt"
+checkpoint=$model/checkpoint_best.pt
+sentences=(
+    "Return the <mask> of the list."
+    "If the file does not <mask>, an error is raised."
+    "Returns a new <mask> with the same shape as the input."
+    "The <mask> value is None."
+)
+if [ -n "$text" ]; then sentences=(); fi # it may be in any language
+sweep=(depth-sweep "$checkpoint" "$data" --out "$model/dial.png")
+if [ "$family" = deq ]; then sweep[0]=budget-sweep; fi
+shown "validation" run python -m fairseq_implicit score "$checkpoint" "$data"
+shown "filled masks" run python -m fairseq_implicit fill-masks "$model" "${sentences[@]}" --text "$corpus/valid.txt"
 shown "loss curves" run python -m fairseq_implicit plot-losses "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
+shown "dial of depth" run python -m fairseq_implicit "${sweep[@]}"
 
 cat <<SUMMARY
 
 time per stage:$timings
   all                  $(printf '%5d' $SECONDS) s
 
-model    $model/checkpoint_best.pt
+model    $checkpoint
 curves   $model/losses.png
+dial     $model/dial.png
 try      $(from_anywhere fill-masks "$model") "Return the <mask> of the list."
+sweep    $(from_anywhere "${sweep[@]}" --all)
 more     $(again --continue)
 tune     $(command_line bash "$root/examples/glue/finetune.sh" GLUE/RTE RTE "$model" "$model/rte")
 SUMMARY

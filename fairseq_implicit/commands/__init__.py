@@ -22,6 +22,7 @@ COMMANDS = {
     "train-tokenizer": "train a sentencepiece model and write its dictionary",
     "binarise": "text shards to data folders of fairseq",
     "entropy": "the entropies of a data folder, which a model must beat",
+    "score": "how well a checkpoint fills the masks of a data folder",
     "fill-masks": "fill the masks of sentences",
     "checkpoint-flags": "the fairseq-train flags that rebuild a checkpoint's model",
     "average-checkpoints": "the mean of the weights of several checkpoints",

@@ -28,6 +28,10 @@ def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"evaluate so many batches, spread over the subset (default: {SHORT}, with --all every one)",
     )
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -3,8 +3,8 @@
     fairseq-implicit fill-masks FOLDER "Return the <mask> of the file."
     fairseq-implicit fill-masks FOLDER --text corpus/test.txt --count 5
 
-Without sentences of your own, one word is hidden in each of a few sentences of --text, and the word that stood there is
-printed beside the candidates.
+In each of a few sentences of --text one word is hidden; it is printed beside the candidates, and in [brackets] among
+them where the model has found it.
 """
 
 import argparse
@@ -16,6 +16,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fairseq_implicit.models.bert import ImplicitBertModel
+
+#: Letters, spaces and what joins words, in any alphabet; a full stop.
+PLAIN = re.compile(r"(?:[^\W\d_]|[ ,;'’-])+[.]")
 
 
 class Question(NamedTuple):
@@ -29,19 +32,22 @@ def is_one_piece(bert, word: str) -> bool:
     return len(ids) == len(bert.ids("a")) + 1 and ids[-1] != bert.dictionary.unk()
 
 
+def is_plain_word(word: str) -> bool:
+    """Whether a word is worth guessing: four or more letters, not a name."""
+    return len(word) >= 4 and word.isalpha() and word.islower()
+
+
 def questions(path: str, is_one_piece) -> Iterator[Question]:
-    """Sentences of 6 to 16 words with one lower-case word hidden that is a single piece of the vocabulary. The order
-    is that of a hash, so that neighbours in the text do not follow each other, and is always the same."""
+    """Sentences of 6 to 16 words with one plain word hidden that is a single piece of the vocabulary. The order is that
+    of a hash, so that neighbours in the text do not follow each other, and is always the same."""
     found = []
     with open(path, encoding="utf-8") as lines:
         for line in lines:
             words = line.split()
-            if not 6 <= len(words) <= 16 or not re.fullmatch(r"[A-Z][A-Za-z ,'-]+\.", line.strip()):
+            if not 6 <= len(words) <= 16 or not line[0].isupper() or not PLAIN.fullmatch(line.strip()):
                 continue
             digest = hashlib.sha256(line.encode("utf-8")).digest()
-            inner = [
-                i for i in range(1, len(words) - 1) if re.fullmatch(r"[a-z]{2,}", words[i]) and is_one_piece(words[i])
-            ]
+            inner = [i for i in range(1, len(words) - 1) if is_plain_word(words[i]) and is_one_piece(words[i])]
             if inner:
                 found.append((digest, words, inner[digest[0] % len(inner)]))
     for _, words, hidden in sorted(found):
@@ -51,8 +57,11 @@ def questions(path: str, is_one_piece) -> Iterator[Question]:
 def report(question: Question, filled) -> list[str]:
     """Lines for the terminal: the sentence, then the candidates with their probabilities."""
     lines = [f"  {question.sentence}" + (f"   (hidden: {question.answer})" if question.answer else "")]
-    candidates = ", ".join(f"{one.token.strip() or repr(one.token)} {one.probability:.3f}" for one in filled)
-    return lines + [f"      {candidates}"]
+    candidates = []
+    for one in filled:
+        word = one.token.strip() or repr(one.token)
+        candidates.append(f"{f'[{word}]' if word == question.answer else word} {one.probability:.2f}")
+    return lines + [f"      {', '.join(candidates)}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint-file", help="default: the first there is of checkpoint_best.pt, model.pt, checkpoint_last.pt"
     )
-    parser.add_argument("--text", metavar="FILE", help="where sentences come from when none is given")
+    parser.add_argument("--text", metavar="FILE", help="take further sentences from here")
     parser.add_argument("--count", type=int, default=6, help="sentences taken from --text (default: 6)")
     parser.add_argument("--candidates", type=int, default=5, help="printed for each mask (default: 5)")
 
@@ -71,13 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise argparse.ArgumentError(None, "give sentences with a <mask>, or --text FILE to take them from")
     bert = ImplicitBertModel.from_pretrained(arguments.folder, arguments.checkpoint_file)
     asked = [Question(sentence, None) for sentence in arguments.sentences]
-    if not asked:
+    if arguments.text:
         found = questions(arguments.text, lambda word: is_one_piece(bert, word))
-        asked = list(itertools.islice(found, arguments.count))
+        fitting = (question for question in found if len(bert.masked_ids(question.sentence)) - 2 <= bert.room())
+        asked += itertools.islice(fitting, arguments.count)
     for question in asked:
         filled = bert.fill_mask(question.sentence, topk=arguments.candidates)
         sys.stdout.write("\n".join(report(question, filled)) + "\n")
     if not asked:
         sys.stdout.write(
-            f"  {arguments.text} holds no plain sentence of 6 to 16 words: give sentences with a <mask> instead\n"
+            f"  {arguments.text} holds no plain sentence of 6 to 16 words that fits into the model's "
+            f"{bert.model.max_positions()} positions: give sentences with a <mask> instead\n"
         )

@@ -11,7 +11,7 @@ import os
 import sys
 
 from fairseq_implicit.commands import pictures
-from fairseq_implicit.evaluation.entropies import folder_entropies
+from fairseq_implicit.evaluation.entropies import Entropies, folder_entropies
 
 Curve = tuple[list, list]  # updates, nats
 
@@ -46,13 +46,14 @@ def read_curves(folder: str) -> dict[str, Curve]:
     return curves
 
 
-def plot(curves: dict[str, Curve], unigram: float | None = None, title: str = "") -> pictures.Figure:
-    """The picture; `unigram` (nats) becomes a horizontal line."""
+def plot(curves: dict[str, Curve], reference: Entropies | None = None, title: str = "") -> pictures.Figure:
+    """The picture; the entropies of `reference` become horizontal lines."""
     figure, axes = pictures.figure()
     for number, (name, (updates, nats)) in enumerate(curves.items()):
         pictures.line(axes, updates, nats, number, CURVES[name], linestyle="-")
-    if unigram is not None:
-        axes.axhline(unigram, color="grey", linestyle="--", linewidth=1, label="unigram entropy")
+    if reference is not None:
+        for name, nats, line in zip(reference._fields, reference, ("--", ":"), strict=True):
+            axes.axhline(nats, color="grey", linestyle=line, linewidth=1, label=f"{name} entropy")
     axes.set_xlabel("updates")
     axes.set_ylabel("loss (nats per masked token)")
     axes.set_title(title)
@@ -64,12 +65,12 @@ def plot(curves: dict[str, Curve], unigram: float | None = None, title: str = ""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="TENSORBOARD_FOLDER")
     parser.add_argument("--out", required=True, metavar="PNG")
-    parser.add_argument("--data", metavar="DATA", help="data folder whose unigram entropy is drawn as a line")
+    parser.add_argument("--data", metavar="DATA", help="data folder whose entropies are drawn as lines")
     parser.add_argument("--title", default="", metavar="TEXT")
 
 
 def run(arguments: argparse.Namespace) -> None:
     pictures.check(arguments.out)
-    unigram = folder_entropies(arguments.data).unigram if arguments.data else None
-    pictures.save(plot(read_curves(arguments.folder), unigram, arguments.title), arguments.out)
+    reference = folder_entropies(arguments.data) if arguments.data else None
+    pictures.save(plot(read_curves(arguments.folder), reference, arguments.title), arguments.out)
     sys.stdout.write(f"  {arguments.out}\n")

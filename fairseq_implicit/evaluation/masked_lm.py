@@ -1,10 +1,12 @@
 """A masked-language model on the blocks of a data folder, whose masks are the same each time."""
 
+import math
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from fairseq import utils
 
 from fairseq_implicit.evaluation.checkpoints import Opened, open_checkpoint
@@ -44,6 +46,22 @@ class Averages(NamedTuple):
     seconds: float
     blocks: int
     statistics: dict[str, float]
+
+
+class Score(NamedTuple):
+    """How well a model fills masks.
+
+    Attributes:
+        loss: nats per masked token.
+        first: share of the masked tokens that are the first candidate, in [0, 1].
+        among: share of those that are among the first so many candidates.
+        masks: how many they were.
+    """
+
+    loss: float
+    first: float
+    among: float
+    masks: int
 
 
 def batches(task: Any, blocks: Blocks) -> list[dict[str, Any]]:
@@ -94,3 +112,39 @@ def evaluate(path: str, blocks: Blocks, **overrides: Any) -> Averages:
     """
     opened = open_checkpoint(path, blocks.data, blocks.device, **overrides)
     return averages(opened, batches(opened.task, blocks), blocks.device)
+
+
+@torch.no_grad()
+def score(path: str, blocks: Blocks, mask_rate: float, candidates: int) -> Score:
+    """Fills the masks of a subset, which are the same for every model with the same ``--tokens-per-sample``.
+
+    Args:
+        path: checkpoint.
+        blocks: which ones, and where.
+        mask_rate: share of the tokens that are masked, whatever the training masked.
+        candidates: how many of a mask count for ``among``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint or data, or it cannot be opened so.
+        ArithmeticError: the model's output is not finite.
+    """
+    opened = open_checkpoint(path, blocks.data, blocks.device, valid_mask_prob=mask_rate)
+    padding = opened.task.dictionary.pad()
+    loss, first, among, masks = 0.0, 0, 0, 0
+    for sample in batches(opened.task, blocks):
+        sample = sample if blocks.device == "cpu" else utils.move_to_cuda(sample)
+        masked = sample["target"].ne(padding)
+        target = sample["target"][masked]
+        logits = opened.model(**sample["net_input"], masked_tokens=masked)[0].reshape(-1, len(opened.task.dictionary))
+        loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
+        if not math.isfinite(loss):
+            raise ArithmeticError(
+                f"the loss of {path} is not finite: the training has diverged; lower its --lr and train again"
+            )
+        better = logits.gt(logits.gather(1, target[:, None])).sum(1)
+        first += int(better.eq(0).sum())
+        among += int(better.lt(candidates).sum())
+        masks += len(target)
+    if not masks:
+        raise ValueError(f"--subset {blocks.subset} of {blocks.data} holds no masked token: give more text")
+    return Score(loss / masks, first / masks, among / masks, masks)

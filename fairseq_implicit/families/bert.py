@@ -100,8 +100,9 @@ class BertOptions:
     encoder_position_start: str = field(
         default="normal",
         metadata={
-            "help": "learned positions start from N(0, --encoder-init-std), as BERT's, or sinusoidal: from sines and "
-            "cosines of that scale, with which attention finds a token's neighbours much sooner"
+            "help": "learned positions start from N(0, --encoder-init-std), as BERT's; sinusoidal: from sines and "
+            "cosines of that scale, with which attention finds a token's neighbours much sooner; neighbours: its heads "
+            "start by reading them, too"
         },
     )
 

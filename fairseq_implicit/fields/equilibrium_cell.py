@@ -87,7 +87,9 @@ class CellLayer(TransformerField):
         mix, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
         drop_mix, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
         return self.config.residual(
-            lambda y, added: drop_mix(mix(y, added)), (lambda y: drop_feed(feed(y)),), self.norms
+            lambda y, added, onto=None: drop_mix(mix(y, added), onto),
+            (lambda y, onto=None: drop_feed(feed(y), onto),),
+            self.norms,
         )
 
 

@@ -1,8 +1,11 @@
 """What a layer is made of."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
+
+#: ``(weight, distance)``: the map that finds at a position what ``weight``, ``(rows, dim)``, finds so many places on.
+Moved = Callable[[Tensor, int], Tensor]
 
 
 class SubLayer(nn.Module):
@@ -15,3 +18,6 @@ class SubLayer(nn.Module):
     def residual_projections(self) -> Iterator[nn.Linear]:
         """The linear maps whose output is added to the state."""
         return iter(())
+
+    def start_at_neighbours(self, moved: Moved) -> None:
+        """Start by reading the tokens beside each, where positions are sinusoids that ``moved`` knows."""

@@ -109,7 +109,7 @@ class TransformerField(Field):
 
         def dropped(branch):
             drop = self.dropout.prepare(x)
-            return lambda y, *added: drop(branch(y, *added))
+            return lambda y, *added, onto=None: drop(branch(y, *added), onto)
 
         mix = dropped(self.attention.prepare(x, layout))
         feed = dropped(self.feed_forward.prepare(x))

@@ -53,7 +53,8 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         x = self.layer_norm(ACTIVATIONS[self.activation](self.dense(features)))
-        return functional.linear(x, self.weight) + self.bias
+        # In place: the logits are the largest tensor of a step. Not in the product, which rounds otherwise.
+        return functional.linear(x, self.weight).add_(self.bias)
 
 
 class Pooler(nn.Module):

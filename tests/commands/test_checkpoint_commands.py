@@ -1,4 +1,4 @@
-"""checkpoint-flags and fill-masks on checkpoints that fairseq-train has just written."""
+"""checkpoint-flags, score and fill-masks on checkpoints that fairseq-train has just written."""
 
 import re
 import shlex
@@ -9,6 +9,8 @@ from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 from fairseq_implicit.commands import fill_masks
+from fairseq_implicit.evaluation.checkpoints import open_checkpoint
+from fairseq_implicit.evaluation.masked_lm import Blocks, averages, batches, score
 from fairseq_implicit.models.bert import ImplicitBertModel
 
 
@@ -52,5 +54,41 @@ def test_masks_are_filled_for_any_family_without_naming_the_file(trained, comman
     (tmp_path / "text").write_text(f"Qzx qzx {word} qzx qzx {word} qzx.\nToo short.\n")
     _, output, _ = command("fill-masks", trained, "--text", tmp_path / "text", "--count", 2)
     assert output.count(f"(hidden: {word})") == 1 and "Too short" not in output
+    everything = ("the <mask> state", "--text", tmp_path / "text", "--candidates", len(bert.dictionary))
+    _, output, _ = command("fill-masks", trained, *everything)
+    own, _, taken, filled = output.splitlines()
+    assert own == "  the <mask> state" and taken.endswith(f"(hidden: {word})") and f"[{word}] 0." in filled
+    (tmp_path / "long").write_text(f"Q{'zx' * 60} qzx {word} qzx qzx {word} qzx.\n")
+    assert "fits into the model's 32 positions" in command("fill-masks", trained, "--text", tmp_path / "long")[1]
     status, _, said = command("fill-masks", trained, "the <mask> state", "--candidates", 0)
     assert status == 1 and "fill-masks: topk=0" in said
+
+
+def test_a_score_counts_all_masks_of_the_validation(depth_checkpoints, toy_data, command):
+    """Against fairseq's criterion on the same masks; the symbols of the dictionary are all among as many candidates."""
+    path = depth_checkpoints["ode"]
+    opened = open_checkpoint(path, toy_data, valid_mask_prob=0.4)
+    everything = averages(opened, batches(opened.task, Blocks(toy_data)), "cpu")
+    found = score(path, Blocks(toy_data, batch_size=7), 0.4, len(opened.task.dictionary))
+    assert found.loss == pytest.approx(everything.loss, rel=1e-5) and found.among == 1.0
+    assert 100 * found.first == pytest.approx(everything.accuracy)
+    one = score(path, Blocks(toy_data), 0.4, 1)
+    assert one.among == one.first == found.first and one.masks == found.masks
+    assert found.masks > 2 * score(path, Blocks(toy_data), 0.15, 1).masks
+    _, output, _ = command("score", path, toy_data, "--mask-prob", 0.4)
+    assert f"{found.loss:.3f} nats per masked token (40% of valid, {found.masks:,} masks)" in output
+    assert re.search(r"bigram entropy +\d\.\d{3} .*\n.*unigram entropy", output) and "among the first 5" in output
+
+
+def test_the_score_of_what_has_diverged_is_one_sentence(depth_checkpoints, toy_data, command, tmp_path):
+    state = torch.load(depth_checkpoints["ode"])
+    state["model"]["encoder.depth.fields.1.feed_forward.fc1.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "spoilt.pt")
+    status, output, said = command("score", tmp_path / "spoilt.pt", toy_data)
+    assert status == 1 and output == "" and "spoilt.pt is not finite: the training has diverged; lower its --lr" in said
+    for wrong, sentence in (
+        (("--mask-prob", 2), "--valid-mask-prob must lie between 0 and 1"),
+        (("--subset", "x"), "x"),
+    ):
+        status, _, said = command("score", depth_checkpoints["ode"], toy_data, *wrong)
+        assert status == 1 and sentence in said and len(said.splitlines()) == 1

@@ -9,6 +9,7 @@ from fairseq.models import MODEL_REGISTRY
 from torch import Tensor, nn
 
 from fairseq_implicit.fields.mixers import MIXERS
+from fairseq_implicit.fields.mixers.attention import MultiHeadAttention
 from fairseq_implicit.fields.mixers.mixer import Mix, Mixer, MixerConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 
@@ -94,6 +95,26 @@ def test_the_starts_of_its_projections_are_those_of_any_residual_branch(task):
         model = build(task, family, encoder_init=start, **wide)
         weights = torch.cat([each.out.weight.flatten() for each in model.modules() if isinstance(each, Mean)])
         assert weights.std().item() == pytest.approx(std, rel=0.05, abs=1e-12), (family, start)
+
+
+@pytest.mark.parametrize("family, settings", [("ode_bert", {}), ("neural_ode_bert", {"ode_depth_weights": "linear"}),
+                                              ("deq_bert", {})])  # fmt: skip
+def test_heads_that_start_at_the_neighbours(task, family, settings):
+    """By the positions alone, a head's query is the key of the token that it reads, and it reads that one most."""
+    settings = {"mixer": "attention", "encoder_attention_heads": 4, "encoder_embed_dim": 64, **settings}
+    network = build(task, family, encoder_position_start="neighbours", **settings).encoder.double()
+    positions = network.embed_positions.weight[2:]
+    mixers = [module for module in network.modules() if isinstance(module, MultiHeadAttention)]
+    assert mixers
+    for mixer in mixers:
+        queries, keys = ((positions @ part.T).unflatten(1, (4, -1)) for part in mixer.qkv.weight.chunk(3)[:2])
+        for head, distance in enumerate((-1, 1, -2, 2)):
+            here = torch.arange(4, len(positions) - 4)
+            query, key = queries[here, head], keys[:, head]
+            torch.testing.assert_close(query, key[here + distance], atol=1e-5, rtol=1e-4)
+            assert ((query @ key.T).argmax(1) == here + distance).float().mean() > 0.9
+    scale = 0.02 * 64**0.5  # 24 places of a Fourier basis of 64
+    torch.testing.assert_close(positions @ positions.T / scale**2, torch.eye(24).double(), atol=1e-5, rtol=0)
 
 
 def test_on_the_command_line(fairseq_train, toy_flags, tmp_path):

@@ -72,8 +72,6 @@ elif name == "fairseq-train":
     make(value("--save-dir") / "checkpoint_best.pt")
 elif name == "precision":
     print(os.environ.get("TRAINS_IN", ""))
-elif name == "fairseq-validate":
-    print("valid | loss 7.5 | ppl 181")
 '''
 
 
@@ -105,7 +103,7 @@ class Checkout:
         (self.root / "fairseq/models.py").write_text(archs)
         programs = self.root / ".venv/bin"
         programs.mkdir(parents=True)
-        for name in ("python", "fairseq-preprocess", "fairseq-train", "fairseq-validate"):
+        for name in ("python", "fairseq-preprocess", "fairseq-train"):
             (programs / name).write_text(PROGRAM.replace("{python}", sys.executable))
             (programs / name).chmod(0o755)
         stamp = subprocess.run(["cksum"], stdin=open(self.root / "requirements.txt"), capture_output=True, text=True)

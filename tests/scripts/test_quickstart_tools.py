@@ -14,7 +14,7 @@ from fairseq_implicit.commands import pictures
 from fairseq_implicit.commands.fill_masks import questions
 from fairseq_implicit.commands.plot_losses import plot, read_curves
 from fairseq_implicit.corpora.tokenizer_training import train_tokenizer
-from fairseq_implicit.evaluation.entropies import entropies
+from fairseq_implicit.evaluation.entropies import Entropies, entropies
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,7 +153,7 @@ def test_loss_curves_in_nats_with_the_later_record_of_a_resumed_run(tmp_path):
     assert updates == [1, 2, 3, 4, 5, 6]
     assert nats == pytest.approx([bits * math.log(2) for bits in (8, 8, 6, 6, 6, 6)])
     picture = tmp_path / "pictures/losses.png"
-    pictures.save(plot(curves, unigram=5.0, title="a title"), str(picture))
+    pictures.save(plot(curves, Entropies(5.0, 4.0), title="a title"), str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
 
 
@@ -168,9 +168,13 @@ def test_questions_hide_one_known_word(tmp_path):
         "Return the number of open files in this folder.",
         "Too short.",
         "Has 3 numbers in it, 4 of them there.",
+        "lower case begins what is no sentence here.",
     ]
     file.write_text("\n".join(sentences) + "\n")
     (question,) = questions(str(file), lambda word: word in ("number", "open"))
     assert question.answer in ("number", "open")
     assert question.sentence.replace("<mask>", question.answer) == sentences[0]
     assert list(questions(str(file), lambda word: False)) == []
+    file.write_text("L’élève très appliqué prépare déjà son examen.\n", encoding="utf-8")
+    (question,) = questions(str(file), lambda word: True)
+    assert question.answer in ("très", "appliqué", "prépare", "déjà")  # not "son", which is short

@@ -43,7 +43,7 @@ def test_quickstart_with_relative_paths_and_its_last_lines_from_anywhere(checkou
     elsewhere = checkout.work.parent / "elsewhere"
     elsewhere.mkdir()
     environment = {**os.environ, "CALLS": str(checkout._calls)}
-    for command in (last["try"], last["more"]):
+    for command in (last["try"], last["sweep"], last["more"]):
         done = subprocess.run(["bash", "-c", command], cwd=elsewhere, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     filled, training = [call for call in checkout.calls() if call[0] in ("fill-masks", "fairseq-train")][:2]
@@ -52,6 +52,23 @@ def test_quickstart_with_relative_paths_and_its_last_lines_from_anywhere(checkou
     assert training[1][training[1].index("--max-update") + 1] == "14"  # seven more of the very same model
     assert training[1][training[1].index("--save-dir") + 1] == f"{out}/own-text/ode_bert_rk4_tiny"
     assert not list(elsewhere.iterdir()) and "kept from an earlier run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "family, sweep", [("ode", "depth-sweep"), ("neural-ode", "depth-sweep"), ("deq", "budget-sweep")]
+)
+def test_each_family_trains_by_its_recipe_and_turns_its_own_dial(checkout, text, family, sweep):
+    result = checkout.run(QUICKSTART, "--text", text, "--model", family)
+    assert result.returncode == 0, result.stderr
+    calls = {name: arguments for name, arguments, _ in checkout.calls()}
+    training, (checkpoint, data) = calls["fairseq-train"], calls["score"]
+    assert checkpoint == f"{training[training.index('--save-dir') + 1]}/checkpoint_best.pt" and data == training[0]
+    assert training[training.index("--valid-mask-prob") + 1] == "0.15" and "--encoder-init-std" in training
+    updates = training[training.index("--max-update") + 1]
+    assert training[training.index("--total-num-update") + 1] == updates and int(updates) > 0
+    assert calls[sweep] == [checkpoint, data, "--out", f"{Path(checkpoint).parent}/dial.png"]
+    folder, *asked = calls["fill-masks"]  # the sentences of our own are English
+    assert asked == ["--text", str(Path(data).with_name("corpus") / "valid.txt")]
 
 
 def test_an_unknown_arch_is_refused_before_any_stage(checkout, text):
