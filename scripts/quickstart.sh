@@ -178,9 +178,9 @@ stage "$name-data" "$data" "$data_key" binarise
 # there spare it that. Short blocks, twice the usual share of masks and no dropout let it learn much from few tokens; large
 # first weights and large updates are for the tiny models alone.
 settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
-    --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.07)
+    --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.1)
 case $arch in
-    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2600 ;;
+    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2400 ;;
     neural_ode_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
     deq_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
     *) settings=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;

@@ -3,8 +3,9 @@
     fairseq-implicit score checkpoint_best.pt DATA
 
 Masks a fixed share of the validation text, the same tokens each time, whatever share the training masked. Prints the
-loss over all of them, how often the hidden token is the first candidate and how often it is among the first five, and
-the entropies of single tokens (see `fairseq-implicit entropy`).
+loss over all of them, how often the right token is the first candidate and how often it is among the first five: once
+as in training, which by default leaves a tenth of them visible and makes another tenth random, and once with <mask> in
+the place of each. Below stand the entropies of single tokens (see `fairseq-implicit entropy`).
 """
 
 import argparse
@@ -25,14 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     blocks = Blocks(arguments.data, arguments.subset, arguments.batch_size, None, arguments.device)
-    found = score(arguments.checkpoint, blocks, arguments.mask_prob, arguments.candidates)
+    lines = []
+    for name, hidden in (("masked as in training", False), ("all of them hidden", True)):
+        found = score(arguments.checkpoint, blocks, arguments.mask_prob, arguments.candidates, hidden)
+        lines.append(
+            f"  {name:<22}{found.loss:6.3f} nats per token; {found.first:.1%} are the first candidate, "
+            f"{found.among:.1%} among the first {arguments.candidates}"
+        )
     reference = folder_entropies(arguments.data)
-    share = f"{arguments.mask_prob:.0%} of {arguments.subset}, {found.masks:,} masks"
-    among = f"among the first {arguments.candidates}"
     sys.stdout.write(
-        f"  loss               {found.loss:6.3f} nats per masked token ({share})\n"
-        f"  bigram entropy     {reference.bigram:6.3f} nats per token: with the token before known\n"
-        f"  unigram entropy    {reference.unigram:6.3f} nats per token: what a model without context reaches\n"
-        f"  first candidate    {found.first:6.1%} of the hidden tokens\n"
-        f"  {among:<18} {found.among:6.1%}\n"
+        f"  {arguments.mask_prob:.0%} of {arguments.subset}, {found.masks:,} tokens:\n"
+        + "\n".join(lines)
+        + f"\n  bigram entropy        {reference.bigram:6.3f} nats per token: with the token before known"
+        f"\n  unigram entropy       {reference.unigram:6.3f} nats per token: what a model without context reaches\n"
     )

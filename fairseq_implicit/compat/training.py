@@ -71,10 +71,20 @@ def remember_data_folders(cfg: omegaconf.DictConfig) -> None:
 
 
 def _train(original, cfg, trainer, task, epoch_itr):
-    """One epoch, unless the training is over: fairseq would train one update more at every start."""
+    """One epoch, unless the training is over: fairseq would train one update more at every start.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; the sentence says what to change.
+    """
     updates = trainer.get_num_updates()
     if not 0 < (cfg.optimization.max_update or 0) <= updates:
-        return original(cfg, trainer, task, epoch_itr)
+        try:
+            return original(cfg, trainer, task, epoch_itr)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"the training has diverged at update {trainer.get_num_updates() + 1} ({error}): lower --lr, lengthen "
+                "--warmup-updates, or clip the gradient by a smaller --clip-norm."
+            ) from None
     from fairseq_cli import train
 
     logger.info(f"nothing to train: {updates} updates are done, --max-update {cfg.optimization.max_update} is reached")

@@ -115,7 +115,7 @@ def evaluate(path: str, blocks: Blocks, **overrides: Any) -> Averages:
 
 
 @torch.no_grad()
-def score(path: str, blocks: Blocks, mask_rate: float, candidates: int) -> Score:
+def score(path: str, blocks: Blocks, mask_rate: float, candidates: int, hidden: bool = False) -> Score:
     """Fills the masks of a subset, which are the same for every model with the same ``--tokens-per-sample``.
 
     Args:
@@ -123,12 +123,14 @@ def score(path: str, blocks: Blocks, mask_rate: float, candidates: int) -> Score
         blocks: which ones, and where.
         mask_rate: share of the tokens that are masked, whatever the training masked.
         candidates: how many of a mask count for ``among``.
+        hidden: put ``<mask>`` in the place of all of them; the training may leave some visible and others random.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint or data, or it cannot be opened so.
         ArithmeticError: the model's output is not finite.
     """
-    opened = open_checkpoint(path, blocks.data, blocks.device, valid_mask_prob=mask_rate)
+    shown = {"leave_unmasked_prob": 0.0, "random_token_prob": 0.0} if hidden else {}
+    opened = open_checkpoint(path, blocks.data, blocks.device, valid_mask_prob=mask_rate, **shown)
     padding = opened.task.dictionary.pad()
     loss, first, among, masks = 0.0, 0, 0, 0
     for sample in batches(opened.task, blocks):

@@ -76,8 +76,12 @@ def test_a_score_counts_all_masks_of_the_validation(depth_checkpoints, toy_data,
     assert one.among == one.first == found.first and one.masks == found.masks
     assert found.masks > 2 * score(path, Blocks(toy_data), 0.15, 1).masks
     _, output, _ = command("score", path, toy_data, "--mask-prob", 0.4)
-    assert f"{found.loss:.3f} nats per masked token (40% of valid, {found.masks:,} masks)" in output
-    assert re.search(r"bigram entropy +\d\.\d{3} .*\n.*unigram entropy", output) and "among the first 5" in output
+    head, usual, strict, *_ = output.splitlines()
+    assert head == f"  40% of valid, {found.masks:,} tokens:" and f" {found.loss:.3f} nats per token" in usual
+    hidden = score(path, Blocks(toy_data), 0.4, 5, hidden=True)
+    assert f" {hidden.loss:.3f} nats per token" in strict and hidden.loss != found.loss and hidden.masks == found.masks
+    assert strict.endswith(f"; {hidden.first:.1%} are the first candidate, {hidden.among:.1%} among the first 5")
+    assert re.search(r"bigram entropy +\d\.\d{3} .*\n.*unigram entropy", output)
 
 
 def test_the_score_of_what_has_diverged_is_one_sentence(depth_checkpoints, toy_data, command, tmp_path):

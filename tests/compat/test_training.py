@@ -262,3 +262,9 @@ def test_masters_fit_however_they_are_stored(saved_flat, loaded_flat):
     state[MASTERS] = state[MASTERS][:1] if not saved_flat else [state[MASTERS][0][:3]]
     with pytest.raises(ValueError, match="--reset-optimizer"):
         resumed.load_state_dict(state)
+
+
+def test_a_training_that_diverges_says_what_to_change(toy_flags, fairseq_train, tmp_path):
+    flags = [*toy_flags, "--lr", "1e30", "--clip-norm", "1", "--max-update", 9, "--disable-validation", "--no-save"]
+    with pytest.raises(FloatingPointError, match=r"diverged at update [2-4] \(.*\): lower --lr, lengthen --warmup"):
+        fairseq_train(*flags, "--save-dir", tmp_path)
