@@ -1,5 +1,7 @@
 """What the machine is good at: its precisions, and the speed of its matrix products."""
 
+import itertools
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,6 +10,9 @@ import torch
 #: Instructions of a CPU that multiply bfloat16: Intel's tiles, AVX-512 of Intel and AMD, ARM. Without one of them every
 #: product is emulated, up to a hundred times slower than in float32.
 BFLOAT16_INSTRUCTIONS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})
+
+#: Rows of the matrices by whose products a peak is measured, at most: a millisecond of the fastest GPUs.
+LARGEST_MATRIX = 8192
 
 
 def multiplies_bfloat16() -> bool:
@@ -49,3 +54,37 @@ def training_precision() -> str:
     if torch.cuda.is_available():
         return "--fp16"
     return "--bf16" if multiplies_bfloat16() else ""
+
+
+def matrix_product_speed(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Floating-point operations per second of square matrix products: the fastest of what ``seconds`` have room for.
+
+    The matrices grow while a product takes less than a hundredth of that time, up to ``LARGEST_MATRIX``.
+    """
+    start, best, size = time.perf_counter(), 0.0, 256
+    left, right = _matrices(size, device, dtype)
+    for turn in itertools.count():
+        synchronise(device)
+        begun = time.perf_counter()
+        torch.mm(left, right)
+        synchronise(device)
+        spent = time.perf_counter() - begun
+        best = max(best, 2 * size**3 / spent)
+        if begun + spent - start >= seconds and turn > 0:  # the first product may be slow: libraries are loaded
+            return best
+        if turn > 0 and spent < 0.01 * seconds and size < LARGEST_MATRIX:
+            size *= 2
+            left, right = _matrices(size, device, dtype)
+    raise AssertionError("the loop above has no end")
+
+
+def _matrices(size: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    # Not random numbers: the training's must stay what they are. Not zeros: they take less power.
+    left = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+    return left, left.t().contiguous()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until ``device`` has done what it was asked."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -22,6 +22,7 @@ from torch import Tensor  # noqa: E402
 
 logging.disable(logging.WARNING)  # fairseq announces optional packages, the compiler its locks
 
+from fairseq_implicit.commands.checkpoint_arguments import device  # noqa: E402
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled solve (it needs a compiler)")
     parser.add_argument("--memory", action="store_true", help="also print the peak memory of the gradients (CPU)")
     parser.add_argument("--seed", type=int, default=1)

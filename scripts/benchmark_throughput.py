@@ -2,13 +2,17 @@
 
 Every model has the same shape, sees the same batch and the same masked positions, and runs forward and backward in
 training mode, dropout on. The models take turns, one step each per round, so that whatever else the machine does hits
-all alike; the ratios of the medians are what counts. Memory is the most that the allocator holds during forward and
-backward beyond weights and gradients, recomputation included.
+all alike; the ratios of the medians are what counts. Each has the loss that it is trained with. The share of the peak
+is model operations, by formula, over those of one matrix product of the same precision, measured before. Memory is the
+most that the allocator holds during forward and backward beyond weights and gradients, recomputation included.
 
     python -m scripts.benchmark_throughput --size base --batch 4 --length 128 --rounds 10
+    python -m scripts.benchmark_throughput --size base --layers 2 --batch 8 --length 512 --dtype bfloat16-weights
+    python -m scripts.benchmark_throughput --size small --layers 4 --batch 16 --length 128 --profile
 """
 
 import argparse
+import itertools
 import logging
 import sys
 import types
@@ -22,12 +26,17 @@ from torch.nn import functional  # noqa: E402
 logging.disable(logging.INFO)
 from fairseq.data import Dictionary  # noqa: E402
 
+from fairseq_implicit.commands.checkpoint_arguments import device  # noqa: E402
 from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.families.bert import SIZES  # noqa: E402
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel  # noqa: E402
-from scripts.side_by_side import median_seconds, peak_bytes  # noqa: E402
+from fairseq_implicit.networks.cross_entropy import cross_entropy_and_correct  # noqa: E402
+from scripts.side_by_side import median_seconds, peak_bytes, self_time_shares  # noqa: E402
 
 Step = Callable[[], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+DTYPES = ("float32", "bfloat16", "bfloat16-weights")
+_PROFILE_ROWS = 20
 
 
 def arguments() -> argparse.Namespace:
@@ -40,10 +49,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states and attention")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="autocast where bfloat16")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="bfloat16 is autocast around float32 weights; bfloat16-weights is all of it, as fairseq's --bf16 has it",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="where one step of each spends its time, in place of the tables"
+    )
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
+
+
+def _plain_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.float(), target, reduction="sum")
 
 
 class Bench:
@@ -68,15 +89,34 @@ class Bench:
         if options.layers:
             self.shape["encoder_layers"] = options.layers
 
-    def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(logits.float(), self.target)
+    def operations(self) -> int:
+        """Of one forward and backward pass of Euler steps: two per weight and number that meet in a matrix product, and
+        twice as many again in the backward pass."""
+        width, inner = self.shape["encoder_embed_dim"], self.shape["encoder_ffn_embed_dim"]
+        tokens, length = self.tokens.numel(), self.tokens.shape[1]
+        block = tokens * (4 * width**2 + 2 * width * inner + 2 * length * width)
+        head = len(self.target) * (width**2 + width * len(self.dictionary))
+        return 6 * (self.shape["encoder_layers"] * block + head)
 
-    def _step(self, model: torch.nn.Module, logits: Callable[[], torch.Tensor]) -> Step:
+    def peak(self) -> float:
+        """Operations per second of one large matrix product in the precision of the models'."""
+        dtype = torch.float32 if self.options.dtype == "float32" else torch.bfloat16
+        # Emulated products are a hundred times slower than native ones: the extent follows what is found.
+        for extent in (256, 512, 1024, 2048, 4096):
+            matrix = torch.randn(extent, extent, device=self.device).to(dtype)
+            seconds = median_seconds({"product": lambda matrix=matrix: matrix @ matrix}, rounds=5)["product"]
+            if seconds > 0.05:
+                break
+        return 2 * extent**3 / seconds
+
+    def _step(self, model: torch.nn.Module, logits: Callable[[], torch.Tensor], loss: Loss) -> Step:
         model.to(self.device).train()
+        if self.options.dtype == "bfloat16-weights":
+            model.to(torch.bfloat16)
 
         def step() -> torch.Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-                return self.loss(logits())
+                return loss(logits(), self.target)
 
         step.model = model
         return step
@@ -85,7 +125,9 @@ class Bench:
         rates = dict(dropout=self.options.dropout, attention_dropout=self.options.dropout)
         config = OdeBertConfig(**{**self.shape, **rates, "ode_field": "post-norm", **settings})
         model = OdeBertModel.build_model(config, self.task)
-        return self._step(model, lambda: model(self.tokens, masked_tokens=self.masked, has_padding=False)[0])
+        logits = lambda: model(self.tokens, masked_tokens=self.masked, has_padding=False)[0]  # noqa: E731
+        padding = self.dictionary.pad()
+        return self._step(model, logits, lambda *batch: cross_entropy_and_correct(*batch, padding)[0])
 
     def roberta(self) -> Step:
         from fairseq.models.roberta import RobertaModel
@@ -97,7 +139,7 @@ class Bench:
             attention_dropout=self.options.dropout,
         )
         model = RobertaModel.build_model(options, self.task)
-        return self._step(model, lambda: model(self.tokens, masked_tokens=self.masked)[0])
+        return self._step(model, lambda: model(self.tokens, masked_tokens=self.masked)[0], _plain_loss)
 
     def bert(self) -> Step:
         from transformers import BertConfig, BertForMaskedLM
@@ -114,7 +156,7 @@ class Bench:
         )
         model = BertForMaskedLM(config)
         # It has no way to restrict the head to masked positions: that is part of what is measured.
-        return self._step(model, lambda: model(input_ids=self.tokens).logits[self.masked])
+        return self._step(model, lambda: model(input_ids=self.tokens).logits[self.masked], _plain_loss)
 
 
 def alternate(steps: dict[str, Step], rounds: int) -> dict[str, float]:
@@ -129,6 +171,17 @@ def memory(step: Step, device: str) -> int:
     return peak_bytes(lambda: step().backward(), device)
 
 
+def print_profiles(steps: dict[str, Step], device: str) -> None:
+    """Where one forward and backward pass of each spends its time."""
+    for name, step in steps.items():
+        step().backward()
+        step.model.zero_grad(set_to_none=True)
+        shares = self_time_shares(lambda step=step: step().backward(), device)
+        sys.stdout.write(f"\n{name + ': share of self time':<52} calls\n")
+        for operation, (share, calls) in itertools.islice(shares.items(), _PROFILE_ROWS):
+            sys.stdout.write(f"  {operation:<40} {share:>7.1%} {calls:>7}\n")
+
+
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
@@ -139,6 +192,27 @@ def main() -> None:
         "transformers bert": bench.bert(),
         "ode_bert euler": bench.ode_bert(ode_scheme="euler"),
     }
+    report = sys.stdout.write
+    shape = ", ".join(f"{name.replace('encoder_', '')} {value}" for name, value in bench.shape.items())
+    report(
+        f"{options.size}: {shape}; batch {options.batch} x {options.length}, vocabulary {len(bench.dictionary)}, "
+        f"dropout {options.dropout}, {options.dtype}, seed {options.seed}, {counted(options.rounds, 'round')}\n"
+        f"{conditions(options.device, options.threads)}\n"
+    )
+    if options.profile:
+        return print_profiles(steps, options.device)
+    peak = bench.peak()
+    seconds = alternate(steps, options.rounds)
+    ours = seconds["ode_bert euler"]
+    report("\nmodel                               parameters   tokens/s of ode_bert euler over it\n")
+    for name, step in steps.items():
+        count = sum(parameter.numel() for parameter in step.model.parameters())
+        report(f"{name:<35} {count:>10,}   {seconds[name] / ours:.3f}\n")
+    report(
+        f"ode_bert euler: {bench.operations() / ours / peak:.1%} of the peak of one matrix product "
+        f"({peak / 1e9:,.0f} GFLOP/s)\n"
+    )
+    del steps
     pre_norm = {
         f"ode_bert {scheme} (pre-norm)": bench.ode_bert(ode_scheme=scheme, ode_field="pre-norm")
         for scheme in ("euler", "rk2", "rk3", "rk4")
@@ -147,20 +221,6 @@ def main() -> None:
         pre_norm[f"ode_bert rk4 (pre-norm, {gradient})"] = bench.ode_bert(
             ode_scheme="rk4", ode_field="pre-norm", ode_gradient=gradient
         )
-    report = sys.stdout.write
-    shape = ", ".join(f"{name.replace('encoder_', '')} {value}" for name, value in bench.shape.items())
-    report(
-        f"{options.size}: {shape}; batch {options.batch} x {options.length}, vocabulary {len(bench.dictionary)}, "
-        f"dropout {options.dropout}, {options.dtype}, seed {options.seed}, {counted(options.rounds, 'round')}\n"
-        f"{conditions(options.device, options.threads)}\n"
-    )
-    seconds = alternate(steps, options.rounds)
-    ours = seconds["ode_bert euler"]
-    report("\nmodel                               parameters   tokens/s of ode_bert euler over it\n")
-    for name, step in steps.items():
-        count = sum(parameter.numel() for parameter in step.model.parameters())
-        report(f"{name:<35} {count:>10,}   {seconds[name] / ours:.3f}\n")
-    del steps
     seconds = alternate(pre_norm, options.rounds)
     euler = "ode_bert euler (pre-norm)"
     peaks = {name: memory(step, options.device) for name, step in pre_norm.items()}

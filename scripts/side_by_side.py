@@ -19,22 +19,33 @@ Call = Callable[[], Any]
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-def median_seconds(
-    calls: dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
-) -> dict[str, float]:
-    """Median seconds of each call. They take turns, one call each per round, so that whatever else the machine does
-    hits all alike; ``before`` is called with the name and is not timed."""
-    times: dict[str, list] = {name: [] for name in calls}
+def all_seconds(
+    calls: dict[str, Call],
+    rounds: int,
+    before: Callable[[str], None] = lambda name: None,
+    warm_up: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round. They take turns, one call each per round, so that whatever else the machine
+    does hits all alike; ``before`` is called with the name and is not timed."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + warm_up):
         for name, call in calls.items():
             before(name)
             synchronise()
-            start = time.perf_counter()
+            start = clock()
             call()
             synchronise()
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+                times[name].append(clock() - start)
+    return times
+
+
+def median_seconds(
+    calls: dict[str, Call], rounds: int, before: Callable[[str], None] = lambda name: None, warm_up: int = 2
+) -> dict[str, float]:
+    """The median of each call's :func:`all_seconds`."""
+    return {name: statistics.median(found) for name, found in all_seconds(calls, rounds, before, warm_up).items()}
 
 
 def synchronise() -> None:
@@ -60,3 +71,19 @@ def peak_bytes(call: Call, device: str = "cpu") -> int:
             live += event.nbytes()
             peak = max(peak, live)
     return peak
+
+
+def self_time_shares(call: Call, device: str = "cpu") -> dict[str, tuple[float, int]]:
+    """Share of the time of ``call`` that each operation spends itself, and its calls, the largest share first.
+
+    On an accelerator it is the accelerator's time.
+    """
+    on_device = device.startswith("cuda")
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_device
+    with profile(activities=activities) as recorded:
+        call()
+        synchronise()
+    of = "self_device_time_total" if on_device else "self_cpu_time_total"
+    found = sorted(recorded.key_averages(), key=lambda event: -getattr(event, of))
+    total = sum(getattr(event, of) for event in found)
+    return {event.key: (getattr(event, of) / total, event.count) for event in found}

@@ -233,7 +233,7 @@ def toy_flags(toy_data):
     return (
         f"{toy_data} --task implicit_masked_lm --criterion implicit_masked_lm --arch ode_bert_rk2_tiny "
         "--encoder-embed-dim 16 --encoder-ffn-embed-dim 32 --tokens-per-sample 32 --batch-size 4 "
-        "--optimizer adam --lr 2e-3 --lr-scheduler fixed"
+        "--optimizer adam --lr 2e-3 --lr-scheduler fixed --peak-tflops 0.1"
     ).split()
 
 

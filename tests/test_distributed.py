@@ -37,7 +37,7 @@ def test_two_ranks_equal_one_process_with_twice_the_batch_and_resume(
         one.metrics("train_inner"), two.metrics("train_inner") + resumed.metrics("train_inner"), strict=True
     ):
         assert stats["num_updates"] == other["num_updates"]
-        for name in ("loss", "gnorm", "wpb", "bsz", "accuracy", "evaluations", "state_rms", "gate_mean"):
+        for name in ("loss", "gnorm", "wpb", "tokens", "bsz", "accuracy", "evaluations", "state_rms", "gate_mean"):
             assert other[name] == pytest.approx(stats[name], abs=2e-3), (name, stats["num_updates"])
     theirs, ours = (torch.load(tmp_path / run / "checkpoint_last.pt")["model"] for run in ("two", "one"))
     for name, weight in ours.items():

@@ -20,17 +20,18 @@ ALLOWED = {
     "networks": {"layout", "options", "solvers", "fields", "depth"},
     "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
+    "huggingface": set("layout options solvers fields depth networks families text conversion".split()),
     "conversion": {"solvers"},
     "text": set(),
-    "huggingface": set("options layout solvers fields depth networks text conversion".split()),
     "data": {"text", "compat"},
-    "tasks": {"solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
+    "tasks": {"machine", "solvers", "fields", "depth", "models", "text", "data", "criterions", "compat"},
     "criterions": {"solvers", "fields", "depth", "networks", "models", "data", "compat"},
     "optim": {"compat"},
     "corpora": {"text", "folder_lock"},
-    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat"},
+    "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat", "huggingface"},
     "commands": set(
-        "options machine open_mp solvers depth conversion models text data compat corpora evaluation".split()
+        "options machine open_mp solvers depth conversion models text data compat corpora".split()
+        + ["evaluation", "huggingface"]
     ),
     "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
@@ -50,11 +51,12 @@ ONLY = {
     "families": {"torch"},
     "conversion": {"torch"},
     "text": {"numpy", "sentencepiece", "tokenizers"},
-    "huggingface": {"torch", "transformers", "tokenizers", "safetensors", "sentencepiece"},
+    "huggingface": {"torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub"},
     "folder_lock": set(),
     "machine": {"torch"},
     "open_mp": set(),
 }
+FAIRSEQ = ("fairseq", "fairseq_cli", "hydra", "omegaconf")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -104,22 +106,34 @@ def test_imports_point_one_way(path):
 
 def test_what_needs_no_fairseq_loads_without_it_and_soon():
     """Every module left of the models, in a process that has neither fairseq nor transformers."""
-    rooms = [path for path in FILES if folder_of(path) in WITHOUT_FAIRSEQ - {"huggingface"}]
+    count, seconds = import_without(WITHOUT_FAIRSEQ - {"huggingface"}, *FAIRSEQ, "transformers")
+    assert count > 80 and seconds < 1.5
+
+
+def test_the_transformers_face_loads_without_fairseq():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    count, _ = import_without({"huggingface"}, *FAIRSEQ)
+    assert count > 1
+
+
+def import_without(folders, *absent):
+    """How many modules these folders have, and how long importing them took in a process without some packages."""
+    rooms = [path for path in FILES if folder_of(path) in folders]
     names = [".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)) for path in rooms]
     code = """
 import importlib, sys, time
-for absent in ("fairseq", "fairseq_cli", "hydra", "omegaconf", "transformers"):
+for absent in sys.argv[1].split():
     sys.modules[absent] = None
 import torch
 started = time.process_time()
-for name in sys.argv[1:]:
+for name in sys.argv[2:]:
     importlib.import_module(name.removesuffix(".__init__"))
 print(time.process_time() - started)
 """
-    command = [sys.executable, "-W", "ignore", "-c", code, *names]
+    command = [sys.executable, "-W", "ignore", "-c", code, " ".join(absent), *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
-    assert len(names) > 80 and float(done.stdout) < 1.5
+    return len(names), float(done.stdout)
 
 
 def test_objectives_are_numpy_alone():
@@ -140,6 +154,9 @@ def test_objectives_are_numpy_alone():
         ("depth", "fairseq_implicit.models.bert", True),
         ("networks", "fairseq.modules", True),
         ("networks", "transformers", True),
+        ("huggingface", "transformers.AutoModel", False),
+        ("huggingface", "fairseq.models", True),
+        ("huggingface", "fairseq_implicit.models.ode_bert", True),
         ("networks", "fairseq_implicit.models.config", True),
         ("families", "fairseq_implicit.models.config", True),
         ("models", "fairseq_implicit.networks.encoder", False),

@@ -27,6 +27,8 @@ COMMANDS = {
     "checkpoint-flags": "the fairseq-train flags that rebuild a checkpoint's model",
     "average-checkpoints": "the mean of the weights of several checkpoints",
     "convert": "RoBERTa to ode_bert; a weight-tied ode_bert to deq_bert and back",
+    "export": "a checkpoint as a folder that transformers opens",
+    "import": "such a folder as a checkpoint",
     "depth-sweep": "one checkpoint under other schemes, steps and tolerances",
     "budget-sweep": "one deq_bert under other solvers and budgets",
     "plot-losses": "the loss curves of a training as a picture",

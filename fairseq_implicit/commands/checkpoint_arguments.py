@@ -32,10 +32,11 @@ def add_dial_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device(name: str) -> str:
+def device(name: str) -> str:
+    """A device of torch that is there, for ``--device``."""
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -6,10 +6,20 @@ plugin's flags: in ``fairseq-train``, in every rank, in ``fairseq-validate``, ``
 changes nothing for models and tasks that never meet the gap.
 """
 
-from fairseq_implicit.compat import averages, batches, checkpoints, flags, parameters, preprocess, reports, training
+from fairseq_implicit.compat import (
+    averages,
+    batches,
+    checkpoints,
+    flags,
+    loop,
+    parameters,
+    preprocess,
+    reports,
+    training,
+)
 
 
 def register() -> None:
     """Closes the gaps; calling it again changes nothing."""
-    for module in (averages, batches, checkpoints, flags, parameters, preprocess, reports, training):
+    for module in (averages, batches, checkpoints, flags, loop, parameters, preprocess, reports, training):
         module.register()

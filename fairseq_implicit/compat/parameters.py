@@ -1,6 +1,6 @@
 """Weights that no weight decay should pull towards zero; fairseq's optimisers are told of no parameter what it is."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from fairseq.optim import fp16_optimizer
@@ -32,9 +32,6 @@ def _build_fp32_params(original, args, params, flatten=True):
     copies = original(args, params, flatten)
     if not flatten:
         for parameter, copy in zip(params, copies, strict=True):
-            vars(copy).update(_marks(parameter))
+            if _MARK in vars(parameter):
+                leave_undecayed([copy])
     return copies
-
-
-def _marks(parameter: torch.Tensor) -> Iterator[tuple[str, bool]]:
-    return ((name, value) for name, value in vars(parameter).items() if name == _MARK)

@@ -31,7 +31,7 @@ def register() -> None:
 
 
 class ComparesCheckpoints:
-    """A task whose ``set_checkpoint_dict`` compares a checkpoint with its data and changes nothing.
+    """A task whose ``set_checkpoint_dict`` compares a checkpoint with its data and changes nothing but its counts.
 
     fairseq calls it only where the order of the data is resumed as well; such a task is asked wherever a training
     starts from a checkpoint.
@@ -47,6 +47,8 @@ def _load_checkpoint(original, cfg, trainer, **kwargs):
     from fairseq_cli import train
 
     wrap(train, "train", _train)
+    if _is_set(trainer.cfg, "compile_blocks"):
+        trainer.get_model().compile_blocks()
     if saves_on_signal(trainer.cfg):
         wrap(train, "validate_and_save", _validate_and_save)
         wrap(type(trainer), "valid_step", _valid_step)
@@ -152,8 +154,13 @@ requests = _Requests()
 
 
 def saves_on_signal(cfg: omegaconf.DictConfig) -> bool:
-    """Whether a run's model was given ``--save-on-signal``; models of others have no such field."""
-    return isinstance(cfg.model, omegaconf.DictConfig) and bool(cfg.model.get("save_on_signal", False))
+    """Whether a run's model was given ``--save-on-signal``."""
+    return _is_set(cfg, "save_on_signal")
+
+
+def _is_set(cfg: omegaconf.DictConfig, field: str) -> bool:
+    """Whether a run's model was given a flag of this package; models of others have no such field."""
+    return isinstance(cfg.model, omegaconf.DictConfig) and bool(cfg.model.get(field, False))
 
 
 def _end_by(number: int) -> None:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
@@ -14,11 +13,12 @@ from torch import Tensor
 
 from fairseq_implicit.compat.outputs import output_of
 from fairseq_implicit.compat.reports import keep_out_of_text_bars
+from fairseq_implicit.networks.cross_entropy import cross_entropy_and_correct
 from fairseq_implicit.networks.output import ModelOutput
 
 # Keys of the logging output with a meaning of their own. Every other key is a statistic or penalty: summed over
 # batches, and divided by the number of batches when it is reported.
-_RESERVED = ("loss", "ntokens", "nsentences", "sample_size", "correct", "batches", "auxiliary_loss")
+_RESERVED = ("loss", "ntokens", "nsentences", "sample_size", "correct", "batches", "auxiliary_loss", "operations")
 _SHOWN = 8  # statistics that a line of text has room for; all of them go to TensorBoard and JSON
 
 
@@ -56,18 +56,23 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
         returned = model(**sample["net_input"], masked_tokens=masked)
         output = output_of(returned) or ModelOutput(returned[0])
         target = target.reshape(-1) if masked is None else target[masked]
-        cross_entropy = self._cross_entropy(output.values, target)
+        cross_entropy, correct = cross_entropy_and_correct(output.values, target, self.padding_idx)
         loss = cross_entropy
         logging_output = {
             "loss": cross_entropy.detach(),
             "ntokens": sample["ntokens"],
             "nsentences": sample["nsentences"],
             "sample_size": sample_size,
-            "correct": self._correct(output.values, target),
+            "correct": correct,
             "batches": 1,
         }
+        if self.training:
+            logging_output["operations"] = output.operations
         if output.auxiliary:
-            weighted = sum(weight * self._cross_entropy(logits, target) for weight, logits in output.auxiliary)
+            weighted = sum(
+                weight * cross_entropy_and_correct(logits, target, self.padding_idx)[0]
+                for weight, logits in output.auxiliary
+            )
             loss = loss + weighted
             logging_output["auxiliary_loss"] = weighted.detach()
         for name, penalty in output.penalties.items():
@@ -83,17 +88,6 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
         if masked.device.type == "cpu":
             return masked if masked.any() else None
         return masked | ~masked.any()  # the same without waiting for the device
-
-    def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        logits = logits.reshape(-1, logits.size(-1))
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        return F.cross_entropy(logits, target, ignore_index=self.padding_idx, reduction="sum")
-
-    @torch.no_grad()
-    def _correct(self, logits: Tensor, target: Tensor) -> Tensor:
-        guess = logits.reshape(-1, logits.size(-1)).argmax(dim=-1)
-        return ((guess == target) & target.ne(self.padding_idx)).sum()
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:

@@ -48,6 +48,17 @@ class UpdateCount(nn.Module):
             self.earlier = torch.full_like(self.earlier, self.value - num_updates)
         self._current = num_updates
 
+    @torch.no_grad()
+    def reach(self, updates: int) -> None:
+        """Set the count, and let the buffer hold all of it: for a training whose weights carry the number alone.
+
+        No device is waited for.
+        """
+        self._current = 0
+        if self._seen is None or self.value != updates:
+            self.earlier.fill_(updates)
+            self._seen = self.earlier, self.earlier._version, updates
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         state_dict.setdefault(prefix + "earlier", torch.zeros((), dtype=torch.int64))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -137,6 +137,18 @@ class ContinuousDepth(Depth):
         return self.field.layers()
 
     @property
+    def piecewise(self) -> bool:
+        return self.field.piecewise
+
+    @property
+    def scheduled(self) -> bool:
+        return self.random_steps is not None
+
+    def count_updates(self, updates: int) -> None:
+        if self.random_steps is not None:
+            self.random_steps.update = updates
+
+    @property
     def step_control(self) -> str:
         """``sample`` or ``batch``: that of a solve in the present mode, training or evaluation."""
         if self.config.step_control != "auto":
@@ -169,7 +181,7 @@ class ContinuousDepth(Depth):
         # Penalties need the trajectory only where they are trained.
         penalised = self.config.penalised and torch.is_grad_enabled()
         keep = Keep(states=return_hidden_states or penalised, penalties=penalised)
-        f = self.field.prepare(x, layout)
+        f = self.field.prepare(x, layout).within(self.around)
         solution = self.solve(f, x, layout, keep)
         penalties = self._penalties(f, solution, layout, x.dtype) if penalised else {}
         state = solution.state.to(x.dtype)
@@ -177,7 +189,9 @@ class ContinuousDepth(Depth):
         if self.final_norm is not None:
             state = self.final_norm(state)
         hidden_states = [one.to(x.dtype) for one in solution.states] if return_hidden_states else None
-        return DepthOutput(state, hidden_states, statistics, penalties)
+        cost = self.config.solver.update_cost(statistics["evaluations"], statistics["evaluations_backward"], 1)
+        operations = cost * self.field.operations(x.shape[1])
+        return DepthOutput(state, hidden_states, statistics, penalties, operations=operations)
 
     def solve(self, f: Increment, x: Tensor, layout: Layout = UNPADDED, keep: Keep = NOTHING) -> Solution:
         """The solve of the prepared field over the whole depth; arguments and errors as in :meth:`forward`."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -134,18 +134,18 @@ class EquilibriumConfig:
             raise OptionError("correction_weight", "weight must be positive and decay in (0, 1].")
 
 
-class _Recomputed(StateMap):
-    """A map whose activations are computed again in the backward pass."""
+class _Within(StateMap):
+    """A map with something put around it."""
 
-    def __init__(self, cell: StateMap):
-        self.cell, self.function = cell, recomputed(cell)
+    def __init__(self, cell: StateMap, around: Callable[[Callable], Callable]):
+        self.cell, self.around, self.function = cell, around, around(cell)
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.function(z)
 
     def rows(self, index: Tensor) -> StateMap | None:
         chosen = self.cell.rows(index)
-        return None if chosen is None else _Recomputed(chosen)
+        return None if chosen is None else _Within(chosen, self.around)
 
 
 class EquilibriumDepth(Depth):
@@ -193,6 +193,17 @@ class EquilibriumDepth(Depth):
     def initialise(self) -> None:
         self.cell.initialise()
 
+    @property
+    def scheduled(self) -> bool:
+        return self.config.monitor_interval > 0 or self.config.phases.moves
+
+    def count_updates(self, updates: int) -> None:
+        self.updates.reach(updates)
+
+    @property
+    def updates_seen(self) -> int:
+        return self.updates.value
+
     def phase(self) -> Phase:
         """What this pass does: the schedule's phase in training, the full solve in evaluation."""
         config = self.config
@@ -232,7 +243,9 @@ class EquilibriumDepth(Depth):
         auxiliary = [
             (weight, self._finish(found.iterates[count], layout, None)) for count, weight in self._correction_weights()
         ]
-        return DepthOutput(state, hidden, self._statistics(found, phase), penalties, auxiliary)
+        statistics = self._statistics(found, phase)
+        operations = self._operations(statistics, phase, x.shape[1])
+        return DepthOutput(state, hidden, statistics, penalties, auxiliary, operations)
 
     def _through(
         self, layers: Iterable[CellLayer], state: Tensor, layout: Layout, hidden: list[Tensor] | None
@@ -255,8 +268,9 @@ class EquilibriumDepth(Depth):
     def _solve(self, cell: CellMap, x: Tensor, layout: Layout, phase: Phase) -> Equilibrium:
         f = cell.severed() if phase.gradient.reconstructs else cell
         leaves = f.depends_on
+        compiled = _Within(f, self.around)
         return phase.gradient.equilibrium(
-            _Recomputed(f) if self.config.recompute else f,
+            _Within(compiled, recomputed) if self.config.recompute else compiled,
             self._initial_state(x),
             phase.solver,
             layout,
@@ -371,6 +385,17 @@ class EquilibriumDepth(Depth):
             f"Raise `injection_gain` above {injection.gain:g}, lower the scale of the initial weights, set "
             "`jacobian_weight`,"
         )
+
+    def _operations(self, statistics: dict[str, float | Tensor], phase: Phase, time: int) -> float | Tensor:
+        """See :class:`DepthOutput`; of ``time`` tokens a sequence, penalties and measurements not included."""
+        gradient = phase.gradient
+        cost = gradient.update_cost(statistics["evaluations"], statistics["evaluations_backward"])[0]
+        if self.config.recompute:
+            cost = cost + gradient.steps  # the tracked evaluations
+        codas = 1 + len(self._correction_weights())
+        explicit = sum(layer.operations(time) for layer in self.prelude)
+        explicit += sum(layer.operations(time) for layer in self.coda) * codas
+        return cost * self.cell.operations(time) + 3 * explicit
 
     def _statistics(self, found: Equilibrium, phase: Phase) -> dict[str, float | Tensor]:
         result, adjoint = found.solve, self.adjoint

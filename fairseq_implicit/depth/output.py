@@ -1,6 +1,6 @@
 """What every depth (stack, continuum, equilibrium) is to the model, and what it returns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class DepthOutput:
             adds each to the loss, times the sample size.
         auxiliary_states: ``(weight, state)`` pairs whose masked-LM loss is added to the loss with that weight
             (fixed-point correction).
+        operations: floating-point operations of the forward and backward pass per token: those of the matrix products
+            of all evaluations, recomputation included. Of backward passes that solve something the last one that is
+            known counts.
     """
 
     state: Tensor
@@ -29,10 +32,17 @@ class DepthOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary_states: list[tuple[float, Tensor]] = field(default_factory=list)
+    operations: float | Tensor = 0.0
 
 
 class Depth(nn.Module):
-    """What lies between a network's embeddings and its heads: fields and how they are solved."""
+    """What lies between a network's embeddings and its heads: fields and how they are solved.
+
+    Attributes:
+        around: what is put around the function of each solve, such as a compiler.
+    """
+
+    around: Callable[[Callable], Callable] = staticmethod(lambda function: function)
 
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Solve.
@@ -44,6 +54,11 @@ class Depth(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} defines no forward(): a depth must solve its fields there")
 
+    @property
+    def piecewise(self) -> bool:
+        """Whether other weights act at other times of one solve."""
+        return False
+
     def layers(self) -> Iterator[Field]:
         """The fields of one layer each, every one once."""
         raise TypeError(f"{type(self).__name__} defines no layers(): a depth must name its fields there")
@@ -52,3 +67,22 @@ class Depth(nn.Module):
         """Called after the initialisation of all linear maps, for what must start otherwise."""
         for layer in self.layers():
             layer.initialise()
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether training must be told its updates, because something depends on their number."""
+        return False
+
+    def count_updates(self, updates: int) -> None:
+        """Told by a training that keeps no number of its own through the weights' whole life, before each update.
+
+        fairseq, which keeps one, tells the depth's parts through ``set_num_updates``.
+
+        Args:
+            updates: how many the weights have seen, those of earlier trainings included.
+        """
+
+    @property
+    def updates_seen(self) -> int:
+        """How many the weights have seen, where the state dict holds their number; otherwise 0."""
+        return 0

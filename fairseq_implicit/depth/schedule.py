@@ -79,6 +79,13 @@ class PhaseConfig:
         if self.jacobian_weight_step and not self.jacobian_weight:
             raise OptionError("jacobian_weight_step", "there is no Jacobian penalty to strengthen; give it a weight.")
 
+    @property
+    def moves(self) -> bool:
+        """Whether two updates may differ."""
+        timed = self.warmup_updates or self.phantom_updates or self.ramp_updates or self.jacobian_weight_interval
+        drawn = self.budget_jitter or (self.jacobian_weight and self.jacobian_frequency < 1)
+        return bool(timed or drawn)
+
     def check(self, solver: FixedPointConfig, gradient: EquilibriumGradient) -> None:
         """Refuse schedules that contradict the solver or gradient they lead to.
 

@@ -163,6 +163,15 @@ class BlockStack(Depth):
         """Called by fairseq before every update."""
         self.update = num_updates
 
+    @property
+    def scheduled(self) -> bool:
+        return self.random_steps is not None
+
+    def count_updates(self, updates: int) -> None:
+        self.update = updates
+        if self.random_steps is not None:
+            self.random_steps.update = updates
+
     def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
         """Integrate through all blocks.
 
@@ -194,7 +203,7 @@ class BlockStack(Depth):
                 # What is carried along is lost: the Adams pair restarts after a gap.
                 result = None
             else:
-                f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), layout)
+                f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), layout).within(self.around)
                 result = self._solve(solver, f, state, block, layout, entries, carried, x.dtype)
             state, carried = (state, None) if result is None else (result.state, result.carried)
             if self.history is not None:
@@ -206,7 +215,12 @@ class BlockStack(Depth):
         state = state.to(x.dtype)
         if self.final_norm is not None:
             state = self.final_norm(state)
-        return DepthOutput(state, hidden_states, report.statistics(), report.penalties())
+        statistics = report.statistics()
+        cost = solver.update_cost(
+            statistics["evaluations"], statistics.get("evaluations_backward", 0), self.config.layers
+        )
+        operations = cost * self.fields[0].operations(x.shape[1])
+        return DepthOutput(state, hidden_states, statistics, report.penalties(), operations=operations)
 
     def _solve(
         self,

@@ -87,7 +87,9 @@ class CellLayer(TransformerField):
         mix, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
         drop_mix, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
         return self.config.residual(
-            lambda y, added: drop_mix(mix(y, added)), (lambda y: drop_feed(feed(y)),), self.norms
+            lambda y, added, onto=None: drop_mix(mix(y, added), onto),
+            (lambda y, onto=None: drop_feed(feed(y), onto),),
+            self.norms,
         )
 
 
@@ -202,6 +204,10 @@ class EquilibriumCell(nn.Module):
             linear.weight.normal_(std=std)
         if linear.bias is not None:
             linear.bias.zero_()
+
+    def operations(self, time: int) -> int:
+        """Floating-point operations of one evaluation per token of a sequence of ``time``: those of matrix products."""
+        return sum(layer.operations(time) for layer in self.layers)
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> CellMap:
         """Fix one solve's noise and injection.

@@ -34,6 +34,10 @@ class Increment:
     def __call__(self, t: Time, z: Tensor) -> Tensor:
         return self.function(t, z)
 
+    def within(self, around: Callable[[VectorField], VectorField]) -> Increment:
+        """The same increment with ``around`` put around its functions; pieces stay as they are."""
+        return Increment(around(self.function), None if self.layer is None else around(self.layer), self._pieces)
+
     def pieces(self, end: float) -> tuple[Piece, ...]:
         """This increment from t = 0 to ``end``, cut at the times where it is not smooth."""
         return (Piece(self.function, end),) if self._pieces is None else self._pieces(end)
@@ -69,6 +73,10 @@ class Field(nn.Module):
     def residual_projections(self) -> Iterator[nn.Linear]:
         """The linear maps whose output is added to the state: their initialisation is scaled by the depth."""
         return iter(())
+
+    def operations(self, time: int) -> int:
+        """Floating-point operations of one evaluation per token of a sequence of ``time``: those of matrix products."""
+        raise TypeError(f"{type(self).__name__} defines no operations(): a field must count its matrix products there")
 
     def initialise(self) -> None:
         """Called after the initialisation of all linear maps, for what must start otherwise."""

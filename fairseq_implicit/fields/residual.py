@@ -18,12 +18,14 @@ outputs. Forming ``Layer(y)`` first and subtracting would lose it to rounding (1
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fairseq_implicit.fields.mixers.mixer import Mix
 
-#: ``(batch, time, dim) -> (batch, time, dim)``
-Branch = Callable[[Tensor], Tensor]
+#: ``branch(y, onto=None)``: ``(batch, time, dim) -> (batch, time, dim)``, added to ``onto``, so that a branch that
+#: ends in its dropout needs no pass of its own for the sum.
+Branch = Callable[..., Tensor]
 
 #: What enters a layer from outside: into the stream, ``(batch, time, dim)``, and into the mixer's projections.
 Injected = tuple[Tensor | None, Tensor | None]
@@ -42,7 +44,7 @@ class Residual:
 
     mix: Mix
     feeds: tuple[Branch, ...]
-    norms: tuple[Branch, ...]
+    norms: tuple[Callable[[Tensor], Tensor], ...]
 
     feed_count = 1
     norm_count = 2
@@ -59,7 +61,7 @@ class Residual:
         first, *others = self.branches()
         total = first(y)
         for branch in others:
-            total = total + branch(y + total)
+            total = branch(y + total, onto=total)
         return total
 
     def layer(self, y: Tensor, injected: Injected = NOTHING) -> Tensor:
@@ -67,21 +69,24 @@ class Residual:
         stream, added = injected
         y = y if stream is None else y + stream
         for branch in self.branches(added):
-            y = y + branch(y)
+            y = branch(y, onto=y)
         return y
 
 
 class PreNorm(Residual):
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
         (feed,), (mix_norm, feed_norm) = self.feeds, self.norms
-        return (lambda y: self.mix(mix_norm(y), added)), (lambda y: feed(feed_norm(y)))
+        return (
+            lambda y, onto=None: self.mix(mix_norm(y), added, onto=onto),
+            lambda y, onto=None: feed(feed_norm(y), onto=onto),
+        )
 
 
 class PostNorm(Residual):
     ends_in_norm = True
 
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
-        return (lambda y: self.mix(y, added)), *self.feeds
+        return (lambda y, onto=None: self.mix(y, added, onto=onto)), *self.feeds
 
     def increment(self, y: Tensor) -> Tensor:
         return self.layer(y) - y
@@ -90,7 +95,7 @@ class PostNorm(Residual):
         stream, added = injected
         total = y if stream is None else y + stream
         for branch, norm in zip(self.branches(added), self.norms, strict=True):
-            y = total = norm(total + branch(y))
+            y = total = norm(branch(y, onto=total))
         return y
 
 
@@ -100,9 +105,10 @@ class Parallel(Residual):
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
         (feed,), (norm,) = self.feeds, self.norms
 
-        def both(y: Tensor) -> Tensor:
+        def both(y: Tensor, onto: Tensor | None = None) -> Tensor:
             normed = norm(y)
-            return self.mix(normed, added) + feed(normed)
+            total = feed(normed, onto=self.mix(normed, added))
+            return total if onto is None else onto + total
 
         return (both,)
 
@@ -113,10 +119,14 @@ class Macaron(Residual):
 
     def branches(self, added: Tensor | None = None) -> tuple[Branch, ...]:
         (first_feed, feed), (first_norm, mix_norm, feed_norm) = self.feeds, self.norms
+
+        def half(y: Tensor, onto: Tensor | None) -> Tensor:
+            return y * 0.5 if onto is None else torch.add(onto, y, alpha=0.5)
+
         return (
-            lambda y: first_feed(first_norm(y)) * 0.5,
-            lambda y: self.mix(mix_norm(y), added),
-            lambda y: feed(feed_norm(y)) * 0.5,
+            lambda y, onto=None: half(first_feed(first_norm(y)), onto),
+            lambda y, onto=None: self.mix(mix_norm(y), added, onto=onto),
+            lambda y, onto=None: half(feed(feed_norm(y)), onto),
         )
 
 

@@ -4,11 +4,15 @@ With masks redrawn at every evaluation the field is not a function: neither the 
 means anything, and an adaptive solver multiplies its evaluations. Each site therefore draws one mask per solve.
 """
 
-from collections.abc import Callable
+import math
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fairseq_implicit.solvers.precision import field_dtype
 
 POLICIES = ("shared", "independent")
 
@@ -16,9 +20,18 @@ POLICIES = ("shared", "independent")
 #: floating-point draw per element. The rate is exact to 2**-17, and the scale uses the rate really drawn.
 _WORD = 1 << 16
 
+#: The bits of 1 in the types of 16 bits: there the words themselves become the mask, without another tensor.
+_ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 
-def _identity(x: Tensor) -> Tensor:
-    return x
+
+class Drop(Protocol):
+    """One site's noise of one solve: ``drop(x)``, or ``drop(x, onto)`` for ``onto + drop(x)`` in one pass."""
+
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor: ...
+
+
+def _unchanged(x: Tensor, onto: Tensor | None = None) -> Tensor:
+    return x if onto is None else onto + x
 
 
 def check_rate(name: str, rate: float) -> float:
@@ -35,19 +48,49 @@ def check_policy(policy: str) -> str:
     return policy
 
 
-def keep_mask(shape: tuple[int, ...], rate: float, device: torch.device) -> tuple[Tensor, float]:
-    """Draw a bool mask, True with probability ``1 - rate``, and the scale that keeps the mean.
+def keep_mask(
+    shape: tuple[int, ...], rate: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, float]:
+    """Draw a mask of ``dtype``, 1 with probability ``1 - rate`` and else 0, and the scale that keeps the mean.
+
+    The mask has the precision of what it multiplies: a bool one is promoted through a copy, forward and backward, which
+    in half precision costs four times the product.
 
     Returns:
         mask of ``shape`` and ``1 / (1 - rate')`` where ``rate'`` is ``rate`` rounded to 16 bits.
     """
     dropped = min(round(rate * _WORD), _WORD - 1)
-    count = 1
-    for extent in shape:
-        count *= extent
+    count = math.prod(shape)
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    mask = words.view(torch.int16)[:count].view(shape) >= dropped - _WORD // 2
+    kept = words.view(torch.int16)[:count].view(shape).ge_(dropped - _WORD // 2)
+    one = _ONE.get(dtype)
+    mask = kept.to(dtype) if one is None else kept.mul_(one).view(dtype)
     return mask, _WORD / (_WORD - dropped)
+
+
+class _Masked(torch.autograd.Function):
+    """``onto + scale · mask · x`` in one pass, forward and backward; ``onto`` may be a 0-dim zero.
+
+    The scale enters each product before it is rounded. In half precision it would itself be rounded as a tensor (1/0.9
+    is off by 0.15 % in bfloat16), which is what the derivative of ``addcmul`` makes of it. The mask is 0 or 1, so the
+    sum has the bits of a product and an addition that follows.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor, scale: float, onto: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.scale, ctx.dtype, ctx.onto = scale, x.dtype, onto.dtype
+        return torch.addcmul(onto, x, mask, value=scale)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (mask,) = ctx.saved_tensors
+        x = onto = None
+        if ctx.needs_input_grad[0]:
+            x = _Masked.apply(gradient, mask, ctx.scale, gradient.new_zeros(())).to(ctx.dtype)
+        if ctx.needs_input_grad[3]:
+            onto = gradient.to(ctx.onto)
+        return x, None, None, onto
 
 
 class SharedDropout(nn.Module):
@@ -67,28 +110,26 @@ class SharedDropout(nn.Module):
         self.rate = check_rate("dropout", rate)
         self.policy = check_policy(policy)
 
-    def prepare(self, like: Tensor, width: int | None = None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, like: Tensor, width: int | None = None) -> Drop:
         """Fix the mask of one solve.
 
         Args:
             like: a tensor ``(batch, time, dim)`` on the device and in the dtype of what will be dropped.
-            width: last extent of what will be dropped, where it is not that of ``like``.
+            width: last extent of what will be dropped inside a sub-layer, where it is not that of ``like``. There it
+                comes from a matrix product, in the precision of autocast where that is on.
         """
         if not self.training or self.rate == 0.0:
-            return _identity
+            return _unchanged
         if self.policy == "independent":
-            return lambda x: functional.dropout(x, self.rate, training=True)
-        shape = like.shape if width is None else (*like.shape[:-1], width)
-        return self._masked(shape, like)
+            return lambda x, onto=None: _unchanged(functional.dropout(x, self.rate, training=True), onto)
+        if width is None:
+            return self._masked(like.shape, like.dtype, like.device)
+        return self._masked((*like.shape[:-1], width), field_dtype(like), like.device)
 
-    def _masked(self, shape: tuple[int, ...], like: Tensor) -> Callable[[Tensor], Tensor]:
-        mask, scale = keep_mask(shape, self.rate, like.device)
-        if like.dtype in (torch.float32, torch.float64):
-            # One multiplication per evaluation instead of two; four bytes per element, shared by all stages.
-            factor = mask.to(like.dtype).mul_(scale)
-            return lambda x: x * factor
-        # A half-precision scale would be rounded (1/0.9 is off by 0.15 % in bfloat16), so it stays a Python number.
-        return lambda x: (x * mask).mul_(scale)
+    def _masked(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Drop:
+        mask, scale = keep_mask(shape, self.rate, device, dtype)
+        zero = mask.new_zeros(())
+        return lambda x, onto=None: _Masked.apply(x, mask, scale, zero if onto is None else onto)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, policy={self.policy}"
@@ -97,14 +138,12 @@ class SharedDropout(nn.Module):
 class DropPath(SharedDropout):
     """Stochastic depth: the whole increment of a sample is dropped, or scaled to keep the mean (arXiv 1603.09382)."""
 
-    def prepare(self, like: Tensor, width: int | None = None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, like: Tensor, width: int | None = None) -> Drop:
         """Fix which samples keep their increment: a mask ``(batch, 1, 1)``."""
         if not self.training or self.rate == 0.0:
-            return _identity
-        shape = (like.shape[0], 1, 1)
-        if self.policy == "independent":
-            return lambda x: self._masked(shape, like)(x)
-        return self._masked(shape, like)
+            return _unchanged
+        drawn = partial(self._masked, (like.shape[0], 1, 1), like.dtype, like.device)
+        return (lambda x, onto=None: drawn()(x, onto)) if self.policy == "independent" else drawn()
 
 
 class ReplayedGenerator:

@@ -21,3 +21,8 @@ class SubLayer(nn.Module):
 
     def start_at_neighbours(self, moved: Moved) -> None:
         """Start by reading the tokens beside each, where positions are sinusoids that ``moved`` knows."""
+
+    def operations(self, time: int) -> int:
+        """Floating-point operations that one token costs among ``time``: those of the matrix products."""
+        projections = (*self.inner_projections(), *self.residual_projections())
+        return 2 * sum(linear.in_features * linear.out_features for linear in projections)

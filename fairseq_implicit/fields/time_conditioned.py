@@ -148,6 +148,9 @@ class InterpolatedField(Field):
     def layers(self) -> Iterator[Field]:
         return iter(self.knots)
 
+    def operations(self, time: int) -> int:
+        return self.knots[0].operations(time)  # with weights mixed of two knots
+
     def position(self, t: float, knot: int | None = None) -> tuple[int, float]:
         """The knot at or before ``t`` and the share of the next one, in [0, 1].
 

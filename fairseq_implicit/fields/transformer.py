@@ -95,6 +95,9 @@ class TransformerField(Field):
         sub_layers = (self.attention, self.feed_forward, self.first_feed_forward)
         return (sub_layer for sub_layer in sub_layers if sub_layer is not None)
 
+    def operations(self, time: int) -> int:
+        return sum(sub_layer.operations(time) for sub_layer in self.sub_layers())
+
     def residual_projections(self) -> Iterator[nn.Linear]:
         for sub_layer in self.sub_layers():
             yield from sub_layer.residual_projections()
@@ -109,7 +112,7 @@ class TransformerField(Field):
 
         def dropped(branch):
             drop = self.dropout.prepare(x)
-            return lambda y, *added: drop(branch(y, *added))
+            return lambda y, *added, onto=None: drop(branch(y, *added), onto)
 
         mix = dropped(self.attention.prepare(x, layout))
         feed = dropped(self.feed_forward.prepare(x))

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from fairseq_implicit.compat.outputs import for_fairseq
 from fairseq_implicit.compat.parameters import leave_undecayed
+from fairseq_implicit.depth.compilation import compile_fields
 from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.fields.time_conditioned import DepthEmbedding
@@ -94,6 +95,15 @@ class ImplicitBertModel(BaseFairseqModel):
         with typed.flags.naming():
             depth, dictionary = typed.build_depth(), task.source_dictionary
         return cls(typed, ImplicitBertEncoder(typed.network(len(dictionary), dictionary.pad()), depth, dictionary))
+
+    def compile_blocks(self) -> None:
+        """For the rest of a training; who opens its checkpoint needs no compiler.
+
+        Raises:
+            ValueError: there is none, or the weights are others at every time.
+        """
+        with self.args.flags.naming():
+            compile_fields(self.encoder.depth)
 
     @classmethod
     def config_class(cls):

@@ -60,15 +60,24 @@ class Embeddings(nn.Module):
         self.layernorm_embedding = None if config.norm is None else config.norm.build(config.dim)
         self.dropout = SharedDropout(config.dropout)
 
-    def layout(self, tokens: Tensor, segments: Tensor | None = None, has_padding: bool | None = None) -> Layout:
+    def layout(
+        self,
+        tokens: Tensor,
+        segments: Tensor | None = None,
+        has_padding: bool | None = None,
+        attended: Tensor | None = None,
+    ) -> Layout:
         """That of a batch.
 
         Args:
             tokens: ``(batch, time)`` ids.
             segments: ``(batch, time)`` int64, the part of its sample that each token belongs to.
             has_padding: whether ``tokens`` holds padding, where the caller knows: no GPU is asked.
+            attended: ``(batch, time)`` bool, False at tokens that are padding whatever their id.
         """
         real = None if has_padding is False else tokens.ne(self.embeddings.padding)
+        if attended is not None:
+            real = attended if real is None else real & attended
         if has_padding is None and real is not None and real.device.type == "cpu" and real.all():
             real = None
         return UNPADDED if real is None and segments is None else Layout(real, segments=segments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class Encoder(Embeddings):
         return_hidden_states: bool = False,
         has_padding: bool | None = None,
         token_embeddings: Tensor | None = None,
+        attended: Tensor | None = None,
     ) -> ModelOutput:
         """Run the network. Inputs that it does not know are refused.
 
@@ -60,20 +61,30 @@ class Encoder(Embeddings):
             return_hidden_states: also return the states along the depth.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
             token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
+            attended: ``(batch, time)`` bool, False at tokens that are padding whatever their id.
 
         Raises:
             ValueError: more tokens than positions, or logits of a network without a head.
             TypeError: segments for a network that takes none.
         """
-        layout = self.layout(tokens, segments, has_padding)
+        layout = self.layout(tokens, segments, has_padding, attended)
         depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states)
         output = ModelOutput(
-            depth.state, depth.hidden_states, depth.statistics, depth.penalties, depth.auxiliary_states
+            depth.state,
+            depth.hidden_states,
+            depth.statistics,
+            depth.penalties,
+            depth.auxiliary_states,
+            depth.operations * tokens.numel(),
         )
         if features_only:
             return output
         selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
-        return output.read_by(lambda features: self.logits(features, selected))
+        output = output.read_by(lambda features: self.logits(features, selected))
+        assert self.lm_head is not None, "logits() refuses a network without"
+        predicted = tokens.numel() if selected is None else selected.numel()
+        head = 3 * self.lm_head.operations() * predicted * (1 + len(output.auxiliary))
+        return replace(output, operations=output.operations + head)
 
     @property
     def dtype(self) -> torch.dtype:

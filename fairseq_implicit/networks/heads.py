@@ -51,9 +51,14 @@ class MaskedLMHead(nn.Module):
         self.weight = embedding.weight if config.tied else nn.Linear(dim, symbols, bias=False).weight
         self.bias = nn.Parameter(torch.zeros(symbols))
 
+    def operations(self) -> int:
+        """Floating-point operations per token: those of the matrix products."""
+        return 2 * (self.dense.in_features * self.dense.out_features + self.weight.numel())
+
     def forward(self, features: Tensor) -> Tensor:
         x = self.layer_norm(ACTIVATIONS[self.activation](self.dense(features)))
-        return functional.linear(x, self.weight) + self.bias
+        # In place: the logits are the largest tensor of a step. Not in the product, which rounds otherwise.
+        return functional.linear(x, self.weight).add_(self.bias)
 
 
 class Pooler(nn.Module):

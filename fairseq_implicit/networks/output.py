@@ -20,6 +20,8 @@ class ModelOutput:
         penalties: name -> 0-dim tensor with gradient, already weighted, per unit of the loss's sample size.
         auxiliary: ``(weight, values)`` pairs: what a corrected state gives in place of the last, whose loss is added
             with that weight.
+        operations: floating-point operations of the forward and backward pass on this batch, padding included: those of
+            the matrix products (see :class:`~fairseq_implicit.depth.output.DepthOutput`).
     """
 
     values: Tensor
@@ -27,6 +29,7 @@ class ModelOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary: list[tuple[float, Tensor]] = field(default_factory=list)
+    operations: float | Tensor = 0.0
 
     def read_by(self, head: Callable[[Tensor], Tensor]) -> ModelOutput:
         """The same output with what ``head`` makes of the features, of the auxiliary ones, too."""

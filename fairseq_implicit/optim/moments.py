@@ -169,6 +169,10 @@ class MomentsOptimizer(FairseqOptimizer):
             )
         return True
 
+    def load_state_dict(self, state_dict: Dict[str, Any], optimizer_overrides=None) -> None:
+        """Takes also the state of all parameters as one vector, as fairseq's ``adam`` keeps it with ``--fp16``."""
+        super().load_state_dict(_cut(state_dict, list(self.params)), optimizer_overrides)
+
     def multiply_grads(self, c: "float | Tensor") -> None:
         """Notes a factor of the gradients, which the step applies; what the model holds stays as it is."""
         self._factor = self._factor * c
@@ -195,6 +199,19 @@ class MomentsOptimizer(FairseqOptimizer):
         for parameter in self.params:
             parameter.grad = None
         self._factor = 1.0
+
+
+def _cut(state_dict: Dict[str, Any], parameters: List[Tensor]) -> Dict[str, Any]:
+    """The state of each parameter, where the state is that of one vector which holds them all in their order."""
+    sizes = [parameter.numel() for parameter in parameters]
+    state, group = state_dict["state"].get(0, {}), state_dict["param_groups"][0]
+    if len(sizes) == 1 or len(group["params"]) != 1 or not state or state["exp_avg"].numel() != sum(sizes):
+        return state_dict
+    cut: Dict[int, Dict[str, Any]] = {index: {"step": state["step"]} for index in range(len(sizes))}
+    for name in ("exp_avg", "exp_avg_sq"):
+        for index, piece in enumerate(state[name].split(sizes)):
+            cut[index][name] = piece.view_as(parameters[index]).clone()
+    return {**state_dict, "state": cut, "param_groups": [{**group, "params": list(cut)}]}
 
 
 def _betas(value: Any) -> Tuple[float, float]:

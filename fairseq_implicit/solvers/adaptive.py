@@ -94,6 +94,11 @@ class Adaptive(Solver):
         """The weights of the stages: always the tableau's b, whose error is estimated."""
         return Combination(embedded_pair(self.scheme)[0])
 
+    def update_cost(self, forward, backward, solves):
+        # The last evaluation of a solve is for its error, or for a next step that never comes.
+        through = 0 if not self.gradient.along_the_way else solves
+        return self.gradient.update_cost(forward - through, backward)[0] + through
+
     def integrate(
         self,
         f: VectorField,

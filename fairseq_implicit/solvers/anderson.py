@@ -26,33 +26,38 @@ class Anderson(Picard):
     def __init__(self, z: Tensor, window: int, ridge: float):
         batch = z.shape[0]
         self.values, self.residuals = StoredStates(z, window), StoredStates(z, window)
+        # What is not present counts as a residual of 0 with a ridge of 1, which gets the weight 0.
         self.gram = torch.zeros(batch, window, window, dtype=torch.float64, device=z.device)
         self.present = torch.zeros(batch, window, dtype=torch.bool, device=z.device)
+        self.ridges = torch.ones(batch, window, dtype=torch.float32, device=z.device)
         self.ridge = ridge
         self.weights = torch.zeros(batch, window, dtype=torch.float64, device=z.device)
-        self.slot = 0
+        self.slot = self.used = 0
 
     def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
         """Take in ``f(z)`` and ``f(z) − z``, give the next state; ``damping`` is β, ``(batch, 1, 1)`` or ``None``."""
         slot, window = self.slot, self.gram.shape[1]
         self.values.put(slot, f_z)
         self.residuals.put(slot, residual)
-        products = self.residuals.products(residual, window)
+        self.present[:, slot] = True
+        self.ridges[:, slot] = self.ridge
+        # All of the window, used or not: a product of fewer columns takes another path through the library, with other
+        # rounding.
+        products = torch.where(self.present, self.residuals.products(residual, window), 0.0)
         self.gram[:, slot, :] = products
         self.gram[:, :, slot] = products
-        self.present[:, slot] = True
-        self.slot = (slot + 1) % window
+        self.slot, self.used = (slot + 1) % window, max(self.used, slot + 1)
 
         self.weights = self._weights(slot)
-        mixed = self.values.combine(self.weights)
-        return mixed if damping is None else mixed - (1 - damping) * self.residuals.combine(self.weights)
+        mixed = self.values.combine(self.weights[:, : self.used])
+        if damping is None:
+            return mixed
+        return mixed - (1 - damping) * self.residuals.combine(self.weights[:, : self.used])
 
     def expected_residual(self) -> Tensor:
         """The norm of :meth:`mixed_residual`, ``(batch,)``, as the Gram matrix has it: right to the rounding of the
         largest residual in the window times the weights' squared norm."""
-        weights = torch.where(self.present, self.weights, 0.0)
-        gram = torch.where(self.present[:, :, None] & self.present[:, None, :], self.gram, 0.0)
-        square = (weights[:, None, :] @ gram @ weights[:, :, None]).flatten()
+        square = (self.weights[:, None, :] @ self.gram @ self.weights[:, :, None]).flatten()
         return square.clamp(min=0.0).sqrt()
 
     def mixed_residual(self) -> Tensor:
@@ -60,17 +65,14 @@ class Anderson(Picard):
 
         Where the map is affine it is the residual of the mixed state Σ αᵢ zᵢ.
         """
-        return self.residuals.combine(torch.where(self.present, self.weights, 0.0))
+        return self.residuals.combine(self.weights[:, : self.used])
 
     def _weights(self, newest: int) -> Tensor:
-        present = self.present
-        gram = torch.where(present[:, :, None] & present[:, None, :], self.gram, 0.0)
-        diagonal = gram.diagonal(dim1=1, dim2=2)
         # Sums as cumsum: a strided sum may pair its terms differently from one batch size to the next.
-        mean_square = diagonal.cumsum(1)[:, -1] / present.sum(1).clamp(min=1)
-        # Absent slots get the unit row y = 0.
-        system = gram / mean_square[:, None, None] + torch.diag_embed(torch.where(present, self.ridge, 1.0).double())
-        solution, _ = torch.linalg.solve_ex(system, present.double())
+        mean_square = self.gram.diagonal(dim1=1, dim2=2).cumsum(1)[:, -1] / self.present.sum(1)
+        system = self.gram / mean_square[:, None, None]
+        system.diagonal(dim1=1, dim2=2).add_(self.ridges)
+        solution, _ = torch.linalg.solve_ex(system, self.present.double())
         weights = solution / solution.cumsum(1)[:, -1:]
         picard = torch.zeros_like(weights)
         picard[:, newest] = 1.0
@@ -78,11 +80,14 @@ class Anderson(Picard):
 
     def forget(self, samples: Tensor) -> None:
         """Empty the window of the ``samples``, ``(batch,)`` bool."""
-        self.present = self.present & ~samples[:, None]
+        self.present[samples] = False
+        self.gram[samples] = 0.0
+        self.ridges[samples] = 1.0
 
     def rows(self, index: Tensor) -> "Anderson":
         """The same window for some samples only."""
         self.values.rows(index)
         self.residuals.rows(index)
         self.gram, self.present, self.weights = self.gram[index], self.present[index], self.weights[index]
+        self.ridges = self.ridges[index]
         return self

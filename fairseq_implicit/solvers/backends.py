@@ -302,6 +302,9 @@ class TorchdynAdjoint(Direct):
     along_the_way: ClassVar[bool] = False
     takes_pieces: ClassVar[bool] = False
 
+    def update_cost(self, forward, backward):
+        return forward + 3 * backward, "solve + 3 x adjoint"
+
     def solve(
         self,
         solver: Torchdyn,

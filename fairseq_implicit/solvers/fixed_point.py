@@ -8,7 +8,6 @@ Sources: Walker and Ni 2011 (Anderson, constrained form); Broyden 1965 and Bai e
 memory inverse updates for equilibrium models).
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -182,48 +181,67 @@ METHODS: dict[str, Callable[[FixedPointConfig, Tensor, torch.dtype], Picard]] = 
 }
 
 
-class _Rows:
-    """Per-sample bookkeeping of one solve, for the rows still in the batch.
+@dataclass(slots=True)
+class _Sample:
+    """What the residuals of one sample have shown so far.
 
-    ``index`` names each row's place in the caller's batch; ``None`` while nobody has been dropped.
+    Plain numbers: a decision about a sample is a few comparisons, and as operations on tensors of one number per sample
+    they would cost more than the norms that they are about, on a CPU as on a GPU.
+
+    Attributes:
+        recent: its last residuals, infinite where one was not finite or there was none yet.
+        residual: that of the best state met.
+        first: its first finite residual.
+        active: whether its state still moves.
+        improved, diverged, hopeless: what its last evaluation was; hopeless: not finite, and nothing to return to.
+        damping: halved by every divergence.
     """
 
-    def __init__(self, z: Tensor, window: int):
-        batch = z.shape[0]
-        self.index: Tensor | None = None
-        self.best = z
-        self.best_residual = torch.full((batch,), math.inf, dtype=torch.float64, device=z.device)
-        self.first = torch.full_like(self.best_residual, math.inf)
-        self.recent = torch.full((window, batch), math.inf, dtype=torch.float64, device=z.device)
-        self.active = torch.ones(batch, dtype=torch.bool, device=z.device)
-        self.converged = torch.zeros_like(self.active)
-        self.stalled = torch.zeros_like(self.active)
-        self.broken = torch.zeros_like(self.active)
-        self.evaluations = torch.zeros(batch, dtype=torch.long, device=z.device)
-        self.damping = torch.ones(batch, 1, 1, dtype=z.dtype, device=z.device)
+    recent: list[float]
+    residual: float = math.inf
+    first: float = math.inf
+    active: bool = True
+    improved: bool = False
+    diverged: bool = False
+    hopeless: bool = False
+    converged: bool = False
+    stalled: bool = False
+    broken: bool = False
+    evaluations: int = 0
+    damping: float = 1.0
 
-    _PER_ROW = ("best", "best_residual", "first", "active", "converged", "stalled", "broken", "evaluations", "damping")
+    @property
+    def settled(self) -> bool:
+        return self.converged or self.stalled or self.hopeless
 
-    def keep(self, chosen: Tensor) -> None:
-        """Drop every row but the ``chosen`` ones."""
-        for name in self._PER_ROW:
-            setattr(self, name, getattr(self, name)[chosen])
-        self.recent = self.recent[:, chosen]
-        self.index = chosen if self.index is None else self.index[chosen]
+    def judge(self, metric: float, tol: float) -> None:
+        """Take in the residual of an evaluation."""
+        self.improved = self.diverged = False
+        if not self.active:
+            return
+        finite, reached = math.isfinite(metric), metric < tol
+        self.evaluations += 1
+        self.recent = [*self.recent[1:], metric if finite else math.inf]
+        if finite and math.isinf(self.first):
+            self.first = metric
+        self.improved = finite and metric < self.residual
+        self.diverged = not reached and not (finite and metric <= DIVERGENCE_FACTOR * self.first)
+        self.hopeless = self.diverged and not finite and math.isinf(self.residual)
+        self.converged = self.converged or reached
+        self.stalled = self.stalled or (not reached and self._moves_no_more(tol))
+        if self.improved:
+            self.residual = metric
 
-    def split_off(self, whole: "_Rows") -> "_Rows":
-        """Rows of the whole batch that hold the answers so far, before some rows leave."""
-        if self is not whole:
-            self.write_into(whole)
-            return whole
-        return copy.copy(self)
+    def _moves_no_more(self, tol: float) -> bool:
+        highest, lowest = max(self.recent), min(self.recent)
+        flat = math.isfinite(highest) and highest < STAGNATION_SPREAD * lowest
+        return flat and lowest < STAGNATION_MARGIN * tol
 
-    def write_into(self, whole: "_Rows") -> None:
-        """Put these rows' answers into the full-size ``whole``."""
-        for name in ("best", "best_residual", "converged", "stalled", "broken", "evaluations"):
-            target = getattr(whole, name).clone()
-            target[self.index] = getattr(self, name)
-            setattr(whole, name, target)
+    def is_about_to_end(self, tol: float) -> bool:
+        """Whether the next residual, predicted by the rate of the last two, is near the tolerance or below."""
+        previous, metric = self.recent[-2:]
+        rate = metric / previous if metric < previous < math.inf else 1.0
+        return metric * rate < TRACKING_MARGIN * tol
 
 
 @torch.no_grad()
@@ -279,32 +297,34 @@ def solve(
     with autocast.off():
         start = z0.to(state_dtype(z0.dtype))
         iteration = _Iteration(f, start, config, tol, dtype, layout, scale, evaluate, linear, track, capture)
-        rows, iterates, tracked = iteration.run()
+        best, iterates, tracked = iteration.run()
+    samples, device = iteration.samples, z0.device
     return FixedPointResult(
-        state=rows.best.to(z0.dtype),
-        evaluations=rows.evaluations,
-        residual=rows.best_residual.to(rows.best.dtype),
-        status=_status(rows),
-        converged=rows.converged,
+        state=best.to(z0.dtype),
+        evaluations=torch.tensor([sample.evaluations for sample in samples], dtype=torch.long, device=device),
+        residual=torch.tensor([sample.residual for sample in samples], dtype=best.dtype, device=device),
+        status=_status(samples),
+        converged=torch.tensor([sample.converged for sample in samples], dtype=torch.bool, device=device),
         tolerance=tol,
         iterates={count: iterate.to(z0.dtype) for count, iterate in iterates.items()},
         tracked=tracked,
     )
 
 
-def _status(rows: _Rows) -> Status:
-    converged, broken, settled = torch.stack(
-        [rows.converged.all(), (rows.broken & ~rows.converged).any(), (rows.converged | rows.stalled).all()]
-    ).tolist()
-    if converged:
+def _status(samples: list[_Sample]) -> Status:
+    if all(sample.converged for sample in samples):
         return Status.CONVERGED
-    if broken:
+    if any(sample.broken and not sample.converged for sample in samples):
         return Status.NON_FINITE
+    settled = all(sample.converged or sample.stalled for sample in samples)
     return Status.STAGNATED if settled else Status.BUDGET_SPENT
 
 
 class _Iteration:
-    """One solve: the state, the rows still in it, and what is known about how it goes on.
+    """One solve: the state, the samples still in it, and what is known about how it goes on.
+
+    ``samples`` are those of the caller's batch, ``rows`` those that are still evaluated, ``index`` their places in it
+    (``None`` while that is all of them), and ``best`` the best state met by each of the rows.
 
     Args:
         f: the map, see :func:`solve`, as are the others.
@@ -330,45 +350,57 @@ class _Iteration:
         self.f, self.config, self.tol, self.layout, self.scale = f, config, tol, layout, scale
         self.evaluate, self.linear, self.track = evaluate, linear, track
         self.z = layout.keep(z)
-        self.whole = self.rows = _Rows(self.z, config.stagnation_window)
+        self.samples = [_Sample([math.inf] * config.stagnation_window) for _ in range(z.shape[0])]
+        self.rows = self.samples
+        self.index: Tensor | None = None
+        self.best = self.answer = self.z
         self.acceleration = METHODS[config.method](config, self.z, dtype)
-        self.damping = None if config.damping == 1.0 else self.rows.damping * config.damping
+        self.damping = None if config.damping == 1.0 else self._damping()
         self.wanted = set(capture)
         self.iterates: dict[int, Tensor] = {}
         self.compact = config.compact and not self.wanted
         self.tracked: tuple[Tensor, Tensor] | None = None
         self.ending = config.max_iter == 1
 
-    def run(self) -> tuple[_Rows, dict[int, Tensor], tuple[Tensor, Tensor] | None]:
-        """The answers of all rows, the states asked for, and the last evaluation with its graph where it is theirs."""
+    def run(self) -> tuple[Tensor, dict[int, Tensor], tuple[Tensor, Tensor] | None]:
+        """The answers of all samples, the states asked for, and the last evaluation with its graph if it is theirs."""
         for count in range(1, self.config.max_iter + 1):
             if count in self.wanted:
                 self.iterates[count] = self.z
             f_z = self._evaluated()
             residual = f_z - self.z
-            remaining, any_diverged, self.ending, diverged = self._judge(self.rows, self.z, f_z, residual)
-            if any_diverged:
-                # Remembered to the end, wherever the solve went afterwards; a step that left the numbers is no fault
-                # of the field's.
-                fault = diverged & self.rows.recent[-1].isinf() & self.z.isfinite().flatten(1).all(1)
-                self.rows.broken = self.rows.broken | fault
-            if remaining == 0 or count == self.config.max_iter:
+            self._judge(f_z, residual)
+            if not self._moving() or count == self.config.max_iter:
                 break
-            if any_diverged:
-                following = self._restarted(diverged, f_z, residual)
+            if any(row.diverged for row in self.rows):
+                following = self._restarted(f_z, residual)
             else:
                 following = self.acceleration.step(self.z, f_z, residual, self.damping)
-                if self.linear and self.damping is None and self.acceleration.knows_residual:
-                    remaining = self._foresee(self.rows, self.acceleration, following)
-                    if remaining == 0:
-                        break
-            moving = self.rows.active
-            whole = remaining == self.z.shape[0]
-            self.z = following if whole else torch.where(moving[:, None, None], following, self.z)
+            if self.linear and self.acceleration.knows_residual:
+                self._foresee(following)
+            moving = self._moving()
+            if not moving:
+                break
+            self.z = self._select([row.active for row in self.rows], following, self.z)
             self.ending = self.ending or count + 1 == self.config.max_iter
-            if self.compact and remaining < COMPACTION_SHARE * self.z.shape[0]:
-                self._drop_all_but(moving.nonzero().squeeze(1))
+            if self.compact and len(moving) < COMPACTION_SHARE * len(self.rows):
+                self._drop_all_but(torch.tensor(moving, device=self.z.device))
         return self._answers()
+
+    def _moving(self) -> list[int]:
+        return [place for place, row in enumerate(self.rows) if row.active]
+
+    def _select(self, chosen: list[bool], these: Tensor, others: Tensor) -> Tensor:
+        """``these`` states in the ``chosen`` rows, the ``others`` elsewhere; no copy where one of them is all."""
+        if all(chosen):
+            return these
+        if not any(chosen):
+            return others
+        return torch.where(torch.tensor(chosen, device=these.device)[:, None, None], these, others)
+
+    def _damping(self) -> Tensor:
+        """``(batch, 1, 1)``."""
+        return self.z.new_tensor([row.damping * self.config.damping for row in self.rows])[:, None, None]
 
     def _evaluated(self) -> Tensor:
         """``f(z)`` at real tokens, with a graph kept where the solve is about to end."""
@@ -380,17 +412,19 @@ class _Iteration:
             self.tracked = anchor, self.evaluate(self.f, anchor)
         return self.layout.keep(self.tracked[1].detach().to(self.z.dtype))
 
-    def _restarted(self, diverged: Tensor, f_z: Tensor, residual: Tensor) -> Tensor:
+    def _restarted(self, f_z: Tensor, residual: Tensor) -> Tensor:
         """The next state where some rows go back to their best one, with half the damping and nothing remembered."""
-        rows, broken = self.rows, diverged[:, None, None]
-        rows.damping = torch.where(broken, rows.damping / 2, rows.damping)
-        self.damping = rows.damping * self.config.damping
+        fallen = [row.diverged for row in self.rows]
+        diverged = torch.tensor(fallen, device=self.z.device)
+        for row in self.rows:
+            row.damping = row.damping / 2 if row.diverged else row.damping
+        self.damping = self._damping()
         self.acceleration.forget(diverged)
-        f_z = torch.where(broken, rows.best, f_z)
-        residual = torch.where(broken, 0.0, residual)
-        following = self.acceleration.step(torch.where(broken, rows.best, self.z), f_z, residual, self.damping)
+        f_z = self._select(fallen, self.best, f_z)
+        residual = torch.where(diverged[:, None, None], 0.0, residual)
+        following = self.acceleration.step(self._select(fallen, self.best, self.z), f_z, residual, self.damping)
         self.acceleration.forget(diverged)
-        return torch.where(broken, rows.best, following)
+        return self._select(fallen, self.best, following)
 
     def _drop_all_but(self, chosen: Tensor) -> None:
         """Go on with the ``chosen`` rows only, if the map can be restricted to them."""
@@ -398,84 +432,67 @@ class _Iteration:
         if subset is None:
             self.compact = False
             return
+        self._write_answers()
         self.f, self.z, self.acceleration = subset, self.z[chosen], self.acceleration.rows(chosen)
-        self.whole = self.rows.split_off(self.whole)
         self.layout = self.layout.rows(chosen)
         self.scale = None if self.scale is None else self.scale[chosen]
-        self.rows.keep(chosen)
+        self.rows = [self.rows[place] for place in chosen.tolist()]
+        self.index = chosen if self.index is None else self.index[chosen]
+        self.best = self.best[chosen]
         self.damping = None if self.damping is None else self.damping[chosen]
 
-    def _answers(self) -> tuple[_Rows, dict[int, Tensor], tuple[Tensor, Tensor] | None]:
-        whole, tracked = self.whole, self.tracked
-        if self.rows is not whole:
-            self.rows.write_into(whole)
-            tracked = None
+    def _write_answers(self) -> None:
+        """Put the best states of the rows into the answers of the whole batch."""
+        if self.index is None:
+            self.answer = self.best
+        else:
+            self.answer = self.answer.index_copy(0, self.index, self.best)
+
+    def _answers(self) -> tuple[Tensor, dict[int, Tensor], tuple[Tensor, Tensor] | None]:
+        self._write_answers()
         for count in self.wanted - self.iterates.keys():
-            self.iterates[count] = whole.best
-        if tracked is not None and not torch.equal(whole.best, self.z):
-            tracked = None
-        return whole, self.iterates, tracked
+            self.iterates[count] = self.answer
+        ours = self.answer is self.z or (self.index is None and torch.equal(self.answer, self.z))
+        return self.answer, self.iterates, self.tracked if ours else None
 
-    def _judge(self, rows: _Rows, z: Tensor, f_z: Tensor, residual: Tensor) -> tuple[int, bool, bool, Tensor]:
-        """Settle each row's fate after an evaluation.
-
-        Returns:
-            rows that go on; whether any diverged; whether all that go on are about to end; which diverged.
-        """
-        config, tol = self.config, self.tol
-        metric = config.metric(self.layout, f_z, residual, self.scale)
-        finite = metric.isfinite()
-        rows.evaluations += rows.active
-        improved = rows.active & finite & (metric < rows.best_residual)
-        rows.first = torch.where(rows.first.isinf() & finite, metric, rows.first)
-        previous = rows.recent[-1]
-        rows.recent = torch.cat([rows.recent[1:], torch.where(finite, metric, math.inf)[None]])
-        reached = rows.active & (metric < tol)
-        highest, lowest = rows.recent.amax(0), rows.recent.amin(0)
-        flat = highest.isfinite() & (highest < STAGNATION_SPREAD * lowest) & (lowest < STAGNATION_MARGIN * tol)
-        stalled = rows.active & flat & ~reached
-        diverged = rows.active & ~reached & ~(finite & (metric <= DIVERGENCE_FACTOR * rows.first))
-        # A first evaluation that is not finite leaves nothing to return to.
-        hopeless = diverged & rows.best_residual.isinf() & ~finite
-        rows.converged = rows.converged | reached
-        rows.stalled = rows.stalled | stalled
-        if config.freeze:
-            moving = rows.active & ~reached & ~stalled & ~hopeless
-        else:
-            # Without freezing nobody rests until everybody may.
-            settled = rows.converged | rows.stalled | hopeless
-            moving = rows.active & ~settled.all()
-        next_metric = metric * torch.where(previous.isinf(), 1.0, (metric / previous).clamp(max=1.0))
-        ending = (~moving | (next_metric < TRACKING_MARGIN * tol)).all()
-
+    def _judge(self, f_z: Tensor, residual: Tensor) -> None:
+        """Settle each row's fate after an evaluation."""
         # The one read from the device per evaluation.
-        remaining, any_diverged, all_improved, all_ending = torch.stack(
-            [moving.sum(), diverged.sum(), (improved | ~rows.active).all().long(), ending.long()]
-        ).tolist()
-        if all_improved and remaining == z.shape[0]:
-            rows.best = z
-        else:
-            rows.best = torch.where(improved[:, None, None], z, rows.best)
-        rows.best_residual = torch.where(improved, metric, rows.best_residual)
-        rows.active = moving
-        return remaining, bool(any_diverged), bool(all_ending), diverged
+        metric = self.config.metric(self.layout, f_z, residual, self.scale).tolist()
+        for row, value in zip(self.rows, metric, strict=True):
+            row.judge(value, self.tol)
+        if any(row.diverged and math.isinf(row.recent[-1]) for row in self.rows):
+            # Remembered to the end, wherever the solve went afterwards; a step that left the numbers is no fault of the
+            # field's.
+            sound = self.z.isfinite().flatten(1).all(1).tolist()
+            for row, start in zip(self.rows, sound, strict=True):
+                row.broken = row.broken or (row.diverged and math.isinf(row.recent[-1]) and start)
+        # Without freezing nobody rests until everybody may.
+        together = self.config.freeze or all(row.settled for row in self.rows)
+        for row in self.rows:
+            row.active = row.active and not (row.settled and together)
+        self.ending = all(not row.active or row.is_about_to_end(self.tol) for row in self.rows)
+        self.best = self._select([row.improved for row in self.rows], self.z, self.best)
 
-    def _foresee(self, rows: _Rows, acceleration: Picard, following: Tensor) -> int:
-        """End the rows of an affine map whose mixture meets the tolerance; how many go on.
+    def _foresee(self, following: Tensor) -> None:
+        """End the rows of an affine map whose mixture meets the tolerance.
 
         The Gram matrix says cheaply which rows may have ended: rounding in it, amplified by large weights, can pass
         for convergence. Only the mixed residual itself decides.
         """
         scale = 1.0 if self.scale is None else self.scale.double() + _TINY
-        promising = rows.active & (acceleration.expected_residual() / scale < self.tol)
-        remaining, any_promising = torch.stack([rows.active.sum(), promising.sum()]).tolist()
-        if not any_promising:
-            return remaining
-        mixed_residual = acceleration.mixed_residual()
-        norm = self.layout.norm(mixed_residual) / scale
-        reached = promising & (norm < self.tol)
-        rows.best = torch.where(reached[:, None, None], following - mixed_residual, rows.best)
-        rows.best_residual = torch.where(reached, norm, rows.best_residual)
-        rows.converged = rows.converged | reached
-        rows.active = rows.active & ~reached
-        return int(rows.active.sum())
+        expected = (self.acceleration.expected_residual() / scale).tolist()
+        # A damped step is not the map of the mixture. Whether a row is damped is its own matter, not its neighbours'.
+        promising = [
+            row.active and row.damping * self.config.damping == 1.0 and value < self.tol
+            for row, value in zip(self.rows, expected, strict=True)
+        ]
+        if not any(promising):
+            return
+        mixed_residual = self.acceleration.mixed_residual()
+        norm = (self.layout.norm(mixed_residual) / scale).tolist()
+        reached = [hopeful and value < self.tol for hopeful, value in zip(promising, norm, strict=True)]
+        self.best = self._select(reached, following - mixed_residual, self.best)
+        for row, end, value in zip(self.rows, reached, norm, strict=True):
+            if end:
+                row.residual, row.converged, row.active = value, True, False

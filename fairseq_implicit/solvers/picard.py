@@ -19,7 +19,10 @@ class Picard:
 
     def step(self, z: Tensor, f_z: Tensor, residual: Tensor, damping: Tensor | None) -> Tensor:
         """Take in ``f(z)`` and ``f(z) - z``, give the next state; ``damping`` is ``(batch, 1, 1)`` or ``None``."""
-        return f_z if damping is None else torch.addcmul(z, residual, damping)
+        if damping is None:
+            return f_z
+        # What is not damped keeps the bits that it has where nobody is.
+        return torch.where(damping == 1.0, f_z, torch.addcmul(z, residual, damping))
 
     def expected_residual(self) -> Tensor:
         """The norm of :meth:`mixed_residual`, ``(batch,)``, as far as it is known without forming that."""

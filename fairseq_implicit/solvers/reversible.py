@@ -47,6 +47,9 @@ class Reconstruction(Direct):
     condition: ClassVar[str] = "and `scheme` reversible-heun belong together, with `tolerance` 0"
     along_the_way: ClassVar[bool] = False
 
+    def update_cost(self, forward, backward):
+        return forward + 3 * forward, "solve + 3 x as much"
+
     def solve(self, solver, f, x, span, layout, parameters, record, **options):
         result = solver.integrate(f, x, span, layout, parameters=parameters, **options)
         if record is not None:

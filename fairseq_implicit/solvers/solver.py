@@ -152,6 +152,17 @@ class Solver:
         should see it."""
         return layer
 
+    def update_cost(self, forward: float | Tensor, backward: float | Tensor, solves: int) -> float | Tensor:
+        """Evaluations' worth of an update: an evaluation of the field counts 1, a product with its Jacobian 1, a
+        backward pass through an evaluation 2. Penalties are not counted.
+
+        Args:
+            forward: evaluations of all solves.
+            backward: those of their backward passes, as :class:`AdjointRecord` has them.
+            solves: how many solves these are.
+        """
+        return self.gradient.update_cost(forward, backward)[0]
+
     def solve(
         self,
         f: VectorField,

@@ -25,7 +25,8 @@ class StoredStates:
         # Two pieces at least: a batch of one product takes another path through the library, with other rounding.
         pieces = max(2, -(-self.time // self.tokens))
         self.missing = pieces * self.tokens - self.time
-        self.stored = like.new_zeros(like.shape[0], pieces, states, self.tokens * self.dim)
+        # Not zeroed: a solve that ends early touches the pages of the states that it stored, and no others.
+        self.stored = like.new_empty(like.shape[0], pieces, states, self.tokens * self.dim)
 
     def pack(self, x: Tensor) -> Tensor:
         """``(batch, time, dim)`` to ``(batch, pieces, numbers)``."""

@@ -73,6 +73,14 @@ class Theta(Solver):
         """Whether it solves nothing after all."""
         return self.scheme == "theta" and self.theta == 0.0
 
+    def update_cost(self, forward, backward, solves):
+        if self.explicit:
+            return 3 * forward
+        steps = solves * self.steps
+        explicit = steps if self.scheme == "theta" and self.theta < 1.0 else 0  # an evaluation of each step
+        equations = self.gradient.update_cost((forward - explicit) / steps, backward / steps)[0] * steps
+        return equations + 3 * explicit
+
     def plain_layers(self, span: Span) -> int:
         return self.steps if self.explicit and span.length == self.steps else 0
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import logging
+import math
 import os
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, List, Optional
@@ -24,6 +25,7 @@ from fairseq_implicit.data.datasets import BlockDataset, InferenceDataset
 from fairseq_implicit.data.dictionary import VocabularyDictionary
 from fairseq_implicit.data.objectives import OBJECTIVES
 from fairseq_implicit.data.objectives.objective import MaskRates, Objective
+from fairseq_implicit.tasks.progress import Progress
 from fairseq_implicit.text import VOCABULARIES, kind_of_file, vocabulary_beside
 from fairseq_implicit.text.vocabulary import MASK
 
@@ -80,6 +82,13 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
     persistent_workers: bool = field(
         default=False, metadata={"help": "keep the worker processes that load data alive between epochs"}
     )
+    peak_tflops: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "peak of one device in the training's precision, 10^12 operations per second, of which the logged "
+            "mfu is the share in percent (default: that of matrix products, measured for a second at the start)"
+        },
+    )
     seed: int = II("common.seed")
 
 
@@ -95,6 +104,9 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             raise ValueError(
                 f"--tokens-per-sample must be at least 2 (<s> and one token), not {cfg.tokens_per_sample}."
             )
+        if cfg.peak_tflops is not None and not 0.0 < cfg.peak_tflops < math.inf:
+            raise ValueError(f"--peak-tflops must be a positive number, not {cfg.peak_tflops}.")
+        self.progress = Progress(cfg.peak_tflops)
         self.dictionary = dictionary
         self.mask_idx = dictionary.add_symbol(MASK)
         rates = MaskRates(cfg.mask_prob, cfg.leave_unmasked_prob, cfg.random_token_prob)
@@ -260,6 +272,17 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
 
     def begin_epoch(self, epoch: int, model) -> None:
         model.set_epoch(epoch)
+        self.progress.begin(model)
+
+    def train_step(self, sample, model, criterion, optimizer, update_num, ignore_grad=False):
+        if update_num == 0:
+            self.progress.tokens = 0
+        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+
+    def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: FairseqCriterion) -> None:
+        super().reduce_metrics(logging_outputs, criterion)
+        if criterion.training:
+            self.progress.log(logging_outputs)
 
     def state_dict(self) -> Dict[str, Any]:
         """What is compared when a checkpoint is opened to validate it or to use it: a digest of the dictionary."""
@@ -275,11 +298,12 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             self.set_checkpoint_dict(state)
 
     def get_checkpoint_dict(self) -> Dict[str, Any]:
-        """What a checkpoint says of the data: a digest of the dictionary."""
-        return {type(self).__name__: {"dictionary": self._dictionary_digest()}}
+        """What a checkpoint says of the data: a digest of the dictionary, and how many tokens it has seen."""
+        return {type(self).__name__: {"dictionary": self._dictionary_digest(), "tokens": self.progress.tokens}}
 
     def set_checkpoint_dict(self, state: Dict[str, Any]) -> None:
-        """Compares the dictionary of a checkpoint that training starts from with that of the data.
+        """Compares the dictionary of a checkpoint that training starts from with that of the data, and goes on counting
+        tokens.
 
         Raises:
             ValueError: they differ.
@@ -289,6 +313,7 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
                 f"the checkpoint was trained with another dictionary than {self.cfg.data}/dict.txt: give the folder "
                 "that it was trained on, or one that was binarised with the same --srcdict."
             )
+        self.progress.tokens = state.get("tokens")  # checkpoints of earlier versions do not say
 
     def _dictionary_digest(self) -> str:
         return hashlib.sha256("\n".join(self.dictionary.symbols).encode("utf-8")).hexdigest()

@@ -59,3 +59,19 @@ def test_the_clock_reads_its_buffer_once_per_change(monkeypatch):
     count.set_num_updates(0)
     assert count.value == 519
     assert len(reads) <= 2, "reading the buffer waits for the device"
+
+
+def test_a_count_that_is_reached_stands_whole_in_the_buffer(monkeypatch):
+    count, reads = UpdateCount(), []
+    load(count, 500)
+    count.set_num_updates(7)
+    read = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(1) or read(tensor))
+    for number in range(508, 520):
+        count.reach(number)
+        assert count.value == number
+    assert len(reads) <= 1  # of what was loaded
+    assert int(count.state_dict()["earlier"]) == 519
+    count.set_num_updates(0)  # fairseq goes on with it
+    count.set_num_updates(3)
+    assert count.value == 522

@@ -20,8 +20,9 @@ DIM = 8
 def numbers(kind):
     """A residual whose sub-layers and norms are affine, on which every formula is a number."""
     norms = (lambda y: 2 * y, lambda y: 3 * y, lambda y: 5 * y)[: RESIDUALS[kind].norm_count]
-    mix = lambda y, added=None: 10 * y + (0 if added is None else added)  # noqa: E731
-    feeds = (lambda y: 4 * y, lambda y: 7 * y)[-RESIDUALS[kind].feed_count :]
+    onto_it = lambda branch: lambda y, *added, onto=None: branch(y, *added) + (0 if onto is None else onto)  # noqa: E731
+    mix = onto_it(lambda y, added=None: 10 * y + (0 if added is None else added))
+    feeds = (onto_it(lambda y: 4 * y), onto_it(lambda y: 7 * y))[-RESIDUALS[kind].feed_count :]
     return RESIDUALS[kind](mix, feeds, norms)
 
 

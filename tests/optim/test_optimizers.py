@@ -175,6 +175,27 @@ def test_numbers_that_are_none_of_adams(options, sentence):
         FusedAdamOptimizer(configured(**options), parameters())
 
 
+def test_the_state_of_one_long_vector_is_cut():
+    """That of adam with --fp16, whose float32 copies are one vector."""
+    theirs = parameters()[:3]
+    flat = [torch.nn.Parameter(torch.cat([each.detach().flatten() for each in theirs]))]
+    adams = Adam(theirs, **OPTIONS), Adam(flat, **OPTIONS)
+    for found in gradients(3):
+        flat[0].grad = torch.cat([gradient.flatten() for gradient in found[:3]])
+        for each, gradient in zip(theirs, found[:3], strict=True):
+            each.grad = gradient
+        for adam in adams:
+            adam.step()
+    ours = FusedAdamOptimizer(configured(), parameters()[:3])
+    ours.load_state_dict(adams[1].state_dict())
+    expected, found = adams[0].state_dict(), ours.state_dict()
+    assert found["param_groups"] == expected["param_groups"] and found["state"].keys() == expected["state"].keys()
+    for index, state in expected["state"].items():
+        assert found["state"][index]["step"] == state["step"] == 3
+        assert torch.equal(found["state"][index]["exp_avg"], state["exp_avg"])
+        assert torch.equal(found["state"][index]["exp_avg_sq"], state["exp_avg_sq"])
+
+
 def test_one_long_vector_is_refused_where_shapes_matter():
     flat = [torch.nn.Parameter(torch.zeros(8))]
     assert FusedAdamOptimizer(configured(), flat).supports_flat_params

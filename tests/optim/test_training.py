@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.test_distributed import train_on_two_ranks
+
 QUIET = ["--disable-validation", "--dropout", 0.1, "--clip-norm", 0.5, "--weight-decay", 0.01]
 
 
@@ -57,3 +59,13 @@ def test_gradients_that_are_no_numbers_end_the_training(toy_flags, fairseq_train
             fairseq_train(
                 *toy_flags, *QUIET, "--optimizer", optimizer, "--lr", 1e30, "--max-update", 9, "--save-dir", tmp_path
             )
+
+
+def test_two_ranks_train_as_with_adam(toy_flags, fairseq_train, fork, free_port, tmp_path):
+    flags = [*toy_flags, *QUIET, "--max-update", 4, "--no-save"]
+    runs = [
+        train_on_two_ranks(fairseq_train, fork, free_port(), *flags, "--optimizer", *optimizer)
+        for optimizer in (["adam"], ["fused_adam", "--decay-all"])
+    ]
+    assert sorted(runs[0].losses()) == [1, 2, 3, 4]
+    assert runs[1].losses() == pytest.approx(runs[0].losses(), abs=2e-3)

@@ -402,3 +402,86 @@ def test_a_foreseen_end_of_an_affine_solve_is_a_true_one(seed):
     true = UNPADDED.norm(f(state) - state) / UNPADDED.norm(g)
     assert result.converged.all() and true < 1.1e-3
     torch.testing.assert_close(result.residual.double(), true, rtol=0.1, atol=1e-6)
+
+
+class AffineMixing(TokenMixing):
+    """The affine part of that map."""
+
+    def __call__(self, z):
+        z = self.layout.keep(z)
+        mean = (token_sum(z) * z.shape[2] / self.layout.sizes(z)[:, None]).to(z.dtype)[:, None]
+        return self.layout.keep(self.gain * (z * self.scale + 0.4 * mean.roll(1, -1)) + self.bias)
+
+
+def adjoint_like(f, layout=UNPADDED, **options):
+    return solve(
+        f,
+        f.bias,
+        FixedPointConfig(**options),
+        layout,
+        scale=layout.norm(layout.keep(f.bias)).clamp(min=1.0),
+        linear=True,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_foreseen_end_depends_on_neither_batch_mates_nor_padding(method):
+    bias = offsets(BATCH, TIME, DIM) * torch.tensor([0.01, 0.3, 1.0, 300.0], dtype=torch.float64)[:, None, None]
+    options = dict(method=method, max_iter=40, tol=1e-6)
+    together = adjoint_like(AffineMixing(bias), **options)
+    assert together.converged.all() and together.evaluations.unique().numel() > 1
+    for sample in range(BATCH):
+        alone = adjoint_like(AffineMixing(bias[sample : sample + 1]), **options)
+        assert torch.equal(alone.state[0], together.state[sample])
+        assert torch.equal(alone.residual[0], together.residual[sample])
+        assert torch.equal(alone.evaluations[0], together.evaluations[sample])
+    layout = Layout(torch.cat([torch.ones(BATCH, TIME), torch.zeros(BATCH, 3)], 1).bool())
+    junk = torch.full((BATCH, 3, DIM), math.nan, dtype=torch.float64)
+    padded = adjoint_like(AffineMixing(torch.cat([bias, junk], 1), layout), layout, **options)
+    assert torch.equal(padded.state[:, :TIME], together.state)
+    assert torch.equal(padded.evaluations, together.evaluations)
+
+
+@pytest.mark.parametrize("start", [1, 3])
+def test_a_broken_sample_of_an_affine_solve_leaves_the_others_alone(start):
+    bias = offsets(3, TIME, DIM)
+
+    class Poisoned(_Poisoned, AffineMixing):
+        pass
+
+    options = dict(max_iter=40, tol=1e-9)
+    sound, broken = adjoint_like(AffineMixing(bias), **options), adjoint_like(Poisoned(bias, start=start), **options)
+    assert broken.status is Status.NON_FINITE and broken.converged.tolist() == [True, False, True]
+    assert broken.state[1].isfinite().all()
+    for sample in (0, 2):
+        assert torch.equal(broken.state[sample], sound.state[sample])
+        assert torch.equal(broken.evaluations[sample], sound.evaluations[sample])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("fault", [None, 4])
+def test_nothing_that_was_not_stored_is_read(method, fault):
+    # Deterministic algorithms fill memory that nobody has written with NaN.
+    bias = offsets(3, TIME, DIM)
+    config = FixedPointConfig(method, 30, 1e-9, damping=0.9)
+
+    def f():
+        return TokenMixing(bias) if fault is None else _Poisoned(bias, start=fault)
+
+    expected = solve(f(), torch.zeros_like(bias), config)
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert bias.new_empty(1).isnan()
+        found = solve(f(), torch.zeros_like(bias), config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found.state, expected.state) and torch.equal(found.residual, expected.residual)
+
+
+def test_a_sample_that_starts_at_its_fixed_point_does_not_hide_the_end_of_the_others():
+    # Its residual is 0 time after time: a rate of 0 / 0 predicts nothing.
+    bias = torch.tensor([0.0, 1.0], dtype=torch.float64)[:, None, None].expand(2, TIME, DIM)
+    config = FixedPointConfig("picard", 60, 1e-9, freeze=False)
+    found = solve(lambda z: 0.5 * z + bias, torch.zeros_like(bias), config, track=True)
+    assert found.converged.all() and found.tracked is not None
+    assert torch.equal(found.tracked[0], found.state)

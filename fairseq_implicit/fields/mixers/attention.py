@@ -78,6 +78,10 @@ class MultiHeadAttention(Mixer):
             distance = head // 2 + 1
             query.copy_(moved(key, distance if head % 2 else -distance))
 
+    def operations(self, time: int) -> int:
+        # A query with each key, a probability with each value.
+        return super().operations(time) + 4 * time * self.out.in_features
+
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
         attend = self._attending(x, layout)
 

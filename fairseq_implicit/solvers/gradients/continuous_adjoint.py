@@ -46,6 +46,9 @@ class ContinuousAdjoint(Direct):
     condition: ClassVar[str] = "is for adaptive solves and needs `backend` own: set `tolerance`"
     along_the_way: ClassVar[bool] = False
 
+    def update_cost(self, forward, backward):
+        return forward + 3 * backward, "solve + 3 x adjoint"
+
     def solve(self, solver, f, x, span, layout, parameters, record, *, pieces=(), **options):
         if not torch.is_grad_enabled():
             return solver.integrate(f, x, span, layout, pieces=pieces, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class EquilibriumGradient:
             OptionError: naming the option and the most that can be.
         """
 
-    def update_cost(self, forward: float, adjoint: float) -> tuple[float, str]:
+    def update_cost(self, forward: Any, adjoint: Any) -> tuple[Any, str]:
         """Cost of one update in evaluations of the map, and how it is made up.
 
         An evaluation costs 1, a product with the Jacobian 1, a full backward pass 2.

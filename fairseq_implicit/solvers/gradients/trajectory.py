@@ -44,6 +44,17 @@ class Direct:
         """The field, as the backward pass should see it."""
         return f
 
+    def update_cost(self, forward, backward):
+        """Cost of an update in evaluations of the field, and how it is made up, as of an equilibrium's gradient.
+
+        An evaluation costs 1, its full backward pass 2; rejected steps count as if they had one.
+
+        Args:
+            forward: evaluations of the solve.
+            backward: those that the backward pass made, as :class:`AdjointRecord` has them.
+        """
+        return (4 * forward, "4 x solve") if self.recomputes else (3 * forward, "3 x solve")
+
     def solve(self, solver, f, x, span, layout, parameters, record, **options):
         """See :meth:`fairseq_implicit.solvers.solver.Solver.solve`."""
         result = solver.integrate(f, x, span, layout, **options)
