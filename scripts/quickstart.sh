@@ -184,7 +184,7 @@ case $arch in
     neural_ode_bert_tiny)
         settings+=(--ode-depth-weights linear --ode-scheme rk2 --ode-steps 2 --ode-tolerance 0 --lr 4e-3) length=1300
         ;;
-    deq_bert_tiny) settings+=(--deq-warmup-steps 2 --deq-gradient jfb --deq-max-iter 6 --lr 3e-3) length=900 ;;
+    deq_bert_tiny) settings+=(--deq-warmup-steps 2 --deq-gradient jfb --deq-max-iter 6 --lr 3e-3) length=1400 ;;
     *) settings=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;
 esac
 updates=${updates:-$length}
