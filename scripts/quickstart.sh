@@ -180,12 +180,16 @@ stage "$name-data" "$data" "$data_key" binarise
 settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
     --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.1)
 case $arch in
-    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2400 ;;
-    neural_ode_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
-    deq_bert_tiny) settings+=(--lr 4e-3) length=1200 ;;
+    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2600 ;;
+    neural_ode_bert_tiny)
+        settings+=(--ode-depth-weights linear --ode-scheme rk2 --ode-steps 2 --ode-tolerance 0 --lr 4e-3) length=1300
+        ;;
+    deq_bert_tiny) settings+=(--deq-warmup-steps 2 --deq-gradient jfb --deq-max-iter 6 --lr 3e-3) length=1400 ;;
     *) settings=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;
 esac
 updates=${updates:-$length}
+schedule=() # what depends on the length and so may change when a training goes on
+if [ "$arch" = deq_bert_tiny ]; then schedule=(--deq-warmup-updates $((updates * 3 / 4))); fi
 model=$out/$name/$arch
 training=(
     --arch "$arch" --criterion implicit_masked_lm --encoder-position-start neighbours "${settings[@]}"
@@ -217,7 +221,7 @@ pretrain() {
     local format=simple status=0
     if [ -t 2 ]; then format=tqdm; fi
     PYTHONUNBUFFERED=1 logged "$model/train.log" 'loss=|valid on|blocks|num\. (shared )?model params|Loaded checkpoint' \
-        fairseq-train "$data" "${plugin[@]}" "${training[@]}" "${bookkeeping[@]}" \
+        fairseq-train "$data" "${plugin[@]}" "${training[@]}" "${bookkeeping[@]}" "${schedule[@]}" \
         --max-update "$target" --total-num-update "$target" --log-format "$format" || status=$?
     [ $status -eq 0 ] || fail "quickstart: fairseq-train ended with exit status $status before update $target (the reason" \
         "stands above, its log is $model/train.log); from the last checkpoint goes on: $resume"
