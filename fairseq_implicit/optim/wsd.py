@@ -18,9 +18,10 @@ class WsdConfig(FairseqDataclass):
     )
     decay_share: float = field(default=0.1, metadata={"help": "share of all updates in which it falls"})
     end_learning_rate: float = field(default=0.0, metadata={"help": "learning rate after the last update"})
-    total_num_update: float = field(
-        default=II("optimization.max_update"), metadata={"help": "number of the update at which the decay ends"}
+    total_num_update: Optional[int] = field(
+        default=None, metadata={"help": "number of the update at which the decay ends (default: --max-update)"}
     )
+    max_update: int = II("optimization.max_update")
     lr: List[float] = II("optimization.lr")
 
 
@@ -42,17 +43,17 @@ class WarmupStableDecay(FairseqLRScheduler):
         super().__init__(cfg, optimizer)
         if len(cfg.lr) > 1:
             raise ValueError("--lr-scheduler wsd takes one --lr: several are for --lr-scheduler fixed.")
-        if not 0 < cfg.total_num_update < math.inf:
+        self.total = total = cfg.max_update if cfg.total_num_update is None else cfg.total_num_update
+        if total <= 0:
             raise ValueError("--lr-scheduler wsd ends with the training: give --max-update or --total-num-update.")
         if not 0 <= cfg.decay_share <= 1:
             raise ValueError(f"--decay-share must lie between 0 and 1, not {cfg.decay_share}.")
         if cfg.warmup_updates < 0 or (cfg.decay_updates or 0) < 0:
             raise ValueError("--warmup-updates and --decay-updates must not be negative.")
-        total = cfg.total_num_update
         self.decay = round(cfg.decay_share * total) if cfg.decay_updates is None else cfg.decay_updates
         if cfg.warmup_updates + self.decay > total:
             raise ValueError(
-                f"--warmup-updates {cfg.warmup_updates} and {self.decay} updates of decay do not fit into {total:g} "
+                f"--warmup-updates {cfg.warmup_updates} and {self.decay} updates of decay do not fit into {total} "
                 "updates: shorten one of them, the decay with --decay-updates."
             )
         self.step_update(0)
@@ -67,11 +68,11 @@ class WarmupStableDecay(FairseqLRScheduler):
 
     def _rate(self, n: int) -> float:
         cfg, peak = self.cfg, self.cfg.lr[0]
-        if n >= cfg.total_num_update:
+        if n >= self.total:
             return cfg.end_learning_rate
         if n < cfg.warmup_updates:
             return peak * n / cfg.warmup_updates
-        elapsed = n - (cfg.total_num_update - self.decay)
+        elapsed = n - (self.total - self.decay)
         if elapsed <= 0:
             return peak
         return cfg.end_learning_rate + (peak - cfg.end_learning_rate) * (1 - math.sqrt(elapsed / self.decay))

@@ -53,6 +53,14 @@ def test_adam_goes_on_as_fused_adam_and_back(toy_flags, fairseq_train, tmp_path,
         torch.testing.assert_close(found["exp_avg_sq"], state["exp_avg_sq"], rtol=0.2, atol=1e-6)
 
 
+def test_the_schedule_ends_with_the_training(toy_flags, fairseq_train):
+    flags = [*toy_flags, "--lr-scheduler", "wsd", "--no-save", "--disable-validation"]
+    run = fairseq_train(*flags, "--decay-updates", 2, "--max-update", 3)
+    assert [stats["lr"] for stats in run.metrics("train_inner")] == [2e-3, pytest.approx(0.000585786, abs=1e-8), 0.0]
+    with pytest.raises(ValueError, match="give --max-update or --total-num-update"):
+        fairseq_train(*flags, "--max-epoch", 1)
+
+
 def test_gradients_that_are_no_numbers_end_the_training(toy_flags, fairseq_train, tmp_path):
     for optimizer in ("fused_adam", "stable_adam"):
         with pytest.raises(FloatingPointError, match="gradients are Nan/Inf"):

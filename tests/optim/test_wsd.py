@@ -13,7 +13,9 @@ from fairseq_implicit.optim.wsd import WarmupStableDecay, WsdConfig
 def schedule(**settings):
     adam = OmegaConf.create({**vars(FairseqAdamConfig()), "lr": [0.5], "tpu": False})
     optimizer = FairseqAdam(adam, [torch.nn.Parameter(torch.zeros(()))])
-    return WarmupStableDecay(OmegaConf.create({**vars(WsdConfig()), "lr": [0.5], **settings}), optimizer)
+    return WarmupStableDecay(
+        OmegaConf.create({**vars(WsdConfig()), "lr": [0.5], "max_update": 0, **settings}), optimizer
+    )
 
 
 def test_its_formula():
@@ -29,7 +31,7 @@ def test_its_ends():
     """A share of all updates by default; no warm-up; nothing but decay."""
     assert schedule(total_num_update=200).decay == 20
     assert schedule(total_num_update=200, decay_share=0.25).decay == 50
-    plain = schedule(total_num_update=3, decay_updates=0)
+    plain = schedule(max_update=3, decay_updates=0)
     assert [plain.step_update(n) for n in range(4)] == [0.5, 0.5, 0.5, 0.0]
     falling = schedule(total_num_update=4, decay_updates=4)
     assert [falling.step_update(n) for n in (0, 1, 4)] == [0.5, 0.25, 0.0]
