@@ -180,7 +180,7 @@ stage "$name-data" "$data" "$data_key" binarise
 settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
     --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.1)
 case $arch in
-    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2600 ;;
+    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2400 ;;
     neural_ode_bert_tiny)
         settings+=(--ode-depth-weights linear --ode-scheme rk2 --ode-steps 2 --ode-tolerance 0 --lr 4e-3) length=1300
         ;;
@@ -200,8 +200,8 @@ training=(
 )
 bookkeeping=(
     --save-dir "$model" --tensorboard-logdir "$model/tensorboard"
-    --save-interval-updates 250 --keep-interval-updates 1 --no-epoch-checkpoints
-    --save-on-signal --validate-interval-updates 500 --max-valid-steps 80 --log-interval 100 --num-workers 1
+    --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints
+    --save-on-signal --max-valid-steps 80 --log-interval 100 --num-workers 1
 )
 training_key=$(echo "$data_key ${training[*]}" | key)
 if [ -n "$redo" ]; then rm -rf "$model"; fi
@@ -220,7 +220,7 @@ pretrain() {
     # The bar goes to the terminal; the log goes to a file and its milestones to whoever watches.
     local format=simple status=0
     if [ -t 2 ]; then format=tqdm; fi
-    PYTHONUNBUFFERED=1 logged "$model/train.log" 'loss=|valid on|blocks|num\. (shared )?model params|Loaded checkpoint' \
+    PYTHONUNBUFFERED=1 logged "$model/train.log" 'loss=|valid on|[0-9] blocks|num\. (shared )?model params|Loaded checkpoint' \
         fairseq-train "$data" "${plugin[@]}" "${training[@]}" "${bookkeeping[@]}" "${schedule[@]}" \
         --max-update "$target" --total-num-update "$target" --log-format "$format" || status=$?
     [ $status -eq 0 ] || fail "quickstart: fairseq-train ended with exit status $status before update $target (the reason" \
@@ -257,12 +257,15 @@ sentences=(
     "The <mask> value is None."
 )
 if [ -n "$text" ]; then sentences=(); fi # it may be in any language
-sweep=(depth-sweep "$checkpoint" "$data" --out "$model/dial.png")
-if [ "$family" = deq ]; then sweep[0]=budget-sweep; fi
+sweep=(depth-sweep "$checkpoint" "$data" --out "$model/dial.png") quick=()
+case $family in
+    ode) quick=(--schemes euler,rk2 --pairs '') ;; # adaptive solvers refine what one step has not been trained for
+    deq) sweep[0]=budget-sweep ;;
+esac
 shown "validation" run python -m fairseq_implicit score "$checkpoint" "$data"
 shown "filled masks" run python -m fairseq_implicit fill-masks "$model" "${sentences[@]}" --text "$corpus/valid.txt"
 shown "loss curves" run python -m fairseq_implicit plot-losses "$model/tensorboard" --out "$model/losses.png" --data "$data" --title "$arch"
-shown "dial of depth" run python -m fairseq_implicit "${sweep[@]}"
+shown "dial of depth" run python -m fairseq_implicit "${sweep[@]}" "${quick[@]}"
 
 cat <<SUMMARY
 
