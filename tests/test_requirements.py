@@ -19,7 +19,7 @@ EXTRAS = {
     "fairseq_implicit": ["adaptive", "hub", "huggingface", "parquet", "plots", "quality", "tensorboard"],
     "scripts": ["adaptive", "huggingface"],
     "examples/study": ["study"],
-    "examples/glue": [],
+    "examples/glue": ["huggingface", "study"],
 }
 
 

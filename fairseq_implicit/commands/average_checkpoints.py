@@ -80,7 +80,9 @@ def refuse_different(path: str, checkpoint: dict[str, Any], other_path: str, oth
                 f"{path} and {other_path} hold different models: {field.lstrip('_')} is {mine.get(field)!r} in the one "
                 f"and {theirs.get(field)!r} in the other"
             )
-    if checkpoint["extra_state"].get(TASK) != other["extra_state"].get(TASK):
+    # Beside the dictionary stands how far the training had come.
+    told, others_told = ((each["extra_state"].get(TASK) or {}).get("dictionary") for each in (checkpoint, other))
+    if told != others_told:
         raise ValueError(f"{path} and {other_path} were trained with different dictionaries")
     shapes, others = ({name: tuple(tensor.shape) for name, tensor in c["model"].items()} for c in (checkpoint, other))
     for name in sorted({*shapes, *others}):

@@ -51,7 +51,7 @@ CASES = {
 #: that nobody differentiates, the embedding of the time.
 ABOUT = {
     "theta": 0.03, "implicit midpoint": 0.01, "continuous": 0.005, "continuous, adaptive": 0.005, "adjoint": 0.005,
-    "reversible": 0.005, "deq, ift": 0.03, "deq, neumann-4": 0.04, "deq, phantom-2": 0.05, "deq, jfb": 0.06,
+    "reversible": 0.005, "deq, ift": 0.04, "deq, neumann-4": 0.06, "deq, phantom-2": 0.05, "deq, jfb": 0.09,
     "deq, recomputed": 0.01,
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer as FairseqTrainer
 from fairseq.utils import move_to_cuda
 
+import fairseq_implicit.models  # noqa: F401  (registers task and models before flags are read)
 from bert_study.plan import Plan, Run
 from bert_study.training import command, run_folder
 from fairseq_implicit.commands.wording import counted
