@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,15 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     pipeline,
 )
 
 from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.bundle import bundle
 from fairseq_implicit.huggingface.export import read_folder, write_folder
+from tests.conftest import ROOT
 from tests.huggingface.tiny import SIZES
 
 CASES = {
@@ -342,3 +346,18 @@ def test_what_is_wrong_is_said_in_one_sentence(arguments, status, words, checkpo
     found, _, errors = command(*(part.format(**places) for part in arguments))
     assert found == status and all(word in errors for word in words), errors
     assert not (tmp_path / "out").exists() and not Path(f"{tmp_path}/out.part").exists()
+
+
+def test_the_snippet_of_the_front_page_runs_as_it_stands(exported, tmp_path, monkeypatch):
+    """With an exported model and a BERT in the folders that it names."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## From and to transformers")[1]
+    (snippet,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    (tmp_path / "my-bert").symlink_to(exported / "gated")
+    tokenizer = AutoTokenizer.from_pretrained(exported / "rk2")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    BertModel(BertConfig(**shape, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(snippet, "README", "exec"), names)
+    assert type(names["encoder"]) is BertModel and names["model"].config.num_labels == 2
