@@ -93,3 +93,12 @@ def test_a_graph_that_is_kept_gives_its_gradient_twice_and_a_second_derivative_i
     (slope,) = torch.autograd.grad(loss, logits, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
         slope.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_several_largest_logits_the_first_is_the_guess(dtype):
+    logits = torch.randint(0, 4, (500, 23), generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits[::7, 5] = math.nan
+    target = torch.arange(500) % 8 + 2
+    _, correct = cross_entropy_and_correct(logits, target, IGNORED)
+    assert correct == (logits.argmax(-1) == target).sum() > 20
