@@ -244,7 +244,7 @@ class EquilibriumDepth(Depth):
             (weight, self._finish(found.iterates[count], layout, None)) for count, weight in self._correction_weights()
         ]
         statistics = self._statistics(found, phase)
-        operations = self._operations(statistics, phase, x.shape[1])
+        operations = self._operations(statistics, phase, found.reused, x.shape[1])
         return DepthOutput(state, hidden, statistics, penalties, auxiliary, operations)
 
     def _through(
@@ -386,10 +386,12 @@ class EquilibriumDepth(Depth):
             "`jacobian_weight`,"
         )
 
-    def _operations(self, statistics: dict[str, float | Tensor], phase: Phase, time: int) -> float | Tensor:
+    def _operations(
+        self, statistics: dict[str, float | Tensor], phase: Phase, reused: bool, time: int
+    ) -> float | Tensor:
         """See :class:`DepthOutput`; of ``time`` tokens a sequence, penalties and measurements not included."""
         gradient = phase.gradient
-        cost = gradient.update_cost(statistics["evaluations"], statistics["evaluations_backward"])[0]
+        cost = gradient.update_cost(statistics["evaluations"], statistics["evaluations_backward"])[0] - int(reused)
         if self.config.recompute:
             cost = cost + gradient.steps  # the tracked evaluations
         codas = 1 + len(self._correction_weights())

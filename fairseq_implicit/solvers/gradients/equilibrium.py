@@ -31,12 +31,14 @@ class Equilibrium:
         solve: how the forward pass went.
         point: the state at which ``state = f(point)``, detached; ``None`` for the schemes without a solver.
         iterates: evaluation number -> tracked ``f`` of the state of that evaluation, for the numbers asked for.
+        reused: whether the gradient starts from the solve's last evaluation, so that no other was made for it.
     """
 
     state: Tensor
     solve: FixedPointResult
     point: Tensor | None
     iterates: dict[int, Tensor]
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,13 @@ class EquilibriumGradient:
         point = result.state
         if not training:
             return Equilibrium(f(point), result, point, iterates)
+        reused = tracked is not None
         if tracked is None:
             anchor = point.detach().requires_grad_()
             tracked = anchor, f(anchor)
         record = AdjointRecord() if record is None else record
-        return Equilibrium(self.attach(f, *tracked, layout, field_dtype(z0), record), result, point, iterates)
+        state = self.attach(f, *tracked, layout, field_dtype(z0), record)
+        return Equilibrium(state, result, point, iterates, reused)
 
     def check_precision(self, dtype: torch.dtype) -> None:
         """Refuse, before the solve, what cannot be in the middle of the backward pass.
