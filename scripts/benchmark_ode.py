@@ -27,6 +27,7 @@ from fairseq_implicit.commands.wording import conditions, counted  # noqa: E402
 from fairseq_implicit.fields.mixers.attention import AttentionConfig  # noqa: E402
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig  # noqa: E402
 from fairseq_implicit.layout import UNPADDED  # noqa: E402
+from fairseq_implicit.machine import synchronise  # noqa: E402
 from fairseq_implicit.solvers.names import GRADIENTS  # noqa: E402
 from fairseq_implicit.solvers.reversible import ReversibleHeun  # noqa: E402
 from fairseq_implicit.solvers.runge_kutta import RungeKutta  # noqa: E402
@@ -81,11 +82,6 @@ def solvers(field: TransformerField, steps: int, like: Tensor) -> dict[str, Solv
     except ImportError:
         sys.stdout.write("torchdiffeq is not installed and is left out\n")
     return found
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def alternate(solves: dict[str, Solve], y: Tensor, rounds: int, backward: bool) -> dict[str, list[float]]:

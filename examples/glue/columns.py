@@ -61,39 +61,45 @@ def rows(path: str) -> Iterator[tuple[int, list[str]]]:
                 yield number, line.rstrip("\r\n").split("\t")
 
 
-def write_split(path: str, table: Table, out: str, split: str) -> tuple[int, int]:
-    """Writes one split and returns how many rows were written and how many were too short to be read.
+def examples(path: str, table: Table, split: str) -> tuple[list[tuple[list[str], str]], int]:
+    """Sentences and target of each row, white space as one blank, and how many rows were too short to be read.
 
     Raises ValueError when the table is not that of this task: too few columns, other labels, a header or none.
     """
     label_column = table.label if split == "train" or table.dev_label is None else table.dev_label
     needed = max(*table.sentences, label_column)
-    written = short = 0
-    names = [f"input{i}" for i in range(len(table.sentences))] + ["label"]
-    files = [open(os.path.join(out, f"{split}.{name}"), "w", encoding="utf-8", newline="\n") for name in names]
-    try:
-        for number, row in rows(path):
-            header = table.header and number == 1
-            if len(row) <= needed:
-                short += not header
-                continue
-            try:
-                target = table.target(row[label_column].strip())
-            except ValueError as error:
-                if header:
-                    continue
-                raise ValueError(f"{path}, line {number}: {error}: is it the table of another --task?") from None
+    found, short = [], 0
+    for number, row in rows(path):
+        header = table.header and number == 1
+        if len(row) <= needed:
+            short += not header
+            continue
+        try:
+            target = table.target(row[label_column].strip())
+        except ValueError as error:
             if header:
-                raise ValueError(f"{path} starts without a header: is it the table of another --task?")
-            for file, text in zip(files, [*(row[column] for column in table.sentences), target], strict=True):
-                file.write(" ".join(text.split()) + "\n")
-            written += 1
-    finally:
-        for file in files:
-            file.close()
-    if not written:
+                continue
+            raise ValueError(f"{path}, line {number}: {error}: is it the table of another --task?") from None
+        if header:
+            raise ValueError(f"{path} starts without a header: is it the table of another --task?")
+        found.append(([" ".join(row[column].split()) for column in table.sentences], target))
+    if not found:
         raise ValueError(f"{path} has no row with {needed + 1} columns: is it the table of another --task?")
-    return written, short
+    return found, short
+
+
+def write_split(path: str, table: Table, out: str, split: str) -> tuple[int, int]:
+    """Writes one split and returns how many rows were written and how many were too short to be read.
+
+    Raises ValueError, see :func:`examples`.
+    """
+    found, short = examples(path, table, split)
+    columns = zip(*((*texts, target) for texts, target in found), strict=True)
+    names = [f"input{i}" for i in range(len(table.sentences))] + ["label"]
+    for name, lines in zip(names, columns, strict=True):
+        with open(os.path.join(out, f"{split}.{name}"), "w", encoding="utf-8", newline="\n") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    return len(found), short
 
 
 def main() -> None:

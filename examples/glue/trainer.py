@@ -13,7 +13,7 @@ import os
 import sys
 
 import numpy as np
-from columns import TABLES, Table, rows
+from columns import TABLES, Table, examples
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
@@ -36,17 +36,15 @@ METRICS = {
 }
 
 
-def examples(path: str, table: Table, tokenizer, label_column: int) -> list[dict]:
-    """Encoded rows of a table, of a pair that is too long the longer sentence cut first; too short rows left out."""
-    encoded = []
-    for number, row in rows(path):
-        if len(row) <= max(*table.sentences, label_column) or (table.header and number == 1):
-            continue
-        target = table.target(row[label_column].strip())
-        label = table.labels.index(target) if table.labels else float(target)
-        texts = [" ".join(row[column].split()) for column in table.sentences]
-        encoded.append({**tokenizer(*texts, truncation="longest_first"), "labels": label})
-    return encoded
+def encoded(path: str, table: Table, split: str, tokenizer) -> list[dict]:
+    """The rows of a table, of a pair that is too long the longer sentence cut first."""
+    return [
+        {
+            **tokenizer(*texts, truncation="longest_first"),
+            "labels": table.labels.index(target) if table.labels else float(target),
+        }
+        for texts, target in examples(path, table, split)[0]
+    ]
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -85,10 +83,8 @@ def main() -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     try:
-        train = examples(f"{options.tables}/train.tsv", table, tokenizer, table.label)
-        valid = examples(
-            f"{options.tables}/{dev}", table, tokenizer, table.label if table.dev_label is None else table.dev_label
-        )
+        train = encoded(f"{options.tables}/train.tsv", table, "train", tokenizer)
+        valid = encoded(f"{options.tables}/{dev}", table, "valid", tokenizer)
     except (OSError, ValueError) as error:
         sys.exit(f"trainer: {error}")
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -51,16 +51,7 @@ class DepthCallback(TrainerCallback):
     ) -> None:
         self._tell(model, state)
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: ImplicitBertPreTrainedModel,
-        **kwargs: Any,
-    ) -> None:
-        # What is saved after this update has seen it.
-        self._tell(model, state)
+    on_step_end = on_step_begin  # what is saved after this update has seen it
 
     def on_log(
         self,

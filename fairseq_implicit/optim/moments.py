@@ -103,7 +103,7 @@ class Moments(torch.optim.Optimizer):
             group: ``lr``, ``betas`` and ``eps``.
             factor: of the gradients, to be applied.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} defines no update(): an optimiser must say what one is")
 
     def _weights(self, group: Dict[str, Any]) -> Iterator[Tuple[Weights, List[Tensor]]]:
         """What can be updated at once, with the parameters themselves, which may be narrower than their values."""
