@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from fairseq.data import Dictionary
-from fairseq.dataclass.configs import FairseqConfig
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from fairseq_implicit.conversion import bert, electra, roberta
@@ -60,23 +58,7 @@ def from_folder(source: Path, target: Path) -> dict[str, Any]:
             shutil.copyfile(source / name, target / name)
     # Beside a checkpoint its name would make the folder one of transformers.
     shutil.copyfile(source / CONFIG, target / f"transformers_{CONFIG}")
-    checkpoint = {
-        "args": None,
-        "cfg": {
-            **OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True),
-            "model": settings,
-            "task": {
-                "_name": "implicit_masked_lm",
-                "data": str(target.resolve()),
-                "tokens_per_sample": settings["max_positions"],
-            },
-            "criterion": {"_name": "implicit_masked_lm"},
-        },
-        "model": weights,
-        "optimizer_history": [{"num_updates": 0, "lr_scheduler_state": {}, "criterion_name": "", "optimizer_name": ""}],
-        "extra_state": {"train_iterator": {"epoch": 1}, "not_of_transformers": fresh},
-        "last_optimizer_state": None,
-    }
+    checkpoint = checkpoints.of_weights(settings, weights, str(target.resolve()), not_of_transformers=fresh)
     checkpoints.write(checkpoint, str(target / CHECKPOINT))
     return settings
 

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.dataclass.configs import FairseqConfig
+from omegaconf import OmegaConf
 
 import fairseq_implicit.models  # noqa: F401  (registers models, task and criterion)
 
@@ -56,6 +58,44 @@ def write(checkpoint: dict[str, Any], path: str) -> None:
         if os.path.isfile(part):
             os.remove(part)
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+def of_weights(
+    model: Mapping[str, Any], weights: Mapping[str, torch.Tensor], folder: str, **extra_state: Any
+) -> dict[str, Any]:
+    """A checkpoint of weights that come from elsewhere; fairseq, the hub and fine-tuning open it.
+
+    Args:
+        model: the configuration, ``_name`` and ``max_positions`` included.
+        weights: as the model's state dict names them.
+        folder: where it will lie, beside the vocabulary's files.
+        extra_state: what else it is to remember.
+    """
+    cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), resolve=False, enum_to_str=True)
+    cfg["model"] = dict(model)
+    cfg["task"] = {
+        "_name": "implicit_masked_lm",
+        "data": folder,
+        "tokens_per_sample": model["max_positions"],
+        "seed": 1,
+    }
+    cfg["criterion"] = {"_name": "implicit_masked_lm"}
+    history = {
+        "criterion_name": "ImplicitMaskedLMCriterion",
+        "optimizer_name": "FairseqAdam",
+        "lr_scheduler_state": {},
+        "num_updates": 0,
+    }
+    epoch = {"epoch": 1, "val_loss": None, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
+    return {
+        "args": None,
+        "cfg": cfg,
+        "model": dict(weights),
+        "optimizer_history": [history],
+        "last_optimizer_state": None,
+        "extra_state": {**epoch, **extra_state},
+        "task_state": {},
+    }
 
 
 def stored(path: str) -> dict[str, Any]:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
 from fairseq_implicit.data.byte_pairs import TOKENIZERS
-from fairseq_implicit.evaluation.checkpoints import stored
+from fairseq_implicit.evaluation.checkpoints import of_weights, stored
 from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.export import TrainedModel
 from fairseq_implicit.huggingface.tokenization import fast_tokenizer
@@ -132,32 +131,8 @@ def _evaluations(model: ImplicitBertModel) -> float:
 
 def checkpoint_of(model: TrainedModel, folder: str) -> dict[str, Any]:
     """A checkpoint that fairseq, the hub and fine-tuning open, to lie in ``folder`` beside the vocabulary's files."""
-    config = model.config
-    options = dataclasses.asdict(config.options())
-    cfg = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), resolve=False, enum_to_str=True)
-    cfg["model"] = {"_name": config.model_type, **options}
-    cfg["task"] = {
-        "_name": "implicit_masked_lm",
-        "data": folder,
-        "tokens_per_sample": options["max_positions"],
-        "seed": 1,
-    }
-    cfg["criterion"] = {"_name": "implicit_masked_lm"}
-    history = {
-        "criterion_name": "ImplicitMaskedLMCriterion",
-        "optimizer_name": "FairseqAdam",
-        "lr_scheduler_state": {},
-        "num_updates": 0,
-    }
-    return {
-        "args": None,
-        "cfg": cfg,
-        "model": dict(model.weights),
-        "optimizer_history": [history],
-        "last_optimizer_state": None,
-        "extra_state": {"epoch": 1, "val_loss": None, "train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
-        "task_state": {},
-    }
+    options = dataclasses.asdict(model.config.options())
+    return of_weights({"_name": model.config.model_type, **options}, model.weights, folder)
 
 
 def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
