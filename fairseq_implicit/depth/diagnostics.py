@@ -85,7 +85,7 @@ def _blocks(depth: BlockStack, x: Tensor, layout: Layout) -> Places:
     output = depth(x, layout, return_hidden_states=True)
     states = output.hidden_states
     fields = [
-        (depth.fields[block % len(depth.fields)].prepare(states[block], layout), float(block))
+        (depth.fields[block % len(depth.fields)].prepare(x, layout), float(block))
         for block in range(depth.config.layers)
     ]
     evaluations = torch.zeros(x.shape[0], device=x.device)

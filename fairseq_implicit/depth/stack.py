@@ -203,7 +203,7 @@ class BlockStack(Depth):
                 # What is carried along is lost: the Adams pair restarts after a gap.
                 result = None
             else:
-                f = self.fields[block % len(self.fields)].prepare(state.to(x.dtype), layout).within(self.around)
+                f = self.fields[block % len(self.fields)].prepare(x, layout).within(self.around)
                 result = self._solve(solver, f, state, block, layout, entries, carried, x.dtype)
             state, carried = (state, None) if result is None else (result.state, result.carried)
             if self.history is not None:

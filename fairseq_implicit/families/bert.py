@@ -1,12 +1,12 @@
 """What every family is configured by: RoBERTa's flags where the meaning is RoBERTa's, and BERT's sizes."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Optional
 
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.families.flags import Flags
+from fairseq_implicit.families.mixer_flags import mixer_config, options_of, with_mixer_options
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.mixers import MIXERS
 from fairseq_implicit.fields.mixers.mixer import MixerConfig
@@ -19,9 +19,7 @@ from fairseq_implicit.networks.heads import MaskedLMHeadConfig
 from fairseq_implicit.networks.initialisation import INITIALISATIONS, POSITION_STARTS, InitialisationConfig
 from fairseq_implicit.options import OptionError, check_choice
 
-#: The options of mixers, and the fields of the configuration below that set them.
-MIXER_FLAGS = {"heads": "encoder_attention_heads", "dropout": "attention_dropout"}
-
+POSITIONS = ("auto", "learned", "none")
 
 #: BERT's published sizes (arXiv 1810.04805; tiny and small: arXiv 1908.08962).
 SIZES: dict[str, dict[str, int]] = {
@@ -33,8 +31,9 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 @dataclass
+@with_mixer_options
 class BertOptions:
-    """Embeddings, noise and heads. Choices are plain strings, checked by :meth:`check`, so that a model pickles."""
+    """Embeddings, mixers, noise and heads. Choices are plain strings, checked by :meth:`check`: a model pickles."""
 
     encoder_layers: int = field(default=12, metadata={"help": "number of encoder blocks"})
     encoder_embed_dim: int = field(default=768, metadata={"help": "width of the state"})
@@ -97,6 +96,13 @@ class BertOptions:
         },
     )
 
+    encoder_positions: str = field(
+        default="auto",
+        metadata={
+            "help": "learned: an embedding of each position, as BERT's; none; auto: learned, unless the mixer tells "
+            "positions apart by itself"
+        },
+    )
     encoder_position_start: str = field(
         default="normal",
         metadata={
@@ -132,6 +138,7 @@ class BertOptions:
         check_choice("--stage-dropout", self.stage_dropout, POLICIES)
         check_choice("--encoder-init", self.encoder_init, INITIALISATIONS)
         check_choice("--encoder-position-start", self.encoder_position_start, POSITION_STARTS)
+        check_choice("--encoder-positions", self.encoder_positions, POSITIONS)
         for flag, value in (
             ("--encoder-layers", self.encoder_layers),
             ("--encoder-embed-dim", self.encoder_embed_dim),
@@ -155,7 +162,12 @@ class BertOptions:
             raise ValueError(f"--encoder-init-std must be a positive number, got {self.encoder_init_std}")
         if not 0.0 < self.layernorm_eps < math.inf:
             raise ValueError(f"--layernorm-eps must be a positive number, got {self.layernorm_eps}")
-        if "heads" in self._mixer_options() and self.encoder_embed_dim % self.encoder_attention_heads:
+        if self.encoder_position_start != "normal" and not self.learned_positions:
+            raise ValueError(
+                f"--encoder-position-start {self.encoder_position_start} is a start of learned positions, and here are "
+                "none: leave it out, or set --encoder-positions learned"
+            )
+        if "heads" in options_of(self.mixer, self) and self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
                 f"--encoder-embed-dim {self.encoder_embed_dim}"
@@ -174,6 +186,13 @@ class BertOptions:
                 f"--checkpoint-activations: --ode-gradient {gradient} keeps no activations to recompute: leave it out"
             )
         return "checkpoint-step"
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions have embeddings."""
+        if self.encoder_positions == "auto":
+            return not self.mixer_config().positional
+        return self.encoder_positions == "learned"
 
     def norm(self) -> NormConfig:
         """All layer norms of the network."""
@@ -194,6 +213,7 @@ class BertOptions:
                 positions=self.max_positions,
                 padding=padding,
                 segments=self.segment_types,
+                learned_positions=self.learned_positions,
                 norm=None if self.no_layernorm_embedding else self.norm(),
                 dropout=self.dropout,
             ),
@@ -206,14 +226,9 @@ class BertOptions:
             self.encoder_init, self.encoder_init_std, self.encoder_position_start, self.layers_in_series
         )
 
-    def _mixer_options(self) -> Dict[str, Any]:
-        """Those of the mixer's options that have a flag; the others keep their defaults."""
-        names = (item.name for item in dataclasses.fields(MIXERS[self.mixer]))
-        return {name: getattr(self, MIXER_FLAGS[name]) for name in names if name in MIXER_FLAGS}
-
     def mixer_config(self) -> MixerConfig:
         """What mixes the tokens, with its options."""
-        return MIXERS[self.mixer](**self._mixer_options())
+        return mixer_config(self.mixer, self)
 
     def transformer_field(self, kind: str) -> TransformerFieldConfig:
         """Shape and noise of a transformer field of one of :data:`fairseq_implicit.fields.transformer.KINDS`."""

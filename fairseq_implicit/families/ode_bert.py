@@ -334,4 +334,4 @@ class OdeBertOptions(BertOptions):
 
     def build_depth(self) -> Depth:
         depth, config = self.check(), self.transformer_field(self.ode_field)
-        return BlockStack(depth, lambda layer: TransformerField(config))
+        return BlockStack(depth, lambda layer: TransformerField(config.at(layer)))

@@ -61,7 +61,7 @@ class Field(nn.Module):
         """Fix one solve's constants.
 
         Args:
-            x: the state at the start of the solve, ``(batch, time, dim)``.
+            x: what the depth starts from, ``(batch, time, dim)``, whatever it has become where this solve starts.
             layout: of the batch.
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a field must return its increment there")
@@ -69,6 +69,9 @@ class Field(nn.Module):
     def layers(self) -> Iterator[Field]:
         """The fields of one layer each that this one is made of."""
         yield self
+
+    def share(self, first: Field) -> None:
+        """Take over what all layers have in common from the first layer, which is of the same class."""
 
     def residual_projections(self) -> Iterator[nn.Linear]:
         """The linear maps whose output is added to the state: their initialisation is scaled by the depth."""

@@ -1,7 +1,9 @@
 """The transformer encoder layer as a vector field: its increment ``F(y) = Layer(y) - y``."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -54,6 +56,10 @@ class TransformerFieldConfig:
         """The layer's formula."""
         return RESIDUALS[self.kind]
 
+    def at(self, layer: int) -> TransformerFieldConfig:
+        """That of layer ``layer``, counted from 0, where layers differ."""
+        return replace(self, mixer=self.mixer.at(layer))
+
     @property
     def is_noisy(self) -> bool:
         """Whether anything is drawn in training."""
@@ -95,6 +101,10 @@ class TransformerField(Field):
         sub_layers = (self.attention, self.feed_forward, self.first_feed_forward)
         return (sub_layer for sub_layer in sub_layers if sub_layer is not None)
 
+    def share(self, first: Field) -> None:
+        assert isinstance(first, TransformerField), "layers of one depth are of one class"
+        self.attention.share(first.attention)
+
     def operations(self, time: int) -> int:
         return sum(sub_layer.operations(time) for sub_layer in self.sub_layers())
 
@@ -106,7 +116,7 @@ class TransformerField(Field):
         """The layer with one solve's noise, which drop path is not part of.
 
         Args:
-            x: the state at the start of the solve, ``(batch, time, dim)``.
+            x: what the depth starts from, ``(batch, time, dim)``.
             layout: of the batch.
         """
 

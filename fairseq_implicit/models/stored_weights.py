@@ -22,7 +22,8 @@ def check_embeddings(network: Embeddings, state_dict: Dict[str, Tensor], prefix:
         stored, rows = len(state_dict.get(f"{prefix}{table}.weight", ())), 0 if own is None else len(own.weight)
         if stored != rows:
             raise ValueError(
-                f"the checkpoint has {stored - offset} rows in its {table} and this model {rows - offset}: "
+                f"the checkpoint has {max(stored - offset, 0)} rows in its {table} and this model "
+                f"{max(rows - offset, 0)}: "
                 f"they must agree, see {flag}"
             )
 

@@ -23,6 +23,7 @@ class EmbeddingConfig:
         positions: longest input in tokens.
         padding: id of the padding symbol. As RoBERTa has it, the first position is row ``padding + 1`` of its table,
             and the rows before it are nobody's.
+        learned_positions: each position has an embedding; without, the mixers tell positions apart or nobody does.
         segments: kinds of segments, BERT's token types; 0: the network takes none.
         norm: of the sum; ``None``: none.
         dropout: rate after it, in [0, 1).
@@ -35,6 +36,7 @@ class EmbeddingConfig:
     dim: int
     positions: int
     padding: int
+    learned_positions: bool = True
     segments: int = 0
     norm: NormConfig | None = field(default_factory=NormConfig)
     dropout: float = 0.0
@@ -46,16 +48,17 @@ class EmbeddingConfig:
 
 
 class Embeddings(nn.Module):
-    """Tokens, learned positions and segments."""
+    """Tokens, positions and segments."""
 
     def __init__(self, config: EmbeddingConfig):
         super().__init__()
         self.embeddings = config
-        rows = config.padding + 1 + config.positions
         self.embed_tokens = nn.Embedding(config.symbols, config.dim, config.padding)
-        self.embed_positions = nn.Embedding(rows, config.dim, config.padding)
-        # A start of fairseq's, which every network replaces: seeded runs have always drawn it.
-        nn.init.normal_(self.embed_positions.weight, std=config.dim**-0.5)
+        self.embed_positions = None
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.padding + 1 + config.positions, config.dim, config.padding)
+            # A start of fairseq's, which every network replaces: seeded runs have always drawn it.
+            nn.init.normal_(self.embed_positions.weight, std=config.dim**-0.5)
         self.embed_segments = nn.Embedding(config.segments, config.dim) if config.segments else None
         self.layernorm_embedding = None if config.norm is None else config.norm.build(config.dim)
         self.dropout = SharedDropout(config.dropout)
@@ -101,8 +104,9 @@ class Embeddings(nn.Module):
                 "shorten it, or train a model with more positions"
             )
         x = self.embed_tokens(tokens) if token_embeddings is None else token_embeddings
-        places = layout.positions_of(tokens) + config.padding + 1
-        x = x + functional.embedding(places, self.embed_positions.weight, config.padding)
+        if self.embed_positions is not None:
+            places = layout.positions_of(tokens) + config.padding + 1
+            x = x + functional.embedding(places, self.embed_positions.weight, config.padding)
         if self.embed_segments is not None:
             x = x + (self.embed_segments.weight[0] if layout.segments is None else self.embed_segments(layout.segments))
         elif layout.segments is not None:

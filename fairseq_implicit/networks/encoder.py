@@ -37,6 +37,9 @@ class Encoder(Embeddings):
     def __init__(self, config: EncoderConfig, depth: Depth):
         super().__init__(config.embeddings)
         self.depth = depth
+        first, *others = depth.layers()
+        for layer in others:
+            layer.share(first)
         self.lm_head = None if config.head is None else MaskedLMHead(self.embed_tokens, config.head)
 
     def forward(

@@ -55,9 +55,11 @@ def initialise(network: Encoder, config: InitialisationConfig) -> None:
                 module.weight[module.padding_idx].zero_()
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-    positions = network.embed_positions.weight
     spectrum = FREQUENCIES[config.positions]
     if spectrum is not None:
+        if network.embed_positions is None:
+            raise OptionError("positions", f"{config.positions} is a start of learned positions, and there are none.")
+        positions = network.embed_positions.weight
         frequencies = spectrum(positions.shape[1])
         positions.copy_(math.sqrt(2.0) * config.std * sinusoids(positions, frequencies))
         positions[network.embeddings.padding].zero_()

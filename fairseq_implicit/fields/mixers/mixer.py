@@ -17,11 +17,14 @@ Mix = Callable[..., Tensor]
 class Mixer(SubLayer):
     """A sub-layer in which each token reads those that its layout lets it see."""
 
+    def share(self, first: Mixer) -> None:
+        """Take over what all layers have in common from the first layer's mixer, which is of the same class."""
+
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
         """Fix what stays constant during one solve: noise, visibility, biases.
 
         Args:
-            x: the state at the start of the solve, ``(batch, time, dim)``.
+            x: what the depth starts from, ``(batch, time, dim)``, for its shape, dtype and device.
             layout: of the batch.
         """
         raise TypeError(f"{type(self).__name__} defines no prepare(): a mixer must return mix(z, added=None) there")
@@ -29,12 +32,25 @@ class Mixer(SubLayer):
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """The options of one mixer: its fields; and what a layer must know before it is built."""
+    """The options of one mixer: its fields; and what a layer must know before it is built.
+
+    The fields have a default and, as ``help`` in their metadata, a line for the command line; ``heads`` and ``dropout``
+    are those of every mixer that has them.
+    """
 
     @property
     def noise(self) -> float:
         """The largest rate of noise that the mixer draws in training."""
         return 0.0
+
+    @property
+    def positional(self) -> bool:
+        """Whether the mixer tells positions apart by itself, so that the state need not."""
+        return False
+
+    def at(self, layer: int) -> MixerConfig:
+        """The options of layer ``layer``, counted from 0, where layers differ."""
+        return self
 
     def added_width(self, dim: int) -> int:
         """How many numbers per token an injection adds to what is projected; 0 where it cannot."""
