@@ -62,8 +62,8 @@ class Encoder(Embeddings):
             segments: ``(batch, time)`` int64, BERT's token types; by default all tokens belong to the first.
             features_only: return features ``(batch, time, dim)`` instead of logits.
             masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
-            predicted: ``(masked,)`` int64, the places of ``masked_tokens`` among all tokens, row by row, where the caller
-                knows them: no GPU is asked.
+            predicted: ``(masked,)`` int64, the places of ``masked_tokens`` among all tokens, row by row, where the
+                caller knows them: no GPU is asked.
             return_hidden_states: also return the states along the depth.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
             token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
