@@ -167,6 +167,13 @@ class ImplicitBertModel(BaseFairseqModel):
         """Longest input in tokens."""
         return self.encoder.max_positions()
 
+    def train(self, mode: bool = True) -> "ImplicitBertModel":
+        # The loop says it twice per update; torch then sets the flag of every module anew, which costs four times as
+        # much as looking at it.
+        if any(module.training is not mode for module in self.modules()):
+            super().train(mode)
+        return self
+
     @property
     def supported_targets(self):
         return {"self"}
