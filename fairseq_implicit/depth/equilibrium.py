@@ -171,9 +171,10 @@ class EquilibriumDepth(Depth):
         super().__init__()
         self.config = config
         layer = config.cell.layer
-        self.prelude = ModuleList(CellLayer(layer) for _ in range(config.prelude_layers))
+        self.prelude = ModuleList(CellLayer(layer.at(place)) for place in range(config.prelude_layers))
         self.cell = EquilibriumCell(config.cell)
-        self.coda = ModuleList(CellLayer(layer) for _ in range(config.coda_layers))
+        passed = config.prelude_layers + config.cell.layers
+        self.coda = ModuleList(CellLayer(layer.at(passed + place)) for place in range(config.coda_layers))
         # Most layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
         unfinished = not layer.residual.ends_in_norm and (config.coda_layers > 0 or not config.cell.final_norm)
         self.output_norm = layer.norm.build(layer.dim) if unfinished else None

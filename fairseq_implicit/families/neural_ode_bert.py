@@ -24,6 +24,7 @@ FLAGS = Flags(
     rtol="ode_tolerance",
     atol="ode_absolute_tolerance",
     stage_dropout="stage_dropout",
+    first_norm="no_first_norm",
 )
 
 
@@ -116,6 +117,10 @@ class NeuralOdeBertOptions(BertOptions):
             raise ValueError(f"--checkpoint-activations needs --ode-backend own, not {self.ode_backend}")
         with self.flags.naming():
             return self.continuous()
+
+    @property
+    def distinct_layers(self) -> bool:
+        return False
 
     @property
     def duration(self) -> float:

@@ -25,7 +25,13 @@ from fairseq_implicit.solvers.theta import Theta
 
 DEFAULT_SCHEME = "rk2"
 
-_COMMON = dict(total_time="ode_time", layers="encoder_layers", dim="encoder_embed_dim", stage_dropout="stage_dropout")
+_COMMON = dict(
+    total_time="ode_time",
+    layers="encoder_layers",
+    dim="encoder_embed_dim",
+    stage_dropout="stage_dropout",
+    first_norm="no_first_norm",
+)
 FLAGS = Flags(
     "ode",
     start="ode_coefficient_start",
@@ -258,6 +264,10 @@ class OdeBertOptions(BertOptions):
             )
 
     @property
+    def distinct_layers(self) -> bool:
+        return not self.ode_tied
+
+    @property
     def is_implicit(self) -> bool:
         """Whether each block solves an equation."""
         return self.ode_scheme in IMPLICIT_SCHEMES
@@ -334,4 +344,5 @@ class OdeBertOptions(BertOptions):
 
     def build_depth(self) -> Depth:
         depth, config = self.check(), self.transformer_field(self.ode_field)
-        return BlockStack(depth, lambda layer: TransformerField(config.at(layer)))
+        # Of a layer that is cut in time all blocks are that layer.
+        return BlockStack(depth, lambda block: TransformerField(config.at(block // self.ode_split)))
