@@ -6,7 +6,7 @@ from typing import Optional
 
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.families.flags import Flags
-from fairseq_implicit.families.mixer_flags import mixer_config, options_of, with_mixer_options
+from fairseq_implicit.families.mixer_flags import flag_of, mixer_config, options_of, with_mixer_options
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.mixers import MIXERS
 from fairseq_implicit.fields.mixers.mixer import MixerConfig
@@ -171,6 +171,21 @@ class BertOptions:
             raise ValueError(
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
                 f"--encoder-embed-dim {self.encoder_embed_dim}"
+            )
+
+    def check_repeated(self) -> None:
+        """Refuse a mixer that must not be evaluated several times in one solve.
+
+        Raises:
+            OptionError: naming the flag that makes it so.
+        """
+        mixer = self.mixer_config()
+        option = mixer.changed_by
+        if option is not None:
+            raise OptionError(
+                flag_of(self.mixer)(option),
+                f"{getattr(mixer, option)} makes each evaluation another function of the state, and a solve here has "
+                "several: set it otherwise, or take ode_bert with --ode-scheme euler and --ode-steps 1.",
             )
 
     def recomputed(self, gradient: str) -> str:
