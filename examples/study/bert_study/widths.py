@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ def _count(arch: str, options: tuple[tuple[str, Any], ...]) -> int:
     values = {name: value for name, value in options if name in known}
     values.setdefault("max_positions", dict(options).get("tokens_per_sample"))
     made = family(**values)
-    with torch.device("meta"):
-        network = Encoder(made.network(symbols=2, padding=1), made.build_depth())
+    logging.disable(logging.INFO)  # what an equilibrium says of its cost
+    try:
+        with torch.device("meta"):
+            network = Encoder(made.network(symbols=2, padding=1), made.build_depth())
+    finally:
+        logging.disable(logging.NOTSET)
     return sum(parameter.numel() for parameter in network.parameters())
