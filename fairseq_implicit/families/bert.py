@@ -229,6 +229,21 @@ class BertOptions:
                 "out, or take an untied ode_bert"
             )
 
+    def check_repeated(self) -> None:
+        """Refuse a mixer that must not be evaluated several times in one solve.
+
+        Raises:
+            OptionError: naming the flag that makes it so.
+        """
+        mixer = self.mixer_config()
+        option = mixer.changed_by
+        if option is not None:
+            raise OptionError(
+                flag_of(self.mixer)(option),
+                f"{getattr(mixer, option)} makes each evaluation another function of the state, and a solve here has "
+                "several: set it otherwise, or take ode_bert with --ode-scheme euler and --ode-steps 1.",
+            )
+
     def recomputed(self, gradient: str) -> str:
         """The ``--ode-gradient`` that ``--checkpoint-activations`` makes of ``gradient``.
 

@@ -172,6 +172,7 @@ class DeqBertOptions(BertOptions):
         Raises:
             OptionError: a value or combination that cannot be, in one sentence.
         """
+        self.check_repeated()
         gradient = self._gradient()
         solver = self._solver(gradient)
         options = self.flags.options(EquilibriumConfig, self)

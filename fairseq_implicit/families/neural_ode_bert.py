@@ -154,6 +154,7 @@ class NeuralOdeBertOptions(BertOptions):
             gradient=self.recomputed(self.ode_gradient),
             replay_random=self.stage_dropout == "independent",
         )
+        self.check_repeated()
         options = self.flags.options(ContinuousConfig, self)
         options.update(
             duration=self.duration,

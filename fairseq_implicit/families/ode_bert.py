@@ -279,10 +279,13 @@ class OdeBertOptions(BertOptions):
             OptionError: an impossible value or combination, in one sentence.
         """
         layer = self.transformer_field(self.ode_field)
+        solver = self._implicit_solver() if self.is_implicit else self._explicit_solver()
+        if not solver.evaluates_once or self.ode_random_steps is not None:
+            self.check_repeated()
         options = self.flags.options(StackConfig, self)
         options.update(
             layers=self.encoder_layers * self.ode_split,
-            solver=self._implicit_solver() if self.is_implicit else self._explicit_solver(),
+            solver=solver,
             total_time=self.ode_time / self.ode_split,
             # Layers that end in a norm of their own, as BERT's do, need no other.
             final_norm=not layer.residual.ends_in_norm,

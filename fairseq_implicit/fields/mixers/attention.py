@@ -103,7 +103,48 @@ class AttentionConfig(MixerConfig):
         return MultiHeadAttention(dim, self, dropout_policy)
 
 
-class MultiHeadAttention(Mixer):
+class Attending(Mixer):
+    """Heads whose queries, keys and values meet in torch's scaled_dot_product_attention.
+
+    Args:
+        heads: their number.
+        dropout: rate on the attention probabilities.
+        dropout_policy: ``shared`` or ``independent`` (see :class:`SharedDropout`).
+
+    Raises:
+        ValueError: an impossible rate or policy.
+    """
+
+    def __init__(self, heads: int, dropout: float, dropout_policy: str):
+        super().__init__()
+        self.heads = heads
+        self.dropout = SharedDropout(dropout, dropout_policy)
+
+    def attending(
+        self, x: Tensor, layout: Layout, window: int | None = None
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """``(q, k, v) -> values``, all ``(batch, heads, time, width)``, with one solve's noise; ``window`` is how many
+        tokens on each side a token sees."""
+        rate = self.dropout.rate if self.training else 0.0
+        mask, causal = layout.visibility(x, window)
+        if rate == 0.0 or self.dropout.policy == "independent":
+            return lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
+        if x.device.type == "cpu":
+            # No fused kernel drops on a CPU, so the probabilities exist anyway: drop them with a mask drawn once.
+            batch, time, _ = x.shape
+            drop = self.dropout.prepare(x.new_empty(0).expand(batch, self.heads, time, 0), width=time)
+            pairs = layout.mask(x, window)
+            return lambda q, k, v: drop(_probabilities(q, k, pairs)) @ v
+        replay = ReplayedGenerator(x.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with replay:
+                return functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
+
+        return attend
+
+
+class MultiHeadAttention(Attending):
     """Self-attention (Vaswani et al. 2017, §3.2) through torch's scaled_dot_product_attention.
 
     An addition, ``(batch, time, 3 dim)``, goes into the projected q, k, v.
@@ -119,14 +160,13 @@ class MultiHeadAttention(Mixer):
     """
 
     def __init__(self, dim: int, config: AttentionConfig, dropout_policy: str = "shared"):
-        super().__init__()
+        super().__init__(config.heads, config.dropout, dropout_policy)
         if config.heads < 1 or dim % config.heads:
             raise ValueError(f"the number of attention heads must divide the width: {config.heads} heads, width {dim}")
         width = dim // config.heads
         if config.rotary_base is not None and width % 2:
             raise ValueError(f"rotary positions turn pairs of numbers: heads of width {width} must become even ones")
-        self.config, self.heads = config, config.heads
-        self.dropout = SharedDropout(config.dropout, dropout_policy)
+        self.config = config
         self.qkv = nn.Linear(dim, 3 * dim, bias=not config.no_biases)
         self.out = nn.Linear(dim, dim, bias=not config.no_biases)
         self.query_norm, self.key_norm = (
@@ -154,7 +194,7 @@ class MultiHeadAttention(Mixer):
         return super().operations(time) + 4 * time * self.out.in_features
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
-        attend, base = self._attending(x, layout), self.config.rotary_base
+        attend, base = self.attending(x, layout, self.config.window), self.config.rotary_base
         turn = nn.Identity() if base is None else rotation(x, x.shape[2] // self.heads, base, layout)
 
         def mix(z: Tensor, added: Tensor | None = None) -> Tensor:
@@ -167,26 +207,6 @@ class MultiHeadAttention(Mixer):
             return self.out(attend(q, k, v).transpose(1, 2).reshape(batch, time, dim))
 
         return mix
-
-    def _attending(self, x: Tensor, layout: Layout) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """``(q, k, v) -> values``, all ``(batch, heads, time, dim / heads)``, with one solve's noise."""
-        rate = self.dropout.rate if self.training else 0.0
-        mask, causal = layout.visibility(x, self.config.window)
-        if rate == 0.0 or self.dropout.policy == "independent":
-            return lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
-        if x.device.type == "cpu":
-            # No fused kernel drops on a CPU, so the probabilities exist anyway: drop them with a mask drawn once.
-            batch, time, _ = x.shape
-            drop = self.dropout.prepare(x.new_empty(0).expand(batch, self.heads, time, 0), width=time)
-            pairs = layout.mask(x, self.config.window)
-            return lambda q, k, v: drop(_probabilities(q, k, pairs)) @ v
-        replay = ReplayedGenerator(x.device)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with replay:
-                return functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
-
-        return attend
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:

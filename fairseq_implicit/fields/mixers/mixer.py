@@ -49,6 +49,12 @@ class MixerConfig:
         return False
 
     @property
+    def changed_by(self) -> str | None:
+        """The option by which each evaluation is another function of the state, so that no solve may have several;
+        ``None``: the mixer is a function of the state."""
+        return None
+
+    @property
     def differs_by(self) -> str | None:
         """The option by which layers differ; ``None``: they are alike."""
         return None
