@@ -95,6 +95,7 @@ class Solver:
         implicit: whether it solves equations, whose ``residual`` and ``converged`` it reports and whose backward passes
             it records.
         adaptive: whether it chooses its steps, and may stop before the end.
+        exponential: whether it solves the linear part of a field by itself, whose ``rate`` it takes beside the rest.
         one_field: whether all evaluations must be of one and the same function, noise included.
         keeps: whether it can :class:`Keep` anything.
         shares_steps: whether it has one step for all samples only.
@@ -118,6 +119,7 @@ class Solver:
     combines: ClassVar[bool] = False
     implicit: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
+    exponential: ClassVar[bool] = False
     one_field: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
     shares_steps: ClassVar[bool] = False
