@@ -52,22 +52,24 @@ class RandomDepth(nn.Module):
 
     Args:
         mean: of the Poisson distribution, before it is cut.
-        maximum: largest number.
+        maximum: largest number; ``None``: twice the mean.
         seed: of the run.
 
     Raises:
         OptionError: no positive mean, or a maximum below 1 or so far below the mean that hardly anything remains.
     """
 
-    def __init__(self, mean: float, maximum: int, seed: int):
+    def __init__(self, mean: float, maximum: int | None, seed: int):
         super().__init__()
         if not 0 < mean < math.inf:
             raise OptionError("random_depth", f"a mean of {mean} steps: give a positive number.")
+        maximum = math.ceil(2 * mean) if maximum is None else maximum
         if maximum < max(1, math.ceil(mean / 2)):
             raise OptionError(
                 "random_depth_max",
                 f"{maximum} steps leave nothing of numbers whose mean is {mean:g}: give the mean or more.",
             )
+        self.maximum = maximum
         logarithms = [count * math.log(mean) - math.lgamma(count + 1) for count in range(1, maximum + 1)]
         self.weights = [math.exp(each - max(logarithms)) for each in logarithms]
         self.seed = seed
@@ -78,5 +80,5 @@ class RandomDepth(nn.Module):
         self.update = num_updates
 
     def draw(self, sequences: int) -> list[int]:
-        counts = range(1, len(self.weights) + 1)
+        counts = range(1, self.maximum + 1)
         return random.Random(f"depth {self.seed} {self.update}").choices(counts, self.weights, k=sequences)

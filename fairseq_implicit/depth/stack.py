@@ -120,7 +120,7 @@ class StackConfig:
                 )
             replace(solver, steps=RandomSteps(self.random_steps, self.seed).high)
         if self.random_depth is not None:
-            self._check_random_depth()
+            self._check_random_depth(self.random_depth)
         if self.history != "none" and solver.carries_history:
             raise OptionError(
                 "history",
@@ -138,13 +138,7 @@ class StackConfig:
         """The size of a fixed step."""
         return self.total_time / self.solver.steps
 
-    @property
-    def deepest(self) -> int:
-        """Of random depths."""
-        assert self.random_depth is not None
-        return math.ceil(2 * self.random_depth) if self.random_depth_max is None else self.random_depth_max
-
-    def _check_random_depth(self) -> None:
+    def _check_random_depth(self, mean: float) -> None:
         solver = self.solver
         if not self.one_block:
             raise OptionError(
@@ -162,8 +156,7 @@ class StackConfig:
             )
         if self.random_depth_gradient < 1:
             raise OptionError("random_depth_gradient", f"{self.random_depth_gradient} steps make no gradient.")
-        assert self.random_depth is not None
-        RandomDepth(self.random_depth, self.deepest, self.seed)
+        RandomDepth(mean, self.random_depth_max, self.seed)
 
 
 class BlockStack(Depth):
@@ -202,7 +195,7 @@ class BlockStack(Depth):
         self.random_steps = None if config.random_steps is None else RandomSteps(config.random_steps, config.seed)
         self.random_depth = None
         if config.random_depth is not None:
-            self.random_depth = RandomDepth(config.random_depth, config.deepest, config.seed)
+            self.random_depth = RandomDepth(config.random_depth, config.random_depth_max, config.seed)
             self._check_loop()
         self.adjoints: list[AdjointRecord] = []
         self.residual_alarm, self.budget_alarm = ResidualAlarm(), BudgetAlarm()

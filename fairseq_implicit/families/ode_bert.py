@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import List, NamedTuple, Optional
 
 from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.depth.random_steps import RandomDepth
 from fairseq_implicit.depth.stack import HISTORIES, BlockStack, StackConfig
 from fairseq_implicit.families.bert import BertOptions
 from fairseq_implicit.families.flags import Flags, flag
@@ -335,14 +336,15 @@ class OdeBertOptions(BertOptions):
             norm=layer.norm,
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
         )
-        stack = StackConfig(**options)
-        if stack.random_depth is not None and not self.has_linear_part and stack.random_depth_gradient < stack.deepest:
-            raise OptionError(
-                "random_depth_gradient",
-                f"{stack.random_depth_gradient} last steps of up to {stack.deepest} leave the embedding without a "
-                f"gradient, which enters at the first: set `linear_part` diagonal, or this to {stack.deepest}.",
-            )
-        return stack
+        if self.ode_random_depth is not None and not self.has_linear_part:
+            deepest = RandomDepth(self.ode_random_depth, self.ode_random_depth_max, self.ode_seed).maximum
+            if self.ode_random_depth_gradient < deepest:
+                raise OptionError(
+                    "random_depth_gradient",
+                    f"{self.ode_random_depth_gradient} last steps of up to {deepest} leave the embedding without a "
+                    f"gradient, which enters at the first: set `linear_part` diagonal, or this to {deepest}.",
+                )
+        return StackConfig(**options)
 
     @property
     def has_linear_part(self) -> bool:
