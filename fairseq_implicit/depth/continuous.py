@@ -221,7 +221,8 @@ class ContinuousDepth(Depth):
         parameters: tuple[Tensor, ...] = ()
         if not solver.gradient.along_the_way:
             # It arises from no kept graph, so it must be told where to go.
-            parameters = tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
+            read = (*self.field.read_parameters(), *f.constants)
+            parameters = tuple(tensor for tensor in read if tensor.requires_grad)
         options: dict[str, Any] = {}
         if solver.exponential and f.linear is not None:
             options["rate"], f = f.linear

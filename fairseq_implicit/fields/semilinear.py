@@ -78,16 +78,20 @@ class SemiLinearField(Field):
     def operations(self, time: int) -> int:
         return self.field.operations(time)
 
+    def read_parameters(self) -> Iterator[nn.Parameter]:
+        return self.field.read_parameters()
+
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:
         rate, inner = self.linear_rate(), self.field.prepare(x, layout)
         injected, _ = self.injection(x)
         assert injected is not None, "InjectionConfig() injects into the stream"
-        pull = layout.keep((rate * injected).to(x.dtype))
+        target = layout.keep(injected)
+        pull = (rate * target).to(x.dtype)
 
         def rest(f: VectorField) -> VectorField:
             return lambda t, z: f(t, z) + pull
 
         def whole(f: VectorField) -> VectorField:
-            return lambda t, z: torch.addcmul(f(t, z) + pull, z, rate.to(z.dtype), value=-1)
+            return lambda t, z: torch.addcmul(f(t, z), rate.to(z.dtype), target - z)
 
-        return inner.changed(whole, LinearPart(rate, inner.changed(rest)))
+        return inner.changed(whole, LinearPart(rate, inner.changed(rest)), (rate, target))

@@ -37,7 +37,13 @@ CASES = {
     "adaptive": ("ode_bert", dict(ode_scheme="bosh3", ode_tolerance=1e-2)),
     "embedding": ("neural_ode_bert", dict(ode_tolerance=1e-2)),
     "knots": ("neural_ode_bert", dict(ode_depth_weights="linear", ode_tolerance=0.0)),
+    "loop": (
+        "ode_bert",
+        dict(ode_linear_part="diagonal", ode_scheme="etd2", ode_tied=True, ode_steps=3, ode_random_depth=4.0),
+    ),
+    "etd4": ("neural_ode_bert", dict(ode_linear_part="diagonal", ode_scheme="etd4", ode_tolerance=0.0)),
     "deq": ("deq_bert", dict()),
+    "deq-linear": ("deq_bert", dict(deq_linear_part="diagonal")),
     "deq-injected": ("deq_bert", dict(deq_weight_norm=True, deq_qkv_injection=True)),
 }
 SENTENCES = ["the implicit solver <mask> the state", "the <mask> tableau", "a stable <mask>er in 12 steps."]
