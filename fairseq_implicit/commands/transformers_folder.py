@@ -13,7 +13,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from fairseq_implicit.conversion import bert, electra, roberta
+from fairseq_implicit.conversion import bert, electra, modernbert, roberta
 from fairseq_implicit.conversion.rows import reordered, with_padding
 from fairseq_implicit.evaluation import checkpoints
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
@@ -21,7 +21,14 @@ from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from fairseq_implicit.text.vocabulary import MADE_UP, MASK, PAD, count_of
 
 #: The tables by config.json's model_type; those with equal layers share one.
-MODELS = {"bert": bert, "electra": electra, "roberta": roberta, "xlm-roberta": roberta, "camembert": roberta}
+MODELS = {
+    "bert": bert,
+    "electra": electra,
+    "roberta": roberta,
+    "xlm-roberta": roberta,
+    "camembert": roberta,
+    "modernbert": modernbert,
+}
 CONFIG, WEIGHTS, CHECKPOINT, TOKENIZER = "config.json", "model.safetensors", "model.pt", "tokenizer.json"
 #: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
@@ -29,6 +36,7 @@ _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _TIED = {
     *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
     *("lm_head.decoder.weight", "lm_head.decoder.bias", "generator_lm_head.weight"),
+    "decoder.weight",
 }
 
 
@@ -94,7 +102,7 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
     original = path.with_name(f"transformers_{CONFIG}")
     before = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
-    base = f"{config['model_type']}."
+    base = f"{min(found).partition('.')[0]}."
     if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
         found = {name.removeprefix(base): weight for name, weight in found.items()}
     target.mkdir(parents=True)

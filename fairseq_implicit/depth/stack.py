@@ -27,6 +27,7 @@ from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomDepth, RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.mixers.lambda_layer import content_lambdas
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.module_list import ModuleList
@@ -36,6 +37,7 @@ from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.runge_kutta import RungeKutta
 from fairseq_implicit.solvers.solver import Solution, Solver, Span
 from fairseq_implicit.solvers.status import Status
+from fairseq_implicit.solvers.vector_field import Time
 
 logger = logging.getLogger(__name__)
 
@@ -240,13 +242,16 @@ class BlockStack(Depth):
             if drawn is not None:
                 drawn.update = updates
 
-    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(
+        self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False, return_lambdas: bool = False
+    ) -> DepthOutput:
         """Integrate through all blocks.
 
         Args:
             x: embedding ``(batch, time, dim)``.
             layout: of the batch.
             return_hidden_states: collect the embedding and the state after each block (before the final norm).
+            return_lambdas: collect the content lambdas at the states before the blocks.
 
         Raises:
             ArithmeticError: a solve failed; the sentence names the block.
@@ -256,17 +261,18 @@ class BlockStack(Depth):
         if self.random_steps is not None and self.training:
             solver = replace(solver, steps=self.random_steps.draw())
         hidden_states = [x] if return_hidden_states else None
+        lambdas: list[Tensor] | None = [] if return_lambdas else None
         report = (_EquationReport if solver.implicit else _SchemeReport)(self, layout)
         if self.random_depth is not None and self.training:
-            state, cost = self._loop(self.random_depth.draw(len(x)), x, layout, report)
+            state, cost = self._loop(self.random_depth.draw(len(x)), x, layout, report, lambdas)
             if hidden_states is not None:
                 hidden_states.append(state.to(x.dtype))
             statistics = report.statistics()
         else:
-            state = self._through_blocks(solver, x, layout, report, hidden_states)
+            state, reused = self._through_blocks(solver, x, layout, report, hidden_states, lambdas)
             statistics = report.statistics()
             backward = statistics.get("evaluations_backward", 0)
-            cost = solver.update_cost(statistics["evaluations"], backward, self.config.layers)
+            cost = solver.update_cost(statistics["evaluations"], backward, self.config.layers) - reused
         rates = rate_statistics(field.linear_rate() for field in self.fields)
         if rates:
             statistics |= {"state_rms": layout.rms(state), **rates}
@@ -274,12 +280,18 @@ class BlockStack(Depth):
         if self.final_norm is not None:
             state = self.final_norm(state)
         operations = cost * self.fields[0].operations(x.shape[1])
-        return DepthOutput(state, hidden_states, statistics, report.penalties(), operations=operations)
+        return DepthOutput(state, hidden_states, statistics, report.penalties(), operations=operations, lambdas=lambdas)
 
     def _through_blocks(
-        self, solver: Solver, x: Tensor, layout: Layout, report: "_Report", hidden_states: list[Tensor] | None
-    ) -> Tensor:
-        """The state after all blocks."""
+        self,
+        solver: Solver,
+        x: Tensor,
+        layout: Layout,
+        report: "_Report",
+        hidden_states: list[Tensor] | None,
+        lambdas: list[Tensor] | None,
+    ) -> tuple[Tensor, int]:
+        """The state after all blocks, and the evaluations that gradients have in common with their solves."""
         state = solver.state(x)
         if solver.implicit and torch.is_grad_enabled():
             self.adjoints = []
@@ -288,15 +300,19 @@ class BlockStack(Depth):
         if self.history is not None:
             entries.append(self.history.entry(0, state))
             state = self.history.mix(entries)
+        reused = 0
         skipped = self._draw_skipped_blocks()
         for block in range(self.config.layers):
+            field = self.fields[block % len(self.fields)]
+            self._look_at_lambdas(lambdas, field, x, layout, float(block), state)
             if block in skipped:
                 # What is carried along is lost: the Adams pair restarts after a gap.
                 result = None
             else:
-                f = self.fields[block % len(self.fields)].prepare(x, layout).within(self.around)
+                f = field.prepare(x, layout).within(self.around)
                 span = Span(float(block), self.config.total_time)
                 result = self._solve(solver, f, state, span, block, layout, entries, carried, x.dtype)
+                reused += result.reused
             state, carried = (state, None) if result is None else (result.state, result.carried)
             if self.history is not None:
                 entries.append(self.history.entry(block + 1, state))
@@ -304,9 +320,19 @@ class BlockStack(Depth):
             report.add(block, result, state)
             if hidden_states is not None:
                 hidden_states.append(state.to(x.dtype))
-        return state
+        return state, reused
 
-    def _loop(self, depths: list[int], x: Tensor, layout: Layout, report: "_Report") -> tuple[Tensor, Scalar]:
+    def _look_at_lambdas(
+        self, lambdas: list[Tensor] | None, field: Field, x: Tensor, layout: Layout, t: Time, state: Tensor
+    ) -> None:
+        """Collect the content lambdas of a field at a state, where they are asked for."""
+        if lambdas is not None:
+            with content_lambdas(lambdas):
+                field.prepare(x, layout)(t, state.to(x.dtype))
+
+    def _loop(
+        self, depths: list[int], x: Tensor, layout: Layout, report: "_Report", lambdas: list[Tensor] | None
+    ) -> tuple[Tensor, Scalar]:
         """Each sequence through its own number of steps of one block, in one solve with one noise.
 
         All end together: the shallow ones wait, so that the last steps of all are the last of the loop, and only these
@@ -321,6 +347,7 @@ class BlockStack(Depth):
         tracked = min(deepest, self.config.random_depth_gradient)
         waits = torch.tensor([deepest - depth for depth in depths], device=x.device)
         start = state = solver.state(x)
+        self._look_at_lambdas(lambdas, self.fields[0], x, layout, 0.0, state)
         for index in range(deepest):
             running = (waits <= index).view(-1, 1, 1)
             if index == deepest - tracked:

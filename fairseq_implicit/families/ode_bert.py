@@ -30,7 +30,13 @@ from fairseq_implicit.solvers.theta import Theta
 
 DEFAULT_SCHEME = "rk2"
 
-_COMMON = dict(total_time="ode_time", layers="encoder_layers", dim="encoder_embed_dim", stage_dropout="stage_dropout")
+_COMMON = dict(
+    total_time="ode_time",
+    layers="encoder_layers",
+    dim="encoder_embed_dim",
+    stage_dropout="stage_dropout",
+    first_norm="no_first_norm",
+)
 FLAGS = Flags(
     "ode",
     start="ode_coefficient_start",
@@ -315,6 +321,10 @@ class OdeBertOptions(BertOptions):
             )
 
     @property
+    def distinct_layers(self) -> bool:
+        return not self.ode_tied
+
+    @property
     def is_implicit(self) -> bool:
         """Whether each block solves an equation."""
         return self.ode_scheme in IMPLICIT_SCHEMES
@@ -326,10 +336,13 @@ class OdeBertOptions(BertOptions):
             OptionError: an impossible value or combination, in one sentence.
         """
         layer = self.transformer_field(self.ode_field)
+        solver = self._implicit_solver() if self.is_implicit else self._explicit_solver()
+        if not solver.evaluates_once or self.ode_random_steps is not None or self.ode_random_depth is not None:
+            self.check_repeated()
         options = self.flags.options(StackConfig, self)
         options.update(
             layers=self.encoder_layers * self.ode_split,
-            solver=self._implicit_solver() if self.is_implicit else self._explicit_solver(),
+            solver=solver,
             total_time=self.ode_time / self.ode_split,
             # Layers that end in a norm of their own, as BERT's do, need no other unless something is added to it.
             final_norm=self.has_linear_part or not layer.residual.ends_in_norm,
@@ -413,8 +426,9 @@ class OdeBertOptions(BertOptions):
     def build_depth(self) -> Depth:
         depth, config = self.check(), self.transformer_field(self.ode_field)
 
-        def block(layer: int) -> Field:
-            field = TransformerField(config.at(layer))
-            return SemiLinearField(field, config.dim, config.norm) if self.has_linear_part else field
+        def field(block: int) -> Field:
+            # Of a layer that is cut in time all blocks are that layer.
+            layer = TransformerField(config.at(block // self.ode_split))
+            return SemiLinearField(layer, config.dim, config.norm) if self.has_linear_part else layer
 
-        return BlockStack(depth, block)
+        return BlockStack(depth, field)

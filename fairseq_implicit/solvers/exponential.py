@@ -149,6 +149,10 @@ class Exponential(FixedSteps):
         check_choice("scheme", self.scheme, SCHEMES)
         super().__post_init__()
 
+    @property
+    def evaluates_once(self) -> bool:
+        return self.steps * _SCHEMES[self.scheme].evaluations == 1
+
     def combination(self, dim: int, norm: Callable[[int], nn.LayerNorm] = nn.LayerNorm) -> Combination:
         """Without weights of its own: those of the stages follow from the rates."""
         return Combination(get_tableau(_SCHEMES[self.scheme].limit))
