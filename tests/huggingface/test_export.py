@@ -45,7 +45,13 @@ CASES = {
         dict(**MODERN, attention_global_every=2, attention_local_rotary_base=9.0, no_first_norm=True),
     ),
     "modern-deq": ("deq_bert", MODERN),
+    "loop": (
+        "ode_bert",
+        dict(ode_linear_part="diagonal", ode_scheme="etd2", ode_tied=True, ode_steps=3, ode_random_depth=4.0),
+    ),
+    "etd4": ("neural_ode_bert", dict(ode_linear_part="diagonal", ode_scheme="etd4", ode_tolerance=0.0)),
     "deq": ("deq_bert", dict()),
+    "deq-linear": ("deq_bert", dict(deq_linear_part="diagonal")),
     "deq-injected": ("deq_bert", dict(deq_weight_norm=True, deq_qkv_injection=True)),
     **{mixer: ("ode_bert", dict(mixer=mixer)) for mixer in MIXERS if mixer != "attention"},
 }
