@@ -271,12 +271,12 @@ class OdeBertOptions(BertOptions):
                 "each layer's once, which is another function: leave one of the two out"
             )
         self._check_strangers()
-        self._check_loop()
+        self._check_company()
         with self.flags.naming():
             return self.stack()
 
-    def _check_loop(self) -> None:
-        """Refuse what would leave a loop's input untrained, and flags of a loop that there is not.
+    def _check_company(self) -> None:
+        """Refuse flags of a loop that there is not, and what a linear part is to undo.
 
         Raises:
             ValueError: naming them.
