@@ -286,6 +286,11 @@ class OdeBertOptions(BertOptions):
             for name, value in (("ode_random_depth_max", None), ("ode_random_depth_gradient", default)):
                 if getattr(self, name) != value:
                     raise ValueError(f"{flag(name)} {getattr(self, name)} needs --ode-random-depth, the mean")
+        elif self.drop_path > 0:
+            raise ValueError(
+                f"--drop-path {self.drop_path} would skip the whole loop of a sample, because --ode-random-depth makes "
+                "it one solve: set it to 0"
+            )
         if self.ode_residual_in_field and self.has_linear_part:
             raise ValueError(
                 "--ode-residual-in-field integrates the state itself beside the field, which --ode-linear-part "
