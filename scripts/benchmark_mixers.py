@@ -40,9 +40,8 @@ def update(mixer: Mixer, x: torch.Tensor) -> None:
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    print(
-        f"{conditions(options.device, options.threads)}, width {options.dim}, {options.heads} heads, seed {options.seed}"
-    )
+    print(f"{conditions(options.device, options.threads)}, seed {options.seed}")
+    print(f"width {options.dim}, {options.heads} heads: ", end="")
     print("time (operations) over attention's, forward and backward\n")
     print(f"{'length':>7}" + "".join(f"{name:>22}" for name in MIXERS))
     for length in options.lengths:
