@@ -40,7 +40,9 @@ class Encoder(Embeddings):
         first, *others = depth.layers()
         for layer in others:
             layer.share(first)
-        self.lm_head = None if config.head is None else MaskedLMHead(self.embed_tokens, config.head)
+        self.lm_head = (
+            None if config.head is None else MaskedLMHead(self.embed_tokens, config.head, config.embeddings.dim)
+        )
 
     def forward(
         self,
@@ -63,7 +65,7 @@ class Encoder(Embeddings):
             masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
             return_hidden_states: also return the states along the depth.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
-            token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
+            token_embeddings: ``(batch, time, width)`` in place of those of ``tokens``, whose padding still counts.
             attended: ``(batch, time)`` bool, False at tokens that are padding whatever their id.
 
         Raises:
@@ -78,7 +80,7 @@ class Encoder(Embeddings):
             depth.statistics,
             depth.penalties,
             depth.auxiliary_states,
-            depth.operations * tokens.numel(),
+            (depth.operations + 3 * self.operations()) * tokens.numel(),
         )
         if features_only:
             return output
