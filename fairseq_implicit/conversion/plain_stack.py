@@ -1,7 +1,9 @@
 """Whether an ode_bert's blocks are its layers: only then is it a model of others, or one iterated layer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from fairseq_implicit.conversion.misfits import refuse
 
 #: What makes a block one application of its layer. What a checkpoint does not say has these values.
 PLAIN: dict[str, Any] = dict(
@@ -18,11 +20,16 @@ def check(settings: Mapping[str, Any], **required: Any) -> None:
         required: further settings, or other values than :data:`PLAIN` has.
 
     Raises:
-        ValueError: naming the setting, its value and the only one possible.
+        ValueError: naming each such setting, its value and the only one possible.
     """
+    refuse(misfits(settings, **required))
+
+
+def misfits(settings: Mapping[str, Any], **required: Any) -> Iterator[str]:
+    """What :func:`check` refuses."""
     for name, value in {**PLAIN, **required}.items():
         given = settings.get(name, PLAIN.get(name, value))
         if given != value:
-            raise ValueError(f"{name} is {given}, and only {value} makes each block one application of its layer")
+            yield f"{name} is {given}, and only {value} makes each block one application of its layer"
     if settings.get("ode_scheme") not in ("euler", "rk1"):
-        raise ValueError(f"ode_scheme is {settings.get('ode_scheme')}: only euler applies the layer itself")
+        yield f"ode_scheme is {settings.get('ode_scheme')}: only euler applies the layer itself"
