@@ -8,6 +8,7 @@ from typing import Any, Dict
 from fairseq.models import register_model
 from torch import Tensor
 
+from fairseq_implicit.families.bert import SIZES
 from fairseq_implicit.families.ode_bert import OdeBertOptions
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig
@@ -93,3 +94,9 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
 }
 
 register_presets("ode_bert", OdeBertModel, OdeBertConfig, VARIANTS)
+
+#: DeBERTa v3's published shapes (arXiv 2111.09543).
+DEBERTA_SIZES: Dict[str, Dict[str, Any]] = {"small": {**SIZES["base"], "encoder_layers": 6}, "base": SIZES["base"]}
+DEBERTA = dict(mixer="disentangled", ode_field="post-norm", ode_scheme="euler", layernorm_eps=1e-7)
+
+register_presets("deberta_v3", OdeBertModel, OdeBertConfig, {"": DEBERTA}, DEBERTA_SIZES)

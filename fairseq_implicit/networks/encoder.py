@@ -91,6 +91,13 @@ class Encoder(Embeddings):
         head = 3 * self.lm_head.operations() * predicted * (1 + len(output.auxiliary))
         return replace(output, operations=output.operations + head)
 
+    def shared_weights(self) -> dict[str, str]:
+        """The second and further names of weights that layers have in common, each with the first one."""
+        first: dict[int, str] = {}
+        named = self.depth.named_parameters(prefix="depth", remove_duplicate=False)
+        names = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
+        return {name: original for name, original in names if name != original}
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights. The depth may keep a float32 state around half-precision ones, and quantised matrices have
