@@ -37,6 +37,11 @@ CASES = {
     "adaptive": ("ode_bert", dict(ode_scheme="bosh3", ode_tolerance=1e-2)),
     "embedding": ("neural_ode_bert", dict(ode_tolerance=1e-2)),
     "knots": ("neural_ode_bert", dict(ode_depth_weights="linear", ode_tolerance=0.0)),
+    "disentangled": ("ode_bert", dict(mixer="disentangled", disentangled_own_maps=True, ode_scheme="rk2")),
+    "disentangled knots": (
+        *("neural_ode_bert", dict(mixer="disentangled", ode_depth_weights="linear", ode_tolerance=0.0)),
+    ),
+    "narrow embeddings": ("ode_bert", dict(encoder_embedding_dim=8, ode_tied=True)),
     "deq": ("deq_bert", dict()),
     "deq-injected": ("deq_bert", dict(deq_weight_norm=True, deq_qkv_injection=True)),
 }
