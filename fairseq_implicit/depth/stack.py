@@ -197,6 +197,7 @@ class BlockStack(Depth):
         if self.history is not None:
             entries.append(self.history.entry(0, state))
             state = self.history.mix(entries)
+        reused = 0
         skipped = self._draw_skipped_blocks()
         for block in range(self.config.layers):
             if block in skipped:
@@ -205,6 +206,7 @@ class BlockStack(Depth):
             else:
                 f = self.fields[block % len(self.fields)].prepare(x, layout).within(self.around)
                 result = self._solve(solver, f, state, block, layout, entries, carried, x.dtype)
+                reused += result.reused
             state, carried = (state, None) if result is None else (result.state, result.carried)
             if self.history is not None:
                 entries.append(self.history.entry(block + 1, state))
@@ -219,7 +221,7 @@ class BlockStack(Depth):
         cost = solver.update_cost(
             statistics["evaluations"], statistics.get("evaluations_backward", 0), self.config.layers
         )
-        operations = cost * self.fields[0].operations(x.shape[1])
+        operations = (cost - reused) * self.fields[0].operations(x.shape[1])
         return DepthOutput(state, hidden_states, statistics, report.penalties(), operations=operations)
 
     def _solve(

@@ -70,6 +70,7 @@ class Solution(SolveResult):
         weights: of the stages of each sub-step, where the scheme combines them.
         carried: what the next block of a stack needs from this one.
         converged: ``(batch,)`` bool, whether every implicit step met the tolerance; ``None`` where none was taken.
+        reused: evaluations of implicit steps that their gradients start from, so that no other was made for these.
     """
 
     field_calls: int = 0
@@ -83,6 +84,7 @@ class Solution(SolveResult):
     weights: tuple[tuple[Weight, ...], ...] = field(default=(), repr=False)
     carried: Tensor | None = None
     converged: Tensor | None = None
+    reused: int = 0
 
 
 class Solver:
