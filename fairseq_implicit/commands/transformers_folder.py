@@ -13,7 +13,7 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from fairseq_implicit.conversion import albert, bert, deberta, electra, roberta
+from fairseq_implicit.conversion import albert, bert, deberta, electra, modernbert, roberta
 from fairseq_implicit.conversion.misfits import listed, refuse
 from fairseq_implicit.conversion.rows import reordered, with_padding
 from fairseq_implicit.evaluation import checkpoints
@@ -30,6 +30,7 @@ MODELS = {
     "camembert": roberta,
     "albert": albert,
     "deberta-v2": deberta,
+    "modernbert": modernbert,
 }
 CONFIG, WEIGHTS, CHECKPOINT, TOKENIZER = "config.json", "model.safetensors", "model.pt", "tokenizer.json"
 #: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
@@ -39,6 +40,7 @@ _TIED = {
     *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
     *("lm_head.decoder.weight", "lm_head.decoder.bias", "generator_lm_head.weight"),
     *("predictions.decoder.weight", "predictions.decoder.bias"),
+    "decoder.weight",
 }
 
 
@@ -106,8 +108,9 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
         config, found = MODELS[model_type].to_transformers(settings, reordered(weights, ids.argsort()), **options)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if len({name.partition(".")[0] for name in found}) == 1:  # a model without heads has no name before its parts
-        found = {name.partition(".")[2]: weight for name, weight in found.items()}
+    base = f"{min(found).partition('.')[0]}."
+    if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
+        found = {name.removeprefix(base): weight for name, weight in found.items()}
     target.mkdir(parents=True)
     config = {**before, **config, "model_type": model_type, "pad_token_id": padding}
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -39,8 +39,6 @@ def from_transformers(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings and weights of the ode_bert that an ALBERT is; see :func:`.bert.from_transformers`.
 
-    Its feed-forward networks end in no dropout, an ode_bert's do: published weights have a rate of 0.
-
     Raises:
         ValueError: settings or weights that make it another function.
     """
@@ -53,7 +51,12 @@ def from_transformers(
     pairs = any(name.startswith("sop_classifier.") for name in weights)
     names = _names(head, "sop_classifier.classifier" if pairs else "classifier")
     settings, found = bert.imported(config, weights, names, misfits)
-    return {**settings, "ode_tied": groups == 1, "encoder_embedding_dim": config["embedding_size"]}, found
+    settings.update(
+        ode_tied=groups == 1,
+        encoder_embedding_dim=config["embedding_size"],
+        feed_forward_dropout=0.0,  # there is none after its feed-forward networks
+    )
+    return settings, found
 
 
 def to_transformers(

@@ -93,7 +93,7 @@ def exported(
     own: Mapping[str, Any] = BERT_SETTINGS,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``config.json`` and weights of a model whose embeddings are BERT's; the rest as of :func:`config_of`."""
-    config = config_of(settings, [*misfits, *without_positions(weights)], own)
+    config = config_of(settings, [*misfits, *without_positions(settings, weights)], own)
     found = dict(weights)
     rows, symbols = found[POSITIONS], found["encoder.embed_tokens.weight"]
     nobodys = len(rows) - settings["max_positions"]

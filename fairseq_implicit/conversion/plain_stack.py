@@ -1,6 +1,6 @@
 """Whether an ode_bert's blocks are its layers: only then is it a model of others, or one iterated layer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fairseq_implicit.conversion.misfits import refuse
@@ -12,24 +12,27 @@ PLAIN: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def check(settings: Mapping[str, Any], **required: Any) -> None:
-    """Refuse settings of an ode_bert under which a block is more than its layer.
+def misfits(settings: Mapping[str, Any], **required: Any) -> list[str]:
+    """What in the settings of an ode_bert makes a block more than its layer, or another layer: a sentence each.
 
     Args:
         settings: of the checkpoint's model.
-        required: further settings, or other values than :data:`PLAIN` has.
-
-    Raises:
-        ValueError: naming each such setting, its value and the only one possible.
+        required: further settings, or other values than :data:`PLAIN` has. What is not said has the required value.
     """
-    refuse(misfits(settings, **required))
-
-
-def misfits(settings: Mapping[str, Any], **required: Any) -> Iterator[str]:
-    """What :func:`check` refuses."""
+    found = []
     for name, value in {**PLAIN, **required}.items():
         given = settings.get(name, PLAIN.get(name, value))
         if given != value:
-            yield f"{name} is {given}, and only {value} makes each block one application of its layer"
+            found.append(f"{name} is {given}, and only {value} makes each block one application of its layer")
     if settings.get("ode_scheme") not in ("euler", "rk1"):
-        yield f"ode_scheme is {settings.get('ode_scheme')}: only euler applies the layer itself"
+        found.append(f"ode_scheme is {settings.get('ode_scheme')}: only euler applies the layer itself")
+    return found
+
+
+def check(settings: Mapping[str, Any], **required: Any) -> None:
+    """Refuse such settings.
+
+    Raises:
+        ValueError: naming every setting, its value and the only one possible.
+    """
+    refuse(misfits(settings, **required))

@@ -170,7 +170,7 @@ def to_transformers(
     Raises:
         ValueError: a setting or a weight that RoBERTa does not have.
     """
-    misfits = [*factorised(settings), *without_positions(weights)]
+    misfits = [*factorised(settings), *without_positions(settings, weights)]
     if settings.get("activation_fn", "gelu") != "gelu":
         misfits.append(f"activation_fn is {settings['activation_fn']}, and RoBERTa's masked-LM head has gelu")
     config = config_of(settings, misfits)

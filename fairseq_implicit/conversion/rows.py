@@ -31,7 +31,7 @@ def reordered(weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
 
 
 def with_padding(weights: Mapping[str, Tensor], positions: int, padding: int) -> dict[str, Tensor]:
-    """The same weights with ``padding + 1`` rows before the first position, new ones 0; without positions the same.
+    """The same weights with ``padding + 1`` rows before the first position, if positions have any, new ones 0.
 
     Args:
         weights: of a model.

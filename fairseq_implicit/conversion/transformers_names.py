@@ -25,6 +25,11 @@ _FIELDS = {
 }
 POSITIONS, SEGMENTS = "encoder.embed_positions.weight", "encoder.embed_segments.weight"
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate", "relu": "relu"}
+#: The options of a layer that BERT's have not.
+_LAYER = dict(
+    gated_feed_forward=False, no_biases=False, attention_rotary_base=None, attention_qk_norm=False,
+    attention_window=None,
+)  # fmt: skip
 #: What an encoder has and its relatives have not; a config.json that does not say it has these.
 _ENCODER = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 
@@ -161,10 +166,11 @@ def _misfits_of(config: Mapping[str, Any]) -> Iterator[str]:
 BERT_SETTINGS: dict[str, Any] = {"mixer": "attention", "ode_tied": False}
 
 
-def without_positions(weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Why weights under our names are none of a model with learned positions."""
-    if POSITIONS not in weights:
-        yield "the model has no learned positions, and only with them it would be theirs"
+def without_positions(settings: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """Why a model is none with learned positions."""
+    if POSITIONS not in weights or settings.get("encoder_positions") == "none":
+        said = settings.get("encoder_positions", "auto")
+        yield f"encoder_positions is {said}, and transformers' models have learned ones"
 
 
 def factorised(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -187,7 +193,7 @@ def config_of(
     Raises:
         ValueError: all flags that make it another function.
     """
-    required = {"ode_field": "post-norm", "no_layernorm_embedding": False, **own}
+    required = {"ode_field": "post-norm", "no_layernorm_embedding": False, **_LAYER, **own}
     activation = settings.get("activation_fn", "gelu")
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     found = [*plain_stack.misfits(settings, **required), *misfits]

@@ -15,6 +15,7 @@ SHARED = {
     "dropout": "attention_dropout",
     "hidden_dropout": "dropout",
     "norm_eps": "layernorm_eps",
+    "no_biases": "no_biases",
 }
 
 Options = TypeVar("Options", bound=type)
@@ -63,9 +64,10 @@ def mixer_config(mixer: str, options: Any) -> MixerConfig:
                 raise ValueError(
                     f"{flag(name)} {given} belongs to --mixer {other}, and --mixer is {mixer}: leave it out"
                 )
-    with named(_flag_of(mixer)):
+    with named(flag_of(mixer)):
         return MIXERS[mixer](**options_of(mixer, options))
 
 
-def _flag_of(mixer: str) -> Callable[[str], str]:
+def flag_of(mixer: str) -> Callable[[str], str]:
+    """The flag of each option of a mixer."""
     return lambda option: flag(_name(mixer, option))

@@ -27,6 +27,7 @@ class EmbeddingConfig:
         segments: kinds of segments, BERT's token types; 0: the network takes none.
         width: of the embeddings themselves, whose normalised sum a linear map brings to ``dim`` (ALBERT, arXiv
             1909.11942 §3.1); ``None``: they are as wide as the state, and there is no map.
+        map_bias: that map has a bias.
         norm: of the sum; ``None``: none.
         dropout: rate after it, in [0, 1).
 
@@ -41,6 +42,7 @@ class EmbeddingConfig:
     learned_positions: bool = True
     segments: int = 0
     width: int | None = None
+    map_bias: bool = True
     norm: NormConfig | None = field(default_factory=NormConfig)
     dropout: float = 0.0
 
@@ -72,7 +74,7 @@ class Embeddings(nn.Module):
             nn.init.normal_(self.embed_positions.weight, std=width**-0.5)
         self.embed_segments = nn.Embedding(config.segments, width) if config.segments else None
         self.layernorm_embedding = None if config.norm is None else config.norm.build(width)
-        self.embedding_map = None if config.width is None else nn.Linear(width, config.dim)
+        self.embedding_map = None if config.width is None else nn.Linear(width, config.dim, config.map_bias)
         self.dropout = SharedDropout(config.dropout)
 
     def layout(

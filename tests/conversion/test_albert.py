@@ -73,5 +73,10 @@ def test_what_is_no_albert_is_not_exported():
     del weights["encoder.embed_positions.weight"]
     with pytest.raises(ValueError) as refused:
         albert.to_transformers({**settings, **changes}, weights)
-    for part in ("ode_scheme is rk4", "mixer is disentangled", "encoder_embedding_dim is not", "no learned positions"):
+    for part in (
+        "ode_scheme is rk4",
+        "mixer is disentangled",
+        "encoder_embedding_dim is not",
+        "encoder_positions is none",
+    ):
         assert part in str(refused.value)

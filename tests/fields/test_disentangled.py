@@ -63,7 +63,7 @@ def test_without_buckets_each_place_is_its_own():
 
 def loop(made, x, layout, places):
     """Scores and values token by token, as the formula has them."""
-    config, width = made.config, DIM // HEADS
+    config, width = made.relative, DIM // HEADS
     table = made.table(0, 2 * config.span - 1)
     q, k, v = made.qkv(x).chunk(3, -1)
     if config.own_maps:

@@ -22,6 +22,7 @@ from transformers import (
     pipeline,
 )
 
+from fairseq_implicit.fields.mixers import MIXERS
 from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.bundle import bundle
 from fairseq_implicit.huggingface.export import read_folder, write_folder
@@ -44,6 +45,7 @@ CASES = {
     "narrow embeddings": ("ode_bert", dict(encoder_embedding_dim=8, ode_tied=True)),
     "deq": ("deq_bert", dict()),
     "deq-injected": ("deq_bert", dict(deq_weight_norm=True, deq_qkv_injection=True)),
+    **{mixer: ("ode_bert", dict(mixer=mixer)) for mixer in MIXERS if mixer != "attention"},
 }
 SENTENCES = ["the implicit solver <mask> the state", "the <mask> tableau", "a stable <mask>er in 12 steps."]
 

@@ -37,6 +37,7 @@ class DisentangledConfig(MixerConfig):
         heads: number of heads; must divide the width of the state.
         dropout: rate on the attention probabilities.
         hidden_dropout: rate on the table.
+        no_biases: the projections and the table's norm have none.
         norm_eps: of the table's layer norm.
         terms: of :data:`TERMS`, joined by commas.
         buckets: rows of the table for the tokens on one side: places up to half as many have one each, farther ones
@@ -52,6 +53,7 @@ class DisentangledConfig(MixerConfig):
     heads: int
     dropout: float = 0.0
     hidden_dropout: float = 0.0
+    no_biases: bool = False
     norm_eps: float = 1e-7
     terms: str = field(
         default="c2p,p2c",
@@ -149,14 +151,16 @@ class DisentangledAttention(MultiHeadAttention):
     """
 
     def __init__(self, dim: int, config: DisentangledConfig, dropout_policy: str = "shared"):
-        super().__init__(dim, AttentionConfig(config.heads, config.dropout), dropout_policy)
-        self.config = config
+        super().__init__(dim, AttentionConfig(config.heads, config.dropout, config.no_biases), dropout_policy)
+        self.relative, bias = config, not config.no_biases
         terms = config.terms.split(",")
         self.scale = 1 / math.sqrt(dim // config.heads * (1 + len(terms)))
         self.c2p, self.p2c = (name in terms for name in TERMS)
-        self.position_keys = nn.Linear(dim, dim) if config.own_maps and self.c2p else None
-        self.position_queries = nn.Linear(dim, dim) if config.own_maps and self.p2c else None
-        self.table = RelativeTable(config.span, dim, None if config.plain_table else NormConfig(config.norm_eps))
+        self.position_keys = nn.Linear(dim, dim, bias) if config.own_maps and self.c2p else None
+        self.position_queries = nn.Linear(dim, dim, bias) if config.own_maps and self.p2c else None
+        self.table = RelativeTable(
+            config.span, dim, None if config.plain_table else NormConfig(config.norm_eps, bias=bias)
+        )
         self.table_dropout = SharedDropout(config.hidden_dropout, dropout_policy)
 
     def share(self, first: Mixer) -> None:
@@ -175,13 +179,13 @@ class DisentangledAttention(MultiHeadAttention):
 
     def _reach(self, time: int) -> tuple[int, int]:
         """The first and the last row of the table that tokens at ``time`` places in a row need."""
-        rows, distance = table_rows(self.config.buckets, self.config.distance), self.config.distance
+        rows, distance = table_rows(self.relative.buckets, self.relative.distance), self.relative.distance
         reach = min(time - 1, distance)
         return rows[distance - reach], rows[distance + reach]
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
         # Weights are read in mix() alone: along the depth they may be others at each evaluation.
-        rows = self._reach(x.shape[1]) if layout.positions is None else (0, 2 * self.config.span - 1)
+        rows = self._reach(x.shape[1]) if layout.positions is None else (0, 2 * self.relative.span - 1)
         index = self._index(x, layout) - rows[0]
         drop = self.table_dropout.prepare(x.new_empty(()).expand(rows[1] - rows[0] + 1, x.shape[2]))
         attend = self._attending_with_bias(x)
@@ -204,7 +208,7 @@ class DisentangledAttention(MultiHeadAttention):
 
     def _index(self, x: Tensor, layout: Layout) -> Tensor:
         """The table's row for each query (third) and key (last): ``(batch or 1, 1, time, time)`` int64."""
-        config = self.config
+        config = self.relative
         places = layout.positions_of(x[..., 0])
         if layout.positions is None and layout.real is None:
             places = places[:1]
@@ -232,7 +236,7 @@ class DisentangledAttention(MultiHeadAttention):
 
     def _mapped(self, table: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Queries and keys of the table, ``(rows, dim)``, where terms need them."""
-        if self.config.own_maps:
+        if self.relative.own_maps:
             queries, keys = self.position_queries, self.position_keys
             return (None if queries is None else queries(table), None if keys is None else keys(table))
         q, k, _ = self.qkv(table).chunk(3, dim=-1)
