@@ -11,7 +11,8 @@ before and after, and that of the deq_bert of the two at its equilibrium.
 
 A folder of transformers' BERT, RoBERTa, ELECTRA, ALBERT or DeBERTa v2 and v3 (config.json, model.safetensors,
 tokenizer.json), with the head of masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the
-same tokenizer: the symbols change their order, nothing else, and --to brings them back to the last bit.
+same tokenizer: the symbols change their order, nothing else, and --to brings them back to the last bit. So does
+ModernBERT, with the head of masked LM.
 
 The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
 weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
@@ -29,8 +30,9 @@ from fairseq_implicit.conversion.roberta import checkpoint_from_fairseq
 from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.evaluation.checkpoints import model_name, stored, write
 from fairseq_implicit.evaluation.masked_lm import Blocks, evaluate
+from fairseq_implicit.models.presets import family_of
 
-#: By the beginning of the model's name; every other model is taken for a RoBERTa, which says so if it is none.
+#: By the model's family; every other model is taken for a RoBERTa, which says so if it is none.
 CONVERSIONS = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
 
 
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=sorted(transformers_folder.MODELS),
-        help="write a folder of transformers' from a post-norm ode_bert with Euler steps",
+        help="write a folder of transformers' from an ode_bert with Euler steps: post-norm, for ModernBERT pre-norm",
     )
     parser.add_argument("--data", metavar="DATA", help="data folder, as for fairseq-validate, to compare the losses on")
     parser.add_argument("--subset", default="valid")
@@ -58,7 +60,9 @@ def convert(path: str, output: str) -> tuple[Any, Any]:
         OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
     """
     checkpoint = stored(path)
-    family = model_name(checkpoint).partition("_bert")[0] + "_bert"
+    family = family_of(model_name(checkpoint))
+    if family in CONVERSIONS:  # a preset is one of its family
+        checkpoint["cfg"]["model"]["_name"] = family
     try:
         converted = CONVERSIONS.get(family, checkpoint_from_fairseq)(checkpoint)
     except ValueError as error:
