@@ -25,7 +25,7 @@ class OneStep(Depth):
     def layers(self):
         yield self.field
 
-    def forward(self, x, layout=UNPADDED, return_hidden_states=False):
+    def forward(self, x, layout=UNPADDED, return_hidden_states=False, return_lambdas=False):
         state = x + self.field.prepare(x, layout)(0.0, x)
         states = [x, state] if return_hidden_states else None
         return DepthOutput(state, states, {"steps": 1}, auxiliary_states=[(0.5, x)])
