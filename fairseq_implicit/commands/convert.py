@@ -9,9 +9,10 @@ What it becomes follows from what it holds: fairseq's RoBERTa becomes an ode_ber
 deq_bert, and a deq_bert without injection a weight-tied ode_bert. With --data the losses of the last two are printed
 before and after, and that of the deq_bert of the two at its equilibrium.
 
-A folder of transformers' BERT, RoBERTa or ELECTRA (config.json, model.safetensors, tokenizer.json), with the head of
-masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the same tokenizer: the symbols change
-their order, nothing else, and --to brings them back to the last bit. So does ModernBERT, with the head of masked LM.
+A folder of transformers' BERT, RoBERTa, ELECTRA, ALBERT or DeBERTa v2 and v3 (config.json, model.safetensors,
+tokenizer.json), with the head of masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the
+same tokenizer: the symbols change their order, nothing else, and --to brings them back to the last bit. So does
+ModernBERT, with the head of masked LM.
 
 The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
 weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).

@@ -99,10 +99,19 @@ def write_folder(model: TrainedModel, folder: str | Path, bundled: bool = True) 
         raise
 
 
+def _shared(config: ImplicitBertConfig) -> dict[str, str]:
+    """The further names of weights that layers have in common, with the first: a file holds them once."""
+    with torch.device("meta"):
+        shared = config.encoder(head=False).shared_weights()
+    return {f"encoder.{name}": f"encoder.{first}" for name, first in shared.items()}
+
+
 def _exported(model: TrainedModel) -> dict[str, Tensor]:
     weights = dict(model.weights)
     if model.config.tie_word_embeddings:
         weights.pop(_LM_HEAD, None)
+    for name in _shared(model.config):
+        weights.pop(name, None)
     return _names(model.config.classification_head).exported(weights)
 
 
@@ -114,6 +123,8 @@ def _check(config: ImplicitBertConfig, auto: str, weights: Mapping[str, Tensor])
         known = network.state_dict() | family_class(type(config), "AutoModelForMaskedLM")(config).state_dict()
     if config.tie_word_embeddings:
         del known[f"model.{_LM_HEAD}"]
+    for name in _shared(config):
+        del known[f"model.{name}"]
     for name in sorted(known.keys() | weights.keys()):
         shapes = [tuple(some[name].shape) if name in some else None for some in (weights, known)]
         if shapes[0] != shapes[1]:
@@ -140,6 +151,7 @@ def read_folder(folder: str | Path) -> TrainedModel:
     weights = _names(config.classification_head).imported(theirs)
     if config.tie_word_embeddings:
         weights.setdefault(_LM_HEAD, weights[_TOKENS])
+    weights.update({name: weights[first] for name, first in _shared(config).items()})
     names = ["dict.txt", *itertools.chain.from_iterable(CONVERSIONS)]
     files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source) if (source / "tokenizer.json").is_file() else None
