@@ -66,7 +66,15 @@ def trained_model(path: str, data: str | None = None, head: str | None = None) -
     files = dict(hub.vocabulary.contents)
     files["dict.txt"] = _dictionary_file(find_vocabulary(path, data).folder).read_bytes()
     tokenizer = fast_tokenizer(hub.vocabulary, model.max_positions(), segments=model.args.segment_types > 1)
-    return TrainedModel(config, weights, files, tokenizer, _facts(path, model))
+    return TrainedModel(
+        config,
+        weights,
+        files,
+        tokenizer,
+        _facts(path, model),
+        left_out=tuple(name for name in model.classification_heads if name != head),
+        untrained=tuple(stored(path)["extra_state"].get("not_of_transformers", ())),
+    )
 
 
 def _head_of(model: ImplicitBertModel, head: str | None) -> str | None:
@@ -132,7 +140,8 @@ def _evaluations(model: ImplicitBertModel) -> float:
 def checkpoint_of(model: TrainedModel, folder: str) -> dict[str, Any]:
     """A checkpoint that fairseq, the hub and fine-tuning open, to lie in ``folder`` beside the vocabulary's files."""
     options = dataclasses.asdict(model.config.options())
-    return of_weights({"_name": model.config.model_type, **options}, model.weights, folder)
+    settings = {"_name": model.config.model_type, **options}
+    return of_weights(settings, model.weights, folder, not_of_transformers=list(model.untrained))
 
 
 def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
@@ -140,6 +149,7 @@ def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.
+        ValueError: its symbols are not the model's.
     """
     if model.tokenizer is None:
         raise FileNotFoundError("the folder has no tokenizer.json: save its tokenizer there, too")
@@ -150,7 +160,15 @@ def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
             files.update({name: model.files[name] for name in names})
             break
     ids = model.tokenizer.get_vocab()
-    rows = [symbol for symbol in sorted(ids, key=ids.__getitem__)][len(SPECIAL_SYMBOLS) :]
-    lines = "".join(f"{symbol} 1\n" for symbol in rows if symbol != MASK)
+    symbols = sorted(ids, key=ids.__getitem__)
+    lines = "".join(f"{symbol} 1\n" for symbol in symbols[len(SPECIAL_SYMBOLS) :] if symbol != MASK)
     files["dict.txt"] = model.files.get("dict.txt", lines.encode("utf-8"))
+    rows = [*SPECIAL_SYMBOLS, *(line.rpartition(" ")[0] for line in files["dict.txt"].decode("utf-8").splitlines())]
+    rows += [MASK] * (MASK not in rows)
+    if len(rows) != model.config.vocab_size:
+        raise ValueError(f"dict.txt makes {len(rows):,} symbols, and the model has {model.config.vocab_size:,}")
+    if wrong := next((symbol for row, symbol in enumerate(rows) if ids.get(symbol) != row), None):
+        raise ValueError(
+            f"{wrong!r} has the id {ids.get(wrong)} in tokenizer.json, and {rows.index(wrong)} in dict.txt"
+        )
     return files

@@ -16,8 +16,7 @@ class DepthCallback(TrainerCallback):
 
     The number is that of the weights' whole life, so a warm-up is not entered a second time by a model that is trained
     further; the weights of a checkpoint carry it. What is logged, under ``depth/…``, are means over the batches of
-    training since the line before, and it stands in the line of the loss. Reporters that Trainer asks earlier, such as
-    TensorBoard's, have seen that line by then: ``callback_handler.callbacks`` is the order.
+    training since the line before, and it stands in the line of the loss, for whatever callback Trainer asks later.
     """
 
     def __init__(self):

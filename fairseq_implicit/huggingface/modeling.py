@@ -73,7 +73,7 @@ class ImplicitBertPreTrainedModel(PreTrainedModel):
 
     def set_num_updates(self, updates: int) -> None:
         """Tell the depth's schedules how many updates training has made in the model's whole life, as
-        ``trainer_callback()`` does.
+        ``attach_to(trainer)`` does.
         """
         self.features.told = True
         self.features.encoder.depth.count_updates(updates)
@@ -83,8 +83,21 @@ class ImplicitBertPreTrainedModel(PreTrainedModel):
         """How many updates the weights have seen, where the depth has schedules that depend on it; otherwise 0."""
         return self.features.encoder.depth.updates_seen
 
+    def attach_to(self, trainer: transformers.Trainer) -> None:
+        """Let a Trainer tell the depth's schedules the number of updates, and log the depth's statistics.
+
+        They stand in the line of the loss, for every reporter.
+        """
+        from fairseq_implicit.huggingface.callback import DepthCallback
+
+        trainer.remove_callback(DepthCallback)
+        # Before the reporters, which Trainer puts before what it is given.
+        trainer.callback_handler.callbacks.insert(0, DepthCallback())
+
     def trainer_callback(self) -> transformers.TrainerCallback:
-        """What Trainer needs to be given (``callbacks=[model.trainer_callback()]``) for schedules and statistics."""
+        """The same as an entry of ``Trainer(callbacks=[…])``: Trainer's own reporters, such as TensorBoard's, have seen
+        the line of the loss by then. Its history, its progress bar and reporters given after it show all of it.
+        """
         from fairseq_implicit.huggingface.callback import DepthCallback
 
         return DepthCallback()
@@ -219,8 +232,8 @@ class FeatureModel(ImplicitBertPreTrainedModel):
             self.told = True
             logger.warning(
                 "this depth has schedules (warm-up, ramps, random steps or measurements), and nobody tells it the "
-                "number of updates: give Trainer callbacks=[model.trainer_callback()], or call "
-                "model.set_num_updates(number) before every update"
+                "number of updates: call model.attach_to(trainer), or give Trainer callbacks=[model.trainer_callback()], "
+                "or call model.set_num_updates(number) before every update"
             )
 
 
