@@ -26,13 +26,9 @@ class DepthCallback(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: ImplicitBertPreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: ImplicitBertPreTrainedModel = kwargs["model"]
         # The weights have seen the updates of this training before a resumption, and those of the trainings before it.
         self._origin = max(0, model.num_updates - state.global_step)
         self._forget()
@@ -41,14 +37,9 @@ class DepthCallback(TrainerCallback):
         self._tell(model, state)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: ImplicitBertPreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._tell(model, state)
+        self._tell(kwargs["model"], state)
 
     on_step_end = on_step_begin  # what is saved after this update has seen it
 
@@ -84,7 +75,7 @@ class DepthCallback(TrainerCallback):
     def _hear(self, module: FeatureModel, inputs: Any, output: ImplicitModelOutput) -> None:
         if not module.training:
             return
-        for name, value in {**output.statistics, **(output.penalties or {})}.items():
+        for name, value in {**(output.statistics or {}), **(output.penalties or {})}.items():
             # Tensors stay on their device until a line is logged.
             value = value.detach().float() if torch.is_tensor(value) else float(value)
             self._sums[name] = self._sums.get(name, 0.0) + value
