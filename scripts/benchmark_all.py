@@ -20,14 +20,14 @@ import torch
 from fairseq_implicit.machine import cpu_instructions, multiplies_bfloat16
 
 SMALL = "scripts.benchmark_throughput --size small --layers 4 --batch 16 --length 128 --rounds 5"
-BASE = "scripts.benchmark_throughput --size base --layers 2 --batch 8 --length 512 --rounds 3"
+BASE = "scripts.benchmark_throughput --size base --layers 2 --length 512 --rounds 3"
 HALF = "--dtype bfloat16-weights"
 COMMANDS: dict[str, str] = {
     "small-float32": SMALL,
     "small-bfloat16": f"{SMALL} {HALF}",
     "base-float32": f"{BASE} --batch 2",
-    "base-bfloat16": f"{BASE} {HALF}",
-    "base-bfloat16-no-dropout": f"{BASE} {HALF} --dropout 0",
+    "base-bfloat16": f"{BASE} --batch 8 {HALF}",
+    "base-bfloat16-no-dropout": f"{BASE} --batch 8 {HALF} --dropout 0",
     "loop": "scripts.benchmark_loop",
     "deq": "scripts.benchmark_deq --part overhead step",
     "ode": "scripts.benchmark_ode --sizes base --steps 1 --rounds 8",

@@ -43,7 +43,8 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
         """Loss of one batch.
 
         Args:
-            model: fairseq model that takes ``masked_tokens`` (``(batch, time)`` bool, or None for all).
+            model: fairseq model that takes ``masked_tokens`` (``(batch, time)`` bool, or None for all); where the batch
+                knows them, their places as ``predicted``, too.
             sample: batch of the task.
             reduce: ignored, the loss is always summed.
 
@@ -51,11 +52,17 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
             loss in nats, summed over masked tokens; their number; and the logging output.
         """
         target = sample["target"]
-        masked = self._masked_positions(target)
         sample_size = target.ne(self.padding_idx).sum()
-        returned = model(**sample["net_input"], masked_tokens=masked)
+        predicted = sample.get("predicted")
+        if predicted is not None and len(predicted):
+            masked = target.ne(self.padding_idx)
+            returned = model(**sample["net_input"], masked_tokens=masked, predicted=predicted)
+            target = target.flatten().index_select(0, predicted)
+        else:
+            masked = self._masked_positions(target)
+            returned = model(**sample["net_input"], masked_tokens=masked)
+            target = target.reshape(-1) if masked is None else target[masked]
         output = output_of(returned) or ModelOutput(returned[0])
-        target = target.reshape(-1) if masked is None else target[masked]
         cross_entropy, correct = cross_entropy_and_correct(output.values, target, self.padding_idx)
         loss = cross_entropy
         logging_output = {

@@ -35,8 +35,9 @@ class Collater:
 
         Returns:
             ``{"id": (batch,), "net_input": {"src_tokens": (batch, time), "src_lengths": (batch,), "has_padding": bool,
-            "segments": (batch, time)}, "target": (batch, time), "nsentences": int, "ntokens": int}``, without what the
-            samples do not have. ``has_padding`` is known here on the CPU, so that no model has to ask the device.
+            "segments": (batch, time)}, "target": (batch, time), "predicted": (targets,), "nsentences": int,
+            "ntokens": int}``, without what the samples do not have. ``has_padding`` and the places of the targets among
+            all tokens, row by row, are known here on the CPU, so that nobody has to ask the device.
         """
         if not samples:
             return {}
@@ -61,6 +62,7 @@ class Collater:
             batch["net_input"]["segments"] = rows("segments", 0)
         if "target" in samples[0]:
             batch["target"] = rows("target", PAD)
+            batch["predicted"] = batch["target"].flatten().ne(PAD).nonzero().squeeze(1)
         return batch
 
 

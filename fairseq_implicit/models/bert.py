@@ -117,6 +117,7 @@ class ImplicitBertModel(BaseFairseqModel):
         return_all_hiddens: bool = False,
         classification_head_name: Optional[str] = None,
         masked_tokens: Optional[Tensor] = None,
+        predicted: Optional[Tensor] = None,
         segments: Optional[Tensor] = None,
         has_padding: Optional[bool] = None,
         token_embeddings: Optional[Tensor] = None,
@@ -147,6 +148,7 @@ class ImplicitBertModel(BaseFairseqModel):
                 segments=segments,
                 features_only=features_only or classification_head_name is not None,
                 masked_tokens=masked_tokens,
+                predicted=predicted,
                 return_hidden_states=return_all_hiddens,
                 has_padding=has_padding,
                 token_embeddings=token_embeddings,
@@ -164,6 +166,13 @@ class ImplicitBertModel(BaseFairseqModel):
     def max_positions(self) -> int:
         """Longest input in tokens."""
         return self.encoder.max_positions()
+
+    def train(self, mode: bool = True) -> "ImplicitBertModel":
+        # The loop says it twice per update; torch then sets the flag of every module anew, which costs four times as
+        # much as looking at it.
+        if any(module.training is not mode for module in self.modules()):
+            super().train(mode)
+        return self
 
     @property
     def supported_targets(self):

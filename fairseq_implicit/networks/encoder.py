@@ -49,6 +49,7 @@ class Encoder(Embeddings):
         segments: Tensor | None = None,
         features_only: bool = False,
         masked_tokens: Tensor | None = None,
+        predicted: Tensor | None = None,
         return_hidden_states: bool = False,
         has_padding: bool | None = None,
         token_embeddings: Tensor | None = None,
@@ -61,6 +62,8 @@ class Encoder(Embeddings):
             segments: ``(batch, time)`` int64, BERT's token types; by default all tokens belong to the first.
             features_only: return features ``(batch, time, dim)`` instead of logits.
             masked_tokens: ``(batch, time)`` bool; the head runs only there, and logits are ``(masked, vocabulary)``.
+            predicted: ``(masked,)`` int64, the places of ``masked_tokens`` among all tokens, row by row, where the
+                caller knows them: no GPU is asked.
             return_hidden_states: also return the states along the depth.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
             token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
@@ -82,11 +85,12 @@ class Encoder(Embeddings):
         )
         if features_only:
             return output
-        selected = None if masked_tokens is None else masked_tokens.flatten().nonzero().squeeze(1)
-        output = output.read_by(lambda features: self.logits(features, selected))
+        if predicted is None and masked_tokens is not None:
+            predicted = masked_tokens.flatten().nonzero().squeeze(1)
+        output = output.read_by(lambda features: self.logits(features, predicted))
         assert self.lm_head is not None, "logits() refuses a network without"
-        predicted = tokens.numel() if selected is None else selected.numel()
-        head = 3 * self.lm_head.operations() * predicted * (1 + len(output.auxiliary))
+        read = tokens.numel() if predicted is None else predicted.numel()
+        head = 3 * self.lm_head.operations() * read * (1 + len(output.auxiliary))
         return replace(output, operations=output.operations + head)
 
     @property

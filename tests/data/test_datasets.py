@@ -72,6 +72,7 @@ def test_batch(toy_data, symbols):
     assert net_input["has_padding"] is (min(lengths) < width)
     assert (batch["nsentences"], batch["ntokens"]) == (3, sum(lengths))
     assert net_input["src_tokens"].ne(PAD).sum() == sum(lengths)
+    assert torch.equal(batch["target"].flatten()[batch["predicted"]], batch["target"][batch["target"].ne(PAD)])
     full = dataset(toy_data, symbols, mode="none")
     assert full.collater([full[0], full[1]])["net_input"]["has_padding"] is False
     assert full.collater([]) == {}

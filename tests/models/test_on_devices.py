@@ -1,9 +1,11 @@
 """What matters on a device that the host must not wait for, without one; and fields compiled block by block."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch.nn import functional
 
+from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
 from fairseq_implicit.depth import compilation
 from fairseq_implicit.models.deq_bert import DeqBertConfig, DeqBertModel
 from fairseq_implicit.models.neural_ode_bert import NeuralOdeBertConfig, NeuralOdeBertModel
@@ -41,10 +43,35 @@ def test_no_value_is_read_back_in_forward_and_backward_passes(task, case, has_pa
     # The kernels that drop probabilities are those of CPUs or GPUs.
     built = build(task, config, model, {**settings, "attention_dropout": 0.0}).to("meta")
     tokens = torch.empty(3, 12, dtype=torch.int64, device="meta")
-    logits, extra = built(tokens, has_padding=has_padding)
-    loss = functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="sum")
-    sum(extra["output"].penalties.values(), loss).backward()
+    sample = {
+        "net_input": {"src_tokens": tokens, "has_padding": has_padding},
+        "target": tokens,
+        "predicted": torch.empty(5, dtype=torch.int64, device="meta"),
+        "ntokens": 36,
+        "nsentences": 3,
+    }
+    criterion = ImplicitMaskedLMCriterion(None, SimpleNamespace(target_dictionary=task.source_dictionary)).train()
+    loss, sample_size, log = criterion(built, sample)
+    (loss / sample_size).backward()
     assert built.encoder.embed_tokens.weight.grad is not None
+    assert log["correct"].is_meta and log["loss"].is_meta
+
+
+def test_places_that_the_batch_knows_are_those_that_the_device_would_find(task, tokens):
+    criterion = ImplicitMaskedLMCriterion(None, SimpleNamespace(target_dictionary=task.source_dictionary)).train()
+    target = torch.where(torch.arange(tokens.numel()).view_as(tokens) % 3 == 0, tokens, 1)
+    sample = {
+        "net_input": {"src_tokens": tokens},
+        "target": target,
+        "ntokens": tokens.numel(),
+        "nsentences": len(tokens),
+    }
+    built = build(task, *ODE, {})
+    found = []
+    for known in ({}, {"predicted": target.flatten().ne(1).nonzero().squeeze(1)}):
+        torch.manual_seed(0)
+        found.append(criterion(built, {**sample, **known})[0])
+    assert torch.equal(*found)
 
 
 COMPILED = {
