@@ -28,8 +28,7 @@ from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.bundle import bundle
 from fairseq_implicit.huggingface.export import read_folder, write_folder
 from tests.conftest import ROOT
-from tests.huggingface.tiny import SIZES
-from tests.text.test_tokenizer_json import word_piece
+from tests.huggingface.tiny import SIZES, bert_folder
 
 CASES = {
     "rk2": ("ode_bert", dict(ode_scheme="rk2")),
@@ -300,14 +299,6 @@ def test_what_transformers_saved_comes_back_too(exported, hubs, inputs, tmp_path
     assert [back.vocabulary.surface(back.dictionary[index]) for index in ids] == filled
 
 
-def bert(folder):
-    """A BERT of transformers and its tokenizer."""
-    tokenizer = word_piece()
-    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
-    BertModel(BertConfig(**shape, vocab_size=tokenizer.get_vocab_size())).save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 def test_pushing_to_the_hub_sends_the_model(exported, monkeypatch):
     from transformers.utils import hub
 
@@ -389,7 +380,7 @@ def test_what_fails_half_way_leaves_nothing(way, checkpoints, exported, tmp_path
     source = {"export": checkpoints["gated"], "import": exported / "gated"}.get(way)
     arguments = [way, source, tmp_path / "out"]
     if source is None:
-        bert(tmp_path / "bert")
+        bert_folder(tmp_path / "bert")
         arguments = ["convert", tmp_path / "bert", tmp_path / "out"]
         if way == "convert --to":
             assert command(*arguments)[0] == 0
