@@ -78,6 +78,7 @@ def deq_from_tied(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "deq_injection": "none",
         "deq_initial_state": "input",
         "deq_gradient": f"bptt-{settings['encoder_layers']}",
+        "drop_path": 0.0,  # which a cell cannot have, and only training knows
     }
     return _converted(checkpoint, _NAMES.exported(_kept(checkpoint)), model)
 
