@@ -78,21 +78,41 @@ class Layout:
             return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         return (self.real.cumsum(1) - 1).clamp(min=0) * self.real
 
-    def visibility(self, x: Tensor) -> tuple[Tensor | None, bool]:
-        """``attn_mask`` and ``is_causal`` of torch's scaled_dot_product_attention over ``x`` ``(batch, time, dim)``."""
-        return (None, self.causal) if self.real is None else (self.mask(x), False)
+    def places(self, x: Tensor) -> Tensor:
+        """The positions of the tokens of ``x`` ``(batch, time, dim)``: int64 ``(batch, time)``, or ``(1, time)`` where
+        all samples have the same."""
+        alike = self.real is None and self.positions is None
+        return self.positions_of(x[: 1 if alike else None, :, 0])
 
-    def mask(self, x: Tensor) -> Tensor | None:
+    def visibility(self, x: Tensor, window: int | None = None) -> tuple[Tensor | None, bool]:
+        """``attn_mask`` and ``is_causal`` of torch's scaled_dot_product_attention over ``x`` ``(batch, time, dim)``."""
+        if self.real is None and not self._narrow(x, window):
+            return None, self.causal
+        return self.mask(x, window), False
+
+    def _narrow(self, x: Tensor, window: int | None) -> bool:
+        """Whether a window leaves anything out."""
+        return window is not None and (self.positions is not None or window < x.shape[1] - 1)
+
+    def mask(self, x: Tensor, window: int | None = None) -> Tensor | None:
         """Bool, ``(batch or 1, 1, time or 1, time)``: whether the query (third) sees the key (last); ``None``: all do.
 
         Args:
             x: ``(batch, time, dim)``, for its shape and device.
+            window: how many positions on each side of its own a query sees; ``None``: all of them.
         """
-        keys = None if self.real is None else self.real[:, None, None, :]
-        if not self.causal:
-            return keys
-        earlier = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, None]
-        return earlier if keys is None else keys & earlier
+        mask = None if self.real is None else self.real[:, None, None, :]
+        time = x.shape[1]
+        if self.causal:
+            earlier = torch.ones(time, time, dtype=torch.bool, device=x.device).tril()[None, None]
+            mask = earlier if mask is None else mask & earlier
+        if window is not None and self._narrow(x, window):
+            # What padding sees matters to nobody, but it must be something: its place is that of the first token.
+            keys = self.places(x)[:, None, None, :]
+            queries = keys.transpose(2, 3)
+            near = (keys >= queries - window) & (keys <= queries + window)
+            mask = near if mask is None else mask & near
+        return mask
 
     def keep(self, x: Tensor, otherwise: Tensor | float = 0.0) -> Tensor:
         """``x`` ``(batch, time, ...)`` at real tokens, ``otherwise`` (zero) at padding.

@@ -182,9 +182,9 @@ settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
 case $arch in
     ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2000 ;;
     neural_ode_bert_tiny)
-        settings+=(--ode-depth-weights linear --ode-scheme rk2 --ode-steps 2 --ode-tolerance 0 --lr 4e-3) length=1300
+        settings+=(--ode-depth-weights linear --ode-scheme rk2 --ode-steps 2 --ode-tolerance 0 --lr 4e-3) length=1100
         ;;
-    deq_bert_tiny) settings+=(--deq-warmup-steps 2 --deq-gradient jfb --deq-max-iter 6 --lr 3e-3) length=1400 ;;
+    deq_bert_tiny) settings+=(--deq-warmup-steps 2 --deq-gradient jfb --deq-max-iter 6 --lr 3e-3) length=1200 ;;
     *) settings=(--tokens-per-sample 64 --batch-size 16 --lr 1e-3 --warmup-updates 300) length=3000 ;;
 esac
 updates=${updates:-$length}

@@ -31,6 +31,14 @@ VERBS = "integrates bounds repeats follows corrects predicts shortens measures d
 ADJECTIVES = "implicit explicit stable learned fixed embedded continuous deep shallow exact".split()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """What a test printed goes from process to process as UTF-8, and some print names that are none."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 def _sentence(rng: np.random.Generator) -> str:
     noun, other = rng.choice(NOUNS, 2)
     text = f"the {rng.choice(ADJECTIVES)} {noun} {rng.choice(VERBS)} the {rng.choice(ADJECTIVES)} {other}"

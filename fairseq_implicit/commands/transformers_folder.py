@@ -13,9 +13,10 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from fairseq_implicit.conversion import bert, electra, roberta
+from fairseq_implicit.conversion import bert, electra, modernbert, roberta
 from fairseq_implicit.conversion.rows import reordered, with_padding
 from fairseq_implicit.conversion.weight_files import needed, read_json, read_weights, write_weights
+from fairseq_implicit.data.data_bin import read_dictionary
 from fairseq_implicit.evaluation import checkpoints
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.new_folder import new_folder
@@ -23,7 +24,14 @@ from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from fairseq_implicit.text.vocabulary import MADE_UP, MASK, PAD, count_of
 
 #: The tables by config.json's model_type; those with equal layers share one.
-MODELS = {"bert": bert, "electra": electra, "roberta": roberta, "xlm-roberta": roberta, "camembert": roberta}
+MODELS = {
+    "bert": bert,
+    "electra": electra,
+    "roberta": roberta,
+    "xlm-roberta": roberta,
+    "camembert": roberta,
+    "modernbert": modernbert,
+}
 CONFIG, CHECKPOINT, TOKENIZER = "config.json", "model.pt", "tokenizer.json"
 #: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
@@ -31,6 +39,7 @@ _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _TIED = {
     *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
     *("lm_head.decoder.weight", "lm_head.decoder.bias", "generator_lm_head.weight"),
+    "decoder.weight",
 }
 
 
@@ -77,7 +86,7 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
         OSError, ValueError: a file is missing, or the model has no counterpart of that type.
     """
     checkpoint = checkpoints.stored(str(path))
-    dictionary = Dictionary.load(str(needed(path.with_name("dict.txt"))))
+    dictionary = read_dictionary(str(needed(path.with_name("dict.txt"))))
     dictionary.add_symbol(MASK)
     vocabulary = TokenizerVocabulary.open(needed(path.with_name(TOKENIZER)), symbols=dictionary.symbols)
     fresh = set(checkpoint["extra_state"].get("not_of_transformers", ()))
@@ -94,7 +103,7 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
     original = path.with_name(f"transformers_{CONFIG}")
     before = read_json(original) if original.is_file() else {}
-    base = f"{config['model_type']}."
+    base = f"{min(found).partition('.')[0]}."
     if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
         found = {name.removeprefix(base): weight for name, weight in found.items()}
     config = {**before, **config, "model_type": model_type, "pad_token_id": padding}

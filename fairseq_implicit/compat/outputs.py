@@ -9,10 +9,11 @@ from fairseq_implicit.networks.output import ModelOutput
 
 
 def for_fairseq(output: ModelOutput) -> tuple[Tensor, dict[str, Any]]:
-    """The values, and beside the ``output`` itself RoBERTa's ``inner_states``, each ``(time, batch, dim)``."""
+    """The values, and beside the ``output`` itself RoBERTa's ``inner_states``, each ``(time, batch, dim)``, and
+    the content ``lambdas``."""
     states = output.hidden_states
     inner_states = None if states is None else [state.transpose(0, 1) for state in states]
-    return output.values, {"inner_states": inner_states, "output": output}
+    return output.values, {"inner_states": inner_states, "lambdas": output.lambdas, "output": output}
 
 
 def output_of(returned: Any) -> ModelOutput | None:

@@ -10,19 +10,28 @@ PLAIN: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def check(settings: Mapping[str, Any], **required: Any) -> None:
-    """Refuse settings of an ode_bert under which a block is more than its layer.
+def misfits(settings: Mapping[str, Any], **required: Any) -> list[str]:
+    """What in the settings of an ode_bert makes a block more than its layer, or another layer: a sentence each.
 
     Args:
         settings: of the checkpoint's model.
-        required: further settings, or other values than :data:`PLAIN` has.
-
-    Raises:
-        ValueError: naming the setting, its value and the only one possible.
+        required: further settings, or other values than :data:`PLAIN` has. What is not said has the required value.
     """
+    found = []
     for name, value in {**PLAIN, **required}.items():
         given = settings.get(name, PLAIN.get(name, value))
         if given != value:
-            raise ValueError(f"{name} is {given}, and only {value} makes each block one application of its layer")
+            found.append(f"{name} is {given}, and only {value} makes each block one application of its layer")
     if settings.get("ode_scheme") not in ("euler", "rk1"):
-        raise ValueError(f"ode_scheme is {settings.get('ode_scheme')}: only euler applies the layer itself")
+        found.append(f"ode_scheme is {settings.get('ode_scheme')}: only euler applies the layer itself")
+    return found
+
+
+def check(settings: Mapping[str, Any], **required: Any) -> None:
+    """Refuse such settings.
+
+    Raises:
+        ValueError: naming every setting, its value and the only one possible.
+    """
+    if found := misfits(settings, **required):
+        raise ValueError("; ".join(found))

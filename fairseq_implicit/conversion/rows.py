@@ -31,13 +31,15 @@ def reordered(weights: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]
 
 
 def with_padding(weights: Mapping[str, Tensor], positions: int, padding: int) -> dict[str, Tensor]:
-    """The same weights with ``padding + 1`` rows before the first position, new ones 0.
+    """The same weights with ``padding + 1`` rows before the first position, if positions have any, new ones 0.
 
     Args:
         weights: of a model.
         positions: how many it has.
         padding: the id of the padding.
     """
+    if _POSITIONS not in weights:
+        return dict(weights)
     rows = weights[_POSITIONS]
     if len(rows) != positions + padding + 1:
         rows = torch.cat([rows.new_zeros(padding + 1, rows.shape[1]), rows[len(rows) - positions :]])

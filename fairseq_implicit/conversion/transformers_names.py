@@ -22,6 +22,11 @@ _FIELDS = {
     "layer_norm_eps": "layernorm_eps",
 }
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_accurate", "gelu_pytorch_tanh": "gelu_accurate", "relu": "relu"}
+#: The options of a layer that BERT's have not.
+_LAYER = dict(
+    mixer="attention", gated_feed_forward=False, no_biases=False, attention_rotary_base=None, attention_qk_norm=False,
+    attention_window=None,
+)  # fmt: skip
 #: What an encoder has and its relatives have not; a config.json that does not say it has these.
 _ENCODER = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 
@@ -126,7 +131,9 @@ def config_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a flag that makes it another function than theirs.
     """
-    plain_stack.check(settings, ode_field="post-norm", mixer="attention", no_layernorm_embedding=False)
+    plain_stack.check(settings, ode_field="post-norm", no_layernorm_embedding=False, **_LAYER)
+    if settings.get("encoder_positions") == "none":
+        raise ValueError("encoder_positions is none, and transformers' models have learned ones")
     activation = settings.get("activation_fn", "gelu")
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     if activation not in names:

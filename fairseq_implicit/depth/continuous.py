@@ -15,6 +15,7 @@ from fairseq_implicit.depth.convergence import BudgetAlarm, per_sample_mean, ref
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.mixers.lambda_layer import content_lambdas
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError, check_choice
@@ -165,7 +166,9 @@ class ContinuousDepth(Depth):
             return replace(solver, steps=self.random_steps.draw())
         return solver
 
-    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(
+        self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False, return_lambdas: bool = False
+    ) -> DepthOutput:
         """Solve from the embedding at t = 0 to t = T.
 
         Args:
@@ -173,6 +176,7 @@ class ContinuousDepth(Depth):
             layout: of the batch.
             return_hidden_states: collect the embedding and the state after each accepted step (before the final norm);
                 of libraries and memory-free gradients only the first and last.
+            return_lambdas: collect the content lambdas at these states.
 
         Raises:
             ArithmeticError: the solve failed; the sentence says where.
@@ -180,7 +184,7 @@ class ContinuousDepth(Depth):
         """
         # Penalties need the trajectory only where they are trained.
         penalised = self.config.penalised and torch.is_grad_enabled()
-        keep = Keep(states=return_hidden_states or penalised, penalties=penalised)
+        keep = Keep(states=return_hidden_states or return_lambdas or penalised, penalties=penalised)
         f = self.field.prepare(x, layout).within(self.around)
         solution = self.solve(f, x, layout, keep)
         penalties = self._penalties(f, solution, layout, x.dtype) if penalised else {}
@@ -191,7 +195,22 @@ class ContinuousDepth(Depth):
         hidden_states = [one.to(x.dtype) for one in solution.states] if return_hidden_states else None
         cost = self.config.solver.update_cost(statistics["evaluations"], statistics["evaluations_backward"], 1)
         operations = cost * self.field.operations(x.shape[1])
-        return DepthOutput(state, hidden_states, statistics, penalties, operations=operations)
+        lambdas = self._lambdas(solution, x, layout) if return_lambdas else None
+        return DepthOutput(state, hidden_states, statistics, penalties, operations=operations, lambdas=lambdas)
+
+    def _lambdas(self, solution: Solution, x: Tensor, layout: Layout) -> list[Tensor]:
+        """Content lambdas along the trajectory. Each sample may be there at a time of its own."""
+        found: list[Tensor] = []
+        samples = torch.arange(len(x), device=x.device)
+        for t, state in zip(solution.times, solution.states, strict=True):
+            parts: list[Tensor] = []
+            for rows in samples.split(1) if isinstance(t, Tensor) else (samples,):
+                time = float(t[rows]) if isinstance(t, Tensor) else t
+                with content_lambdas(parts):
+                    self.field.prepare(x[rows], layout.rows(rows))(time, state[rows].to(x.dtype))
+            if parts:
+                found.append(torch.cat(parts))
+        return found
 
     def solve(self, f: Increment, x: Tensor, layout: Layout = UNPADDED, keep: Keep = NOTHING) -> Solution:
         """The solve of the prepared field over the whole depth; arguments and errors as in :meth:`forward`."""

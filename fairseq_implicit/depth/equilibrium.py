@@ -14,6 +14,7 @@ from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, re
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.schedule import Phase, PhaseConfig, phase_at
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
+from fairseq_implicit.fields.mixers.lambda_layer import content_lambdas
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError, check_choice
@@ -171,9 +172,10 @@ class EquilibriumDepth(Depth):
         super().__init__()
         self.config = config
         layer = config.cell.layer
-        self.prelude = ModuleList(CellLayer(layer) for _ in range(config.prelude_layers))
+        self.prelude = ModuleList(CellLayer(layer.at(place)) for place in range(config.prelude_layers))
         self.cell = EquilibriumCell(config.cell)
-        self.coda = ModuleList(CellLayer(layer) for _ in range(config.coda_layers))
+        passed = config.prelude_layers + config.cell.layers
+        self.coda = ModuleList(CellLayer(layer.at(passed + place)) for place in range(config.coda_layers))
         # Most layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
         unfinished = not layer.residual.ends_in_norm and (config.coda_layers > 0 or not config.cell.final_norm)
         self.output_norm = layer.norm.build(layer.dim) if unfinished else None
@@ -212,13 +214,16 @@ class EquilibriumDepth(Depth):
         config.gradient.check_budget(config.solver.max_iter + config.phases.budget_jitter)
         return phase_at(self.updates.value, config.phases, config.solver, config.gradient)
 
-    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(
+        self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False, return_lambdas: bool = False
+    ) -> DepthOutput:
         """Solve for the equilibrium of ``x``.
 
         Args:
             x: embedding ``(batch, time, dim)``.
             layout: of the batch.
             return_hidden_states: collect the input and the states after prelude, equilibrium and coda layers.
+            return_lambdas: collect the content lambdas of prelude, cell (at the equilibrium) and coda layers.
 
         Raises:
             NonConvergentCellError: at update 0 of training, when the cell does not converge.
@@ -226,7 +231,9 @@ class EquilibriumDepth(Depth):
             OptionError: the tolerance or the memory cap does not suit the precision or the batch.
         """
         hidden = [x] if return_hidden_states else None
-        x = self._through(self.prelude, x, layout, hidden)
+        lambdas: list[Tensor] | None = [] if return_lambdas else None
+        with content_lambdas(lambdas):
+            x = self._through(self.prelude, x, layout, hidden)
         # Weights that are computed from others (weight norm) are computed once per pass.
         cached = parametrize.cached() if self.config.cell.weight_norm else contextlib.nullcontext()
         with cached:
@@ -239,13 +246,17 @@ class EquilibriumDepth(Depth):
             penalties = self._penalties(cell, found, layout, phase)
             if self.training:
                 self._monitor(cell, found, layout)
-        state = self._finish(found.state, layout, hidden, collect=True)
+            if lambdas is not None:
+                with content_lambdas(lambdas):
+                    self.cell.prepare(x, layout)(found.state)
+        with content_lambdas(lambdas):
+            state = self._finish(found.state, layout, hidden, collect=True)
         auxiliary = [
             (weight, self._finish(found.iterates[count], layout, None)) for count, weight in self._correction_weights()
         ]
         statistics = self._statistics(found, phase)
         operations = self._operations(statistics, phase, found.reused, x.shape[1])
-        return DepthOutput(state, hidden, statistics, penalties, auxiliary, operations)
+        return DepthOutput(state, hidden, statistics, penalties, auxiliary, operations, lambdas)
 
     def _through(
         self, layers: Iterable[CellLayer], state: Tensor, layout: Layout, hidden: list[Tensor] | None

@@ -25,6 +25,8 @@ class DepthOutput:
         operations: floating-point operations of the forward and backward pass per token: those of the matrix products
             of all evaluations, recomputation included. Of backward passes that solve something the last one that is
             known counts.
+        lambdas: the content lambdas of the fields' lambda layers when asked for, each ``(batch, key, value)``: of every
+            block at the state before it, of a continuum at the states of its trajectory, of an equilibrium there.
     """
 
     state: Tensor
@@ -33,6 +35,7 @@ class DepthOutput:
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary_states: list[tuple[float, Tensor]] = field(default_factory=list)
     operations: float | Tensor = 0.0
+    lambdas: list[Tensor] | None = None
 
 
 class Depth(nn.Module):
@@ -44,13 +47,16 @@ class Depth(nn.Module):
 
     around: Callable[[Callable], Callable] = staticmethod(lambda function: function)
 
-    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(
+        self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False, return_lambdas: bool = False
+    ) -> DepthOutput:
         """Solve.
 
         Args:
             x: embedding ``(batch, time, dim)``, zero at padding.
             layout: of the batch.
             return_hidden_states: collect the states along the depth.
+            return_lambdas: collect content lambdas, which costs an evaluation more of each.
         """
         raise TypeError(f"{type(self).__name__} defines no forward(): a depth must solve its fields there")
 

@@ -26,6 +26,7 @@ from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
+from fairseq_implicit.fields.mixers.lambda_layer import content_lambdas
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.module_list import ModuleList
@@ -172,13 +173,16 @@ class BlockStack(Depth):
         if self.random_steps is not None:
             self.random_steps.update = updates
 
-    def forward(self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False) -> DepthOutput:
+    def forward(
+        self, x: Tensor, layout: Layout = UNPADDED, return_hidden_states: bool = False, return_lambdas: bool = False
+    ) -> DepthOutput:
         """Integrate through all blocks.
 
         Args:
             x: embedding ``(batch, time, dim)``.
             layout: of the batch.
             return_hidden_states: collect the embedding and the state after each block (before the final norm).
+            return_lambdas: collect the content lambdas at the states before the blocks.
 
         Raises:
             ArithmeticError: a solve failed; the sentence names the block.
@@ -189,6 +193,7 @@ class BlockStack(Depth):
             solver = replace(solver, steps=self.random_steps.draw())
         state = solver.state(x)
         hidden_states = [x] if return_hidden_states else None
+        lambdas: list[Tensor] | None = [] if return_lambdas else None
         report = (_EquationReport if solver.implicit else _SchemeReport)(self, layout)
         if solver.implicit and torch.is_grad_enabled():
             self.adjoints = []
@@ -197,14 +202,20 @@ class BlockStack(Depth):
         if self.history is not None:
             entries.append(self.history.entry(0, state))
             state = self.history.mix(entries)
+        reused = 0
         skipped = self._draw_skipped_blocks()
         for block in range(self.config.layers):
+            field = self.fields[block % len(self.fields)]
+            if lambdas is not None:
+                with content_lambdas(lambdas):
+                    field.prepare(x, layout)(float(block), state.to(x.dtype))
             if block in skipped:
                 # What is carried along is lost: the Adams pair restarts after a gap.
                 result = None
             else:
-                f = self.fields[block % len(self.fields)].prepare(x, layout).within(self.around)
+                f = field.prepare(x, layout).within(self.around)
                 result = self._solve(solver, f, state, block, layout, entries, carried, x.dtype)
+                reused += result.reused
             state, carried = (state, None) if result is None else (result.state, result.carried)
             if self.history is not None:
                 entries.append(self.history.entry(block + 1, state))
@@ -219,8 +230,8 @@ class BlockStack(Depth):
         cost = solver.update_cost(
             statistics["evaluations"], statistics.get("evaluations_backward", 0), self.config.layers
         )
-        operations = cost * self.fields[0].operations(x.shape[1])
-        return DepthOutput(state, hidden_states, statistics, report.penalties(), operations=operations)
+        operations = (cost - reused) * self.fields[0].operations(x.shape[1])
+        return DepthOutput(state, hidden_states, statistics, report.penalties(), operations=operations, lambdas=lambdas)
 
     def _solve(
         self,

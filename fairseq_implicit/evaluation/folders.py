@@ -153,22 +153,31 @@ def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
     """
     if model.tokenizer is None:
         raise FileNotFoundError("the folder has no tokenizer.json: save its tokenizer there, too")
-    files: dict[str, bytes] = {}
-    for kind in TOKENIZERS.values():
-        names = kind.published_names()
-        if all(name in model.files for name in names):
-            files.update({name: model.files[name] for name in names})
-            break
     ids = model.tokenizer.get_vocab()
     symbols = sorted(ids, key=ids.__getitem__)
-    lines = "".join(f"{symbol} 1\n" for symbol in symbols[len(SPECIAL_SYMBOLS) :] if symbol != MASK)
-    files["dict.txt"] = model.files.get("dict.txt", lines.encode("utf-8"))
-    rows = [*SPECIAL_SYMBOLS, *(line.rpartition(" ")[0] for line in files["dict.txt"].decode("utf-8").splitlines())]
+    files = {"dict.txt": model.files.get("dict.txt")}
+    if files["dict.txt"] is None:
+        lines = (f"{symbol} 1\n" for symbol in symbols[len(SPECIAL_SYMBOLS) :] if symbol != MASK)
+        files["dict.txt"] = "".join(lines).encode("utf-8")
+    try:
+        lines = files["dict.txt"].decode("utf-8").splitlines()
+    except UnicodeError as error:
+        raise ValueError(f"dict.txt is damaged: {error}") from None
+    rows = [*SPECIAL_SYMBOLS, *(line.rpartition(" ")[0] for line in lines)]
     rows += [MASK] * (MASK not in rows)
     if len(rows) != model.config.vocab_size:
         raise ValueError(f"dict.txt makes {len(rows):,} symbols, and the model has {model.config.vocab_size:,}")
-    if wrong := next((symbol for row, symbol in enumerate(rows) if ids.get(symbol) != row), None):
-        raise ValueError(
-            f"{wrong!r} has the id {ids.get(wrong)} in tokenizer.json, and {rows.index(wrong)} in dict.txt"
-        )
+    for row, symbol in enumerate(rows):
+        if ids.get(symbol) != row:
+            raise ValueError(f"{symbol!r} has the id {ids.get(symbol)} in tokenizer.json, and {row} in dict.txt")
+    for kind in TOKENIZERS.values():
+        names = kind.published_names()
+        if all(name in model.files for name in names):
+            contents = [model.files[name] for name in names]
+            try:
+                kind(*contents, symbols=rows)
+            except ValueError as error:
+                raise ValueError(f"{names[0]}: {error}") from None
+            files.update(zip(names, contents, strict=True))
+            break
     return files

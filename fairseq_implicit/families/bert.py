@@ -6,7 +6,7 @@ from typing import Optional
 
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.families.flags import Flags
-from fairseq_implicit.families.mixer_flags import mixer_config, options_of, with_mixer_options
+from fairseq_implicit.families.mixer_flags import flag_of, mixer_config, options_of, with_mixer_options
 from fairseq_implicit.fields.feed_forward import ACTIVATIONS
 from fairseq_implicit.fields.mixers import MIXERS
 from fairseq_implicit.fields.mixers.mixer import MixerConfig
@@ -41,10 +41,29 @@ class BertOptions:
     encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads; must divide the width"})
     mixer: str = field(default="attention", metadata={"help": f"what mixes the tokens: {', '.join(MIXERS)}"})
     activation_fn: str = field(default="gelu", metadata={"help": f"activation: {', '.join(ACTIVATIONS)}"})
+    gated_feed_forward: bool = field(
+        default=False,
+        metadata={
+            "help": "gated feed-forward networks: with --activation-fn gelu GEGLU, with silu SwiGLU. Of the same inner "
+            "width they have half as many weights again"
+        },
+    )
+    no_biases: bool = field(
+        default=False,
+        metadata={
+            "help": "no biases in linear maps and norms, but that of the output and those of classification heads"
+        },
+    )
     pooler_activation_fn: str = field(default="tanh", metadata={"help": "activation of the classification heads"})
     dropout: float = field(default=0.1, metadata={"help": "dropout of embeddings and sub-layer outputs"})
     attention_dropout: float = field(default=0.1, metadata={"help": "dropout of the attention probabilities"})
     activation_dropout: float = field(default=0.0, metadata={"help": "dropout after the activation"})
+    embedding_dropout: Optional[float] = field(
+        default=None, metadata={"help": "dropout of the embeddings (default: --dropout)"}
+    )
+    feed_forward_dropout: Optional[float] = field(
+        default=None, metadata={"help": "dropout of the feed-forward networks' outputs (default: --dropout)"}
+    )
     pooler_dropout: float = field(default=0.0, metadata={"help": "dropout in the classification heads"})
     stage_dropout: str = field(
         default="shared",
@@ -67,6 +86,13 @@ class BertOptions:
         default=1e-5, metadata={"help": "added to the variance in every LayerNorm: 1e-5 as in RoBERTa, 1e-12 in BERT"}
     )
     no_layernorm_embedding: bool = field(default=False, metadata={"help": "no LayerNorm after the embeddings"})
+    no_first_norm: bool = field(
+        default=False,
+        metadata={
+            "help": "no LayerNorm before the attention of the first layer, which reads the embeddings as their norm "
+            "leaves them (pre-norm only)"
+        },
+    )
     untie_weights_roberta: bool = field(
         default=False, metadata={"help": "an output matrix of its own instead of the token embedding's"}
     )
@@ -122,6 +148,11 @@ class BertOptions:
         """How many layers a token passes from the embedding to the head, sub-steps and iterations not counted."""
         return self.encoder_layers
 
+    @property
+    def distinct_layers(self) -> bool:
+        """Whether the depth has several layers, each with weights of its own, so that they may differ in more."""
+        return True
+
     def build_depth(self) -> Depth:
         """The module between embeddings and head, made of what :meth:`check` returns."""
         raise TypeError(f"{type(self).__name__} defines no build_depth(): a family must build its depth there")
@@ -153,10 +184,12 @@ class BertOptions:
             ("--dropout", self.dropout),
             ("--attention-dropout", self.attention_dropout),
             ("--activation-dropout", self.activation_dropout),
+            ("--embedding-dropout", self.embedding_dropout),
+            ("--feed-forward-dropout", self.feed_forward_dropout),
             ("--pooler-dropout", self.pooler_dropout),
             ("--drop-path", self.drop_path),
         ):
-            if not 0.0 <= rate < 1.0:
+            if rate is not None and not 0.0 <= rate < 1.0:
                 raise ValueError(f"{flag} must lie in [0, 1), got {rate}")
         if not 0.0 < self.encoder_init_std < math.inf:
             raise ValueError(f"--encoder-init-std must be a positive number, got {self.encoder_init_std}")
@@ -171,6 +204,44 @@ class BertOptions:
             raise ValueError(
                 f"--encoder-attention-heads {self.encoder_attention_heads} does not divide "
                 f"--encoder-embed-dim {self.encoder_embed_dim}"
+            )
+        if self.no_biases and "no_biases" not in options_of(self.mixer, self):
+            raise ValueError(f"--no-biases: --mixer {self.mixer} cannot do without its own; leave it out")
+        if self.no_first_norm and self.no_layernorm_embedding:
+            raise ValueError(
+                "--no-first-norm with --no-layernorm-embedding: nothing would norm what the first layer's attention "
+                "reads; leave one of the two out"
+            )
+        if not self.distinct_layers:
+            self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Refuse layers that differ where one serves for several.
+
+        Raises:
+            ValueError: naming the flag by which they do.
+        """
+        option = self.mixer_config().differs_by
+        differing = "--no-first-norm" if self.no_first_norm else option and flag_of(self.mixer)(option)
+        if differing:
+            raise ValueError(
+                f"{differing} makes layers differ, and here the weights of one are used at several depths: leave it "
+                "out, or take an untied ode_bert"
+            )
+
+    def check_repeated(self) -> None:
+        """Refuse a mixer that must not be evaluated several times in one solve.
+
+        Raises:
+            OptionError: naming the flag that makes it so.
+        """
+        mixer = self.mixer_config()
+        option = mixer.changed_by
+        if option is not None:
+            raise OptionError(
+                flag_of(self.mixer)(option),
+                f"{getattr(mixer, option)} makes each evaluation another function of the state, and a solve here has "
+                "several: set it otherwise, or take ode_bert with --ode-scheme euler and --ode-steps 1.",
             )
 
     def recomputed(self, gradient: str) -> str:
@@ -196,7 +267,7 @@ class BertOptions:
 
     def norm(self) -> NormConfig:
         """All layer norms of the network."""
-        return NormConfig(eps=self.layernorm_eps)
+        return NormConfig(eps=self.layernorm_eps, bias=not self.no_biases)
 
     def network(self, symbols: int, padding: int) -> EncoderConfig:
         """What lies around the depth, over a vocabulary of ``symbols`` whose padding has the id ``padding``.
@@ -215,9 +286,11 @@ class BertOptions:
                 segments=self.segment_types,
                 learned_positions=self.learned_positions,
                 norm=None if self.no_layernorm_embedding else self.norm(),
-                dropout=self.dropout,
+                dropout=self.dropout if self.embedding_dropout is None else self.embedding_dropout,
             ),
-            MaskedLMHeadConfig(self.activation_fn, self.norm(), tied=not self.untie_weights_roberta),
+            MaskedLMHeadConfig(
+                self.activation_fn, self.norm(), tied=not self.untie_weights_roberta, bias=not self.no_biases
+            ),
         )
 
     def initialisation(self) -> InitialisationConfig:
@@ -243,4 +316,8 @@ class BertOptions:
             activation_dropout=self.activation_dropout,
             drop_path=self.drop_path,
             dropout_policy=self.stage_dropout,
+            gated=self.gated_feed_forward,
+            biases=not self.no_biases,
+            first_norm=not self.no_first_norm,
+            feed_forward_dropout=self.feed_forward_dropout,
         )

@@ -4,6 +4,8 @@ import logging
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Optional, Tuple
 
+import torch
+
 from fairseq_implicit.depth.equilibrium import ESTIMATORS, INITIAL_STATES, EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.depth.schedule import PhaseConfig
@@ -11,6 +13,7 @@ from fairseq_implicit.families.bert import SIZES, BertOptions
 from fairseq_implicit.families.flags import Flags, flag
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
+from fairseq_implicit.fields.transformer import TransformerField
 from fairseq_implicit.options import OptionError, check_choice, named
 from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig
 from fairseq_implicit.solvers.gradients.equilibrium import EquilibriumGradient
@@ -20,7 +23,12 @@ logger = logging.getLogger(__name__)
 
 INJECTIONS = ("residual", "none")
 
-FLAGS = Flags("deq", checkpoint_activations="checkpoint_activations", stage_dropout="stage_dropout")
+FLAGS = Flags(
+    "deq",
+    checkpoint_activations="checkpoint_activations",
+    stage_dropout="stage_dropout",
+    first_norm="no_first_norm",
+)
 
 
 @dataclass
@@ -150,6 +158,11 @@ class DeqBertOptions(BertOptions):
             ("deq_adjoint_solver", ("auto", *METHODS)),
         ):
             check_choice(flag(name), getattr(self, name), choices)
+        if self.no_first_norm and not self.deq_prelude_layers:
+            raise ValueError(
+                "--no-first-norm: the first layer is the equilibrium's cell, which reads its own state: leave it out, "
+                "or set --deq-prelude-layers"
+            )
         with self.flags.naming():
             return self.equilibrium()
 
@@ -159,6 +172,7 @@ class DeqBertOptions(BertOptions):
         Raises:
             OptionError: a value or combination that cannot be, in one sentence.
         """
+        self.check_repeated()
         gradient = self._gradient()
         solver = self._solver(gradient)
         options = self.flags.options(EquilibriumConfig, self)
@@ -250,6 +264,7 @@ class DeqBertOptions(BertOptions):
             weight_norm=self.deq_weight_norm,
             initial_std=self.encoder_init_std,
             start=self.encoder_init,
+            before=self.deq_prelude_layers,
         )
 
     def _correction(self) -> Tuple[int, ...]:
@@ -263,6 +278,10 @@ class DeqBertOptions(BertOptions):
     @property
     def layers_in_series(self) -> int:
         return self.deq_prelude_layers + self.deq_cell_layers + self.deq_coda_layers
+
+    @property
+    def distinct_layers(self) -> bool:
+        return self.layers_in_series > 1
 
     def build_depth(self) -> Depth:
         depth = EquilibriumDepth(self.check())
@@ -290,8 +309,9 @@ def cost_report(cfg: DeqBertOptions, depth: EquilibriumDepth) -> str:
     for shape in SIZES.values():
         if (shape["encoder_embed_dim"], shape["encoder_layers"]) == (cfg.encoder_embed_dim, cfg.encoder_layers):
             twin_ffn = shape["encoder_ffn_embed_dim"]
-    dim = cfg.encoder_embed_dim
-    twin_layer = 4 * dim * dim + 2 * dim * twin_ffn + 9 * dim + twin_ffn
+    with torch.device("meta"):
+        twin_field = TransformerField(replace(config.cell.layer.at(0), ffn_dim=twin_ffn))
+    twin_layer = sum(parameter.numel() for parameter in twin_field.parameters())
     twin = cfg.encoder_layers * twin_layer
     gradient = config.gradient
     cost, formula = gradient.update_cost(config.solver.max_iter, gradient.adjoint.max_iter)

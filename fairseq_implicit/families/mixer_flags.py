@@ -10,7 +10,7 @@ from fairseq_implicit.fields.mixers.mixer import MixerConfig
 from fairseq_implicit.options import named
 
 #: What several mixers have: the options of a family that set it.
-SHARED = {"heads": "encoder_attention_heads", "dropout": "attention_dropout"}
+SHARED = {"heads": "encoder_attention_heads", "dropout": "attention_dropout", "no_biases": "no_biases"}
 
 Options = TypeVar("Options", bound=type)
 
@@ -58,9 +58,10 @@ def mixer_config(mixer: str, options: Any) -> MixerConfig:
                 raise ValueError(
                     f"{flag(name)} {given} belongs to --mixer {other}, and --mixer is {mixer}: leave it out"
                 )
-    with named(_flag_of(mixer)):
+    with named(flag_of(mixer)):
         return MIXERS[mixer](**options_of(mixer, options))
 
 
-def _flag_of(mixer: str) -> Callable[[str], str]:
+def flag_of(mixer: str) -> Callable[[str], str]:
+    """The flag of each option of a mixer."""
     return lambda option: flag(_name(mixer, option))

@@ -24,6 +24,7 @@ FLAGS = Flags(
     rtol="ode_tolerance",
     atol="ode_absolute_tolerance",
     stage_dropout="stage_dropout",
+    first_norm="no_first_norm",
 )
 
 
@@ -118,6 +119,10 @@ class NeuralOdeBertOptions(BertOptions):
             return self.continuous()
 
     @property
+    def distinct_layers(self) -> bool:
+        return False
+
+    @property
     def duration(self) -> float:
         return float(self.encoder_layers if self.ode_time is None else self.ode_time)
 
@@ -149,6 +154,7 @@ class NeuralOdeBertOptions(BertOptions):
             gradient=self.recomputed(self.ode_gradient),
             replay_random=self.stage_dropout == "independent",
         )
+        self.check_repeated()
         options = self.flags.options(ContinuousConfig, self)
         options.update(
             duration=self.duration,

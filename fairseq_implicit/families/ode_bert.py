@@ -25,7 +25,13 @@ from fairseq_implicit.solvers.theta import Theta
 
 DEFAULT_SCHEME = "rk2"
 
-_COMMON = dict(total_time="ode_time", layers="encoder_layers", dim="encoder_embed_dim", stage_dropout="stage_dropout")
+_COMMON = dict(
+    total_time="ode_time",
+    layers="encoder_layers",
+    dim="encoder_embed_dim",
+    stage_dropout="stage_dropout",
+    first_norm="no_first_norm",
+)
 FLAGS = Flags(
     "ode",
     start="ode_coefficient_start",
@@ -258,6 +264,10 @@ class OdeBertOptions(BertOptions):
             )
 
     @property
+    def distinct_layers(self) -> bool:
+        return not self.ode_tied
+
+    @property
     def is_implicit(self) -> bool:
         """Whether each block solves an equation."""
         return self.ode_scheme in IMPLICIT_SCHEMES
@@ -269,10 +279,13 @@ class OdeBertOptions(BertOptions):
             OptionError: an impossible value or combination, in one sentence.
         """
         layer = self.transformer_field(self.ode_field)
+        solver = self._implicit_solver() if self.is_implicit else self._explicit_solver()
+        if not solver.evaluates_once or self.ode_random_steps is not None:
+            self.check_repeated()
         options = self.flags.options(StackConfig, self)
         options.update(
             layers=self.encoder_layers * self.ode_split,
-            solver=self._implicit_solver() if self.is_implicit else self._explicit_solver(),
+            solver=solver,
             total_time=self.ode_time / self.ode_split,
             # Layers that end in a norm of their own, as BERT's do, need no other.
             final_norm=not layer.residual.ends_in_norm,
@@ -334,4 +347,5 @@ class OdeBertOptions(BertOptions):
 
     def build_depth(self) -> Depth:
         depth, config = self.check(), self.transformer_field(self.ode_field)
-        return BlockStack(depth, lambda layer: TransformerField(config.at(layer)))
+        # Of a layer that is cut in time all blocks are that layer.
+        return BlockStack(depth, lambda block: TransformerField(config.at(block // self.ode_split)))

@@ -48,6 +48,7 @@ class CellConfig:
             their number in the map, whose stream begins with the injection and ends in the norm, and fc2's also by the
             root of how much wider than 4 dim the feed-forward network is, so that widening it does not strengthen its
             branch; ``identity``: residual branches of 0, so that the map is its injection and norm alone.
+        before: how many layers the input has passed, where layers differ by their place.
 
     Raises:
         ValueError: a shape or combination that has no meaning (an ``OptionError`` where one option is at fault).
@@ -60,6 +61,7 @@ class CellConfig:
     weight_norm: bool = False
     initial_std: float = 0.02
     start: str = "depth-scaled"
+    before: int = 0
 
     def __post_init__(self):
         if self.start not in STARTS:
@@ -85,7 +87,7 @@ class CellLayer(TransformerField):
     def residual(self, x: Tensor, layout: Layout = UNPADDED) -> Residual:
         # Not in the field's order: seeded runs of cells have always drawn both dropouts last.
         mix, feed = self.attention.prepare(x, layout), self.feed_forward.prepare(x)
-        drop_mix, drop_feed = self.dropout.prepare(x), self.dropout.prepare(x)
+        drop_mix, drop_feed = self.dropout.prepare(x), self.feed_forward_dropout.prepare(x)
         return self.config.residual(
             lambda y, added, onto=None: drop_mix(mix(y, added), onto),
             (lambda y, onto=None: drop_feed(feed(y), onto),),
@@ -156,7 +158,7 @@ class EquilibriumCell(nn.Module):
     def __init__(self, config: CellConfig):
         super().__init__()
         self.config = config
-        self.layers = ModuleList(CellLayer(config.layer) for _ in range(config.layers))
+        self.layers = ModuleList(CellLayer(config.layer.at(config.before + layer)) for layer in range(config.layers))
         layer = config.layer
         self.injection = Injection(layer.dim, config.injection, layer.mixer.added_width(layer.dim), layer.norm)
         own_end = config.final_norm and not layer.residual.ends_in_norm

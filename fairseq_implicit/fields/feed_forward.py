@@ -15,12 +15,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
     "tanh": torch.tanh,
+    "silu": functional.silu,
     "linear": lambda x: x,
 }
 
 
 class FeedForward(SubLayer):
-    """``fc2(Drop(activation(fc1 z)))``.
+    """``fc2(Drop(activation(fc1 z)))``; gated, ``fc2(Drop(activation(a) * b))`` where ``a`` and ``b`` are the halves of
+    ``fc1 z`` (arXiv 2002.05202: with gelu it is GEGLU, with silu SwiGLU).
 
     Args:
         dim: width of the state.
@@ -28,6 +30,8 @@ class FeedForward(SubLayer):
         activation: a name of ``ACTIVATIONS`` (fairseq's names).
         activation_dropout: rate after the activation.
         dropout_policy: ``shared`` or ``independent`` (see :class:`SharedDropout`).
+        gated: as many numbers again decide how much of each passes.
+        biases: of the linear maps.
 
     Raises:
         ValueError: unknown activation, non-positive inner width, impossible rate.
@@ -40,6 +44,8 @@ class FeedForward(SubLayer):
         activation: str = "gelu",
         activation_dropout: float = 0.0,
         dropout_policy: str = "shared",
+        gated: bool = False,
+        biases: bool = True,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -48,8 +54,9 @@ class FeedForward(SubLayer):
             raise ValueError(f"the feed-forward inner width must be positive, got {hidden}")
         self.activation = activation
         self.dropout = SharedDropout(activation_dropout, dropout_policy)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.gated = gated
+        self.fc1 = nn.Linear(dim, 2 * hidden if gated else hidden, bias=biases)
+        self.fc2 = nn.Linear(hidden, dim, bias=biases)
 
     def inner_projections(self) -> Iterator[nn.Linear]:
         yield self.fc1
@@ -59,10 +66,14 @@ class FeedForward(SubLayer):
 
     def prepare(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """Fix one solve's noise and return ``feed(z)``, both ``(batch, time, dim)``."""
-        drop = self.dropout.prepare(x, width=self.fc1.out_features)
+        drop = self.dropout.prepare(x, width=self.fc2.in_features)
         activate = ACTIVATIONS[self.activation]
 
         def feed(z: Tensor) -> Tensor:
             return self.fc2(drop(activate(self.fc1(z))))
 
-        return feed
+        def feed_gated(z: Tensor) -> Tensor:
+            inner, gate = self.fc1(z).chunk(2, dim=-1)
+            return self.fc2(drop(activate(inner) * gate))
+
+        return feed_gated if self.gated else feed

@@ -107,7 +107,7 @@ class DepthEmbeddedField(TransformerField):
         return tuple(partial(_modulated, *each) for each in zip(self.norms, parts[0::2], parts[1::2], strict=True))
 
 
-def _modulated(norm: nn.LayerNorm, scale: Tensor, shift: Tensor, z: Tensor) -> Tensor:
+def _modulated(norm: nn.Module, scale: Tensor, shift: Tensor, z: Tensor) -> Tensor:
     normed = norm(z)
     return torch.addcmul(normed + shift, normed, scale)
 

@@ -15,6 +15,7 @@ from fairseq_implicit.fields.residual import RESIDUALS, Residual
 from fairseq_implicit.fields.shared_dropout import DropPath, SharedDropout
 from fairseq_implicit.fields.sub_layer import SubLayer
 from fairseq_implicit.layout import UNPADDED, Layout
+from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.vector_field import Time
 
 KINDS = tuple(RESIDUALS)
@@ -31,8 +32,13 @@ class TransformerFieldConfig:
         mixer: what mixes the tokens, with its options.
         kind: one of :data:`fairseq_implicit.fields.residual.RESIDUALS`.
         activation: see :data:`fairseq_implicit.fields.feed_forward.ACTIVATIONS`.
+        gated: gated feed-forward networks; half of the numbers that their first map gives then act on the others.
+        biases: of the feed-forward networks' maps; the mixer has options of its own.
         norm: the layer norms.
+        first_norm: a norm before the first layer's mixer. Where that reads what already is normed, a pre-norm field can
+            do without.
         dropout, activation_dropout, drop_path: rates in [0, 1).
+        feed_forward_dropout: rate after the feed-forward networks; ``None``: ``dropout``, as after the mixer.
         dropout_policy: ``shared`` or ``independent`` noise over the evaluations of one solve.
     """
 
@@ -46,10 +52,18 @@ class TransformerFieldConfig:
     activation_dropout: float = 0.0
     drop_path: float = 0.0
     dropout_policy: str = "shared"
+    gated: bool = False
+    biases: bool = True
+    first_norm: bool = True
+    feed_forward_dropout: float | None = None
 
     def __post_init__(self):
         if self.kind not in RESIDUALS:
             raise ValueError(f"unknown field {self.kind!r}: choose one of {', '.join(RESIDUALS)}")
+        if not self.first_norm and self.kind != "pre-norm":
+            raise OptionError(
+                "first_norm", f"a {self.kind} field needs it; only a pre-norm one can do without: leave the flag out."
+            )
 
     @property
     def residual(self) -> type[Residual]:
@@ -58,12 +72,17 @@ class TransformerFieldConfig:
 
     def at(self, layer: int) -> TransformerFieldConfig:
         """That of layer ``layer``, counted from 0, where layers differ."""
-        return replace(self, mixer=self.mixer.at(layer))
+        return replace(self, mixer=self.mixer.at(layer), first_norm=self.first_norm or layer > 0)
+
+    @property
+    def branch_dropouts(self) -> tuple[float, float]:
+        """After the mixer and after a feed-forward network."""
+        return self.dropout, self.dropout if self.feed_forward_dropout is None else self.feed_forward_dropout
 
     @property
     def is_noisy(self) -> bool:
         """Whether anything is drawn in training."""
-        return max(self.dropout, self.mixer.noise, self.activation_dropout, self.drop_path) > 0
+        return max(*self.branch_dropouts, self.mixer.noise, self.activation_dropout, self.drop_path) > 0
 
 
 class TransformerField(Field):
@@ -78,20 +97,29 @@ class TransformerField(Field):
         residual = config.residual
 
         def feed_forward() -> FeedForward:
-            hidden = config.ffn_dim // residual.feed_count
-            return FeedForward(config.dim, hidden, config.activation, config.activation_dropout, config.dropout_policy)
+            return FeedForward(
+                config.dim,
+                config.ffn_dim // residual.feed_count,
+                config.activation,
+                config.activation_dropout,
+                config.dropout_policy,
+                config.gated,
+                config.biases,
+            )
 
         self.attention = config.mixer.build(config.dim, config.dropout_policy)
         self.feed_forward = feed_forward()
-        self.attention_norm = config.norm.build(config.dim)
+        self.attention_norm = config.norm.build(config.dim) if config.first_norm else nn.Identity()
         self.feed_forward_norm = config.norm.build(config.dim) if residual.norm_count > 1 else None
         self.first_feed_forward = feed_forward() if residual.feed_count > 1 else None
         self.first_feed_forward_norm = config.norm.build(config.dim) if residual.norm_count > 2 else None
-        self.dropout = SharedDropout(config.dropout, config.dropout_policy)
+        self.dropout, self.feed_forward_dropout = (
+            SharedDropout(rate, config.dropout_policy) for rate in config.branch_dropouts
+        )
         self.drop_path = DropPath(config.drop_path, config.dropout_policy)
 
     @property
-    def norms(self) -> tuple[nn.LayerNorm, ...]:
+    def norms(self) -> tuple[nn.Module, ...]:
         """In the order in which a state meets them."""
         norms = (self.first_feed_forward_norm, self.attention_norm, self.feed_forward_norm)
         return tuple(norm for norm in norms if norm is not None)
@@ -120,14 +148,14 @@ class TransformerField(Field):
             layout: of the batch.
         """
 
-        def dropped(branch):
-            drop = self.dropout.prepare(x)
+        def dropped(branch, site):
+            drop = site.prepare(x)
             return lambda y, *added, onto=None: drop(branch(y, *added), onto)
 
-        mix = dropped(self.attention.prepare(x, layout))
-        feed = dropped(self.feed_forward.prepare(x))
+        mix = dropped(self.attention.prepare(x, layout), self.dropout)
+        feed = dropped(self.feed_forward.prepare(x), self.feed_forward_dropout)
         first = self.first_feed_forward
-        feeds = (feed,) if first is None else (dropped(first.prepare(x)), feed)
+        feeds = (feed,) if first is None else (dropped(first.prepare(x), self.feed_forward_dropout), feed)
         return self.config.residual(mix, feeds, self.norms)
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Increment:

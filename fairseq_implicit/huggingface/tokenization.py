@@ -249,6 +249,7 @@ def from_tokenizer_json(symbols: list[str], content: bytes) -> Tokenizer:
         scores = {renamed.get(piece, piece): score for piece, score in model["vocab"]}
         model.update(vocab=[[symbol, scores.get(symbol, _NEVER)] for symbol in symbols], unk_id=UNKNOWN)
     else:
+        rows = {own.blanks.get(symbol, symbol): row for symbol, row in rows.items()}
         model.update(vocab=rows, unk_token=SPECIAL_SYMBOLS[UNKNOWN])
     added = [token for token in described["added_tokens"] if token["content"] not in renamed]
     described.update(added_tokens=[{**token, "id": rows[token["content"]]} for token in added], post_processor=None)

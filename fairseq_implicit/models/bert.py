@@ -122,6 +122,7 @@ class ImplicitBertModel(BaseFairseqModel):
         has_padding: Optional[bool] = None,
         token_embeddings: Optional[Tensor] = None,
         src_lengths: Optional[Tensor] = None,
+        return_lambdas: bool = False,
         **unknown: Any,
     ) -> Tuple[Tensor, Dict[str, Any]]:
         """See :meth:`Encoder.forward`; a head's name gives its logits ``(batch, classes)``.
@@ -129,7 +130,8 @@ class ImplicitBertModel(BaseFairseqModel):
         ``src_lengths`` are not needed, fairseq's tasks send them.
 
         Returns:
-            logits or features, and a dictionary with ``inner_states``, as RoBERTa has it, and the typed ``output``.
+            logits or features, and a dictionary with ``inner_states``, as RoBERTa has it, content ``lambdas`` if they
+            were asked for, and the typed ``output``.
 
         Raises:
             TypeError: an input that the model does not take.
@@ -150,6 +152,7 @@ class ImplicitBertModel(BaseFairseqModel):
                 masked_tokens=masked_tokens,
                 predicted=predicted,
                 return_hidden_states=return_all_hiddens,
+                return_lambdas=return_lambdas,
                 has_padding=has_padding,
                 token_embeddings=token_embeddings,
             )

@@ -166,18 +166,32 @@ class ImplicitBertHubInterface(RobertaHubInterface):
         token = self.vocabulary.surface(piece)
         return FilledMask((left.rstrip() + token + right).strip(), probability, token)
 
-    def extract_features(self, tokens: Tensor, return_all_hiddens: bool = False) -> Union[Tensor, List[Tensor]]:
+    def extract_features(
+        self, tokens: Tensor, return_all_hiddens: bool = False, return_lambdas: bool = False
+    ) -> Union[Tensor, List[Tensor], Tuple[Union[Tensor, List[Tensor]], List[Tensor]]]:
         """Features ``(batch, time, dim)`` of ids ``(time,)`` or ``(batch, time)``, or the states along the depth.
 
+        With ``return_lambdas`` in a pair with what the lambda layers made of each whole input: content lambdas
+        ``(batch, key, value)``, of every block at the state before it, of a continuous depth at the states of its
+        trajectory, of an equilibrium there.
+
         Raises:
-            ValueError: the input is longer than the model's positions.
+            ValueError: the input is longer than the model's positions, or lambdas are asked of a model without.
         """
         if tokens.shape[-1] > self.model.max_positions():
             raise ValueError(
                 f"an input of {tokens.shape[-1]} tokens is longer than the model's {self.model.max_positions()} "
                 "positions: split the text, or cut it with encode(..., shorten=True)"
             )
-        return super().extract_features(tokens, return_all_hiddens)
+        batch = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
+        features, extra = self.model(
+            batch.to(self.device),
+            features_only=True,
+            return_all_hiddens=return_all_hiddens,
+            return_lambdas=return_lambdas,
+        )
+        found = extra["output"].hidden_states if return_all_hiddens else features
+        return (found, extra["lambdas"]) if return_lambdas else found
 
     def predict(self, head: str, tokens: Tensor, return_logits: bool = False) -> Tensor:
         """What a classification head says of ids ``(time,)`` or ``(batch, time)``.

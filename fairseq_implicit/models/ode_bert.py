@@ -11,7 +11,7 @@ from torch import Tensor
 from fairseq_implicit.families.ode_bert import OdeBertOptions
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig
-from fairseq_implicit.models.presets import register_presets
+from fairseq_implicit.models.presets import register_preset, register_presets
 
 logger = logging.getLogger(__name__)
 
@@ -93,3 +93,34 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
 }
 
 register_presets("ode_bert", OdeBertModel, OdeBertConfig, VARIANTS)
+
+#: BERT with lambda layers. --ode-scheme rk4, say, integrates its blocks.
+LAMBDA_BERT: Dict[str, Any] = dict(
+    mixer="lambda",
+    encoder_attention_heads=8,
+    encoder_positions="learned",
+    encoder_init="plain",
+    layernorm_eps=1e-12,
+    ode_scheme="euler",
+    ode_field="post-norm",
+)
+
+#: The classifying transformer of pbloem/former, with either of its own kinds of attention.
+FORMER: Dict[str, Any] = dict(
+    encoder_layers=6,
+    encoder_embed_dim=128,
+    encoder_ffn_embed_dim=512,
+    encoder_attention_heads=8,
+    encoder_init="plain",
+    encoder_init_std=0.05,
+    activation_fn="relu",
+    dropout=0.0,
+    attention_dropout=0.0,
+    no_layernorm_embedding=True,
+    ode_scheme="euler",
+    ode_field="post-norm",
+)
+
+register_presets("lambda_bert", OdeBertModel, OdeBertConfig, {"": LAMBDA_BERT})
+for kind in ("wide", "narrow"):
+    register_preset(f"former_{kind}", OdeBertModel, OdeBertConfig, {**FORMER, "mixer": f"{kind}-attention"})

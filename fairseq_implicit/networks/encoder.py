@@ -51,6 +51,7 @@ class Encoder(Embeddings):
         masked_tokens: Tensor | None = None,
         predicted: Tensor | None = None,
         return_hidden_states: bool = False,
+        return_lambdas: bool = False,
         has_padding: bool | None = None,
         token_embeddings: Tensor | None = None,
         attended: Tensor | None = None,
@@ -65,16 +66,21 @@ class Encoder(Embeddings):
             predicted: ``(masked,)`` int64, the places of ``masked_tokens`` among all tokens, row by row, where the
                 caller knows them: no GPU is asked.
             return_hidden_states: also return the states along the depth.
+            return_lambdas: also return the content lambdas along it.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
             token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
             attended: ``(batch, time)`` bool, False at tokens that are padding whatever their id.
 
         Raises:
-            ValueError: more tokens than positions, or logits of a network without a head.
+            ValueError: more tokens than positions, logits of a network without a head, or lambdas of other mixers.
             TypeError: segments for a network that takes none.
         """
         layout = self.layout(tokens, segments, has_padding, attended)
-        depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states)
+        depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states, return_lambdas)
+        if depth.lambdas == []:
+            raise ValueError(
+                "return_lambdas: what mixes the tokens here has no content lambdas, as --mixer lambda has: leave it out"
+            )
         output = ModelOutput(
             depth.state,
             depth.hidden_states,
@@ -82,6 +88,7 @@ class Encoder(Embeddings):
             depth.penalties,
             depth.auxiliary_states,
             depth.operations * tokens.numel(),
+            depth.lambdas,
         )
         if features_only:
             return output

@@ -21,6 +21,7 @@ class MaskedLMHeadConfig:
         activation: a name of :data:`fairseq_implicit.fields.feed_forward.ACTIVATIONS`.
         norm: the layer norm before the output matrix.
         tied: the output matrix is that of the token embeddings.
+        bias: of the dense map; that of the output is always there.
 
     Raises:
         OptionError: an unknown activation.
@@ -29,6 +30,7 @@ class MaskedLMHeadConfig:
     activation: str = "gelu"
     norm: NormConfig = field(default_factory=NormConfig)
     tied: bool = True
+    bias: bool = True
 
     def __post_init__(self):
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
@@ -46,7 +48,7 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         symbols, dim = embedding.weight.shape
         self.activation = config.activation
-        self.dense = nn.Linear(dim, dim)
+        self.dense = nn.Linear(dim, dim, bias=config.bias)
         self.layer_norm = config.norm.build(dim)
         self.weight = embedding.weight if config.tied else nn.Linear(dim, symbols, bias=False).weight
         self.bias = nn.Parameter(torch.zeros(symbols))

@@ -22,6 +22,7 @@ class ModelOutput:
             with that weight.
         operations: floating-point operations of the forward and backward pass on this batch, padding included: those of
             the matrix products (see :class:`~fairseq_implicit.depth.output.DepthOutput`).
+        lambdas: the content lambdas along the depth when asked for, each ``(batch, key, value)``.
     """
 
     values: Tensor
@@ -30,6 +31,7 @@ class ModelOutput:
     penalties: dict[str, Tensor] = field(default_factory=dict)
     auxiliary: list[tuple[float, Tensor]] = field(default_factory=list)
     operations: float | Tensor = 0.0
+    lambdas: list[Tensor] | None = None
 
     def read_by(self, head: Callable[[Tensor], Tensor]) -> ModelOutput:
         """The same output with what ``head`` makes of the features, of the auxiliary ones, too."""

@@ -31,6 +31,8 @@ class BackwardEulerCorrected(RungeKutta):
     """One sweep of the fixed-point iteration for backward Euler, started at the explicit solution: the result has
     order 1 whatever the predictor's order."""
 
+    evaluates_once = False
+
     def plain_layers(self, span: Span) -> int:
         return 0
 

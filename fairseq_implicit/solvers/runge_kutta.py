@@ -86,6 +86,10 @@ class RungeKutta(Solver):
             raise OptionError("second_order_penalty", f"{self.scheme!r} has one stage; take two stages or more.")
 
     @property
+    def evaluates_once(self) -> bool:
+        return self.steps * self.tableau.stages == 1
+
+    @property
     def shares_combination(self) -> bool:
         return self.scope == "model"
 

@@ -70,6 +70,7 @@ class Solution(SolveResult):
         weights: of the stages of each sub-step, where the scheme combines them.
         carried: what the next block of a stack needs from this one.
         converged: ``(batch,)`` bool, whether every implicit step met the tolerance; ``None`` where none was taken.
+        reused: evaluations of implicit steps that their gradients start from, so that no other was made for these.
     """
 
     field_calls: int = 0
@@ -83,6 +84,7 @@ class Solution(SolveResult):
     weights: tuple[tuple[Weight, ...], ...] = field(default=(), repr=False)
     carried: Tensor | None = None
     converged: Tensor | None = None
+    reused: int = 0
 
 
 class Solver:
@@ -101,6 +103,7 @@ class Solver:
         remedy: what helps after a failure, other than what always does.
         own_coefficients: whether the weights of its stages are its own affair.
         carries_history: whether a layer history of the stack would be a second one.
+        evaluates_once: whether a solve evaluates the field once, recomputation in the backward pass aside.
         mixes_history: whether it corrects a ``mixture`` of its prediction with earlier blocks.
         state_float32: whether a stack carries a half-precision state in float32 from solve to solve.
         max_evaluations: where it is ``adaptive``, what one sample may cost.
@@ -137,6 +140,10 @@ class Solver:
         """Raises:
         OptionError: these weights of :class:`Combination`'s penalties have no meaning for this solver.
         """
+
+    @property
+    def evaluates_once(self) -> bool:
+        return False
 
     @property
     def shares_combination(self) -> bool:

@@ -117,6 +117,7 @@ class Theta(Solver):
         evaluations: int | Tensor = 0
         residual: Tensor | None = None
         converged: Tensor | None = None
+        reused = 0
         for step in range(self.steps):
             own = AdjointRecord()
             solved, explicit = _implicit_step(f, z, span.start + step * h, h, self, layout, own)
@@ -127,7 +128,8 @@ class Theta(Solver):
             residual = solved.solve.residual if residual is None else torch.maximum(residual, solved.solve.residual)
             converged = solved.solve.converged if converged is None else converged & solved.solve.converged
             status = Status.worst((status, solved.solve.status))
-        return Solution(z, evaluations, residual, status, converged=converged)
+            reused += int(solved.reused)
+        return Solution(z, evaluations, residual, status, converged=converged, reused=reused)
 
 
 def _implicit_step(

@@ -1,7 +1,8 @@
 """Tokenizers of ``tokenizer.json``: word pieces, byte pairs or unigram pieces, as transformers' models come with.
 
 The ids are those of the tokenizer in another order: the four symbols that fairseq begins with, all other pieces in
-their own order, ``<mask>``. Nothing is filled up, so that there are as many rows as the tokenizer has tokens.
+their own order, ``<mask>``. Nothing is filled up, so that there are as many rows as the tokenizer has tokens. Tokens of
+nothing but spaces, which ``dict.txt`` cannot hold, are written with ``␣`` there.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class TokenizerVocabulary(Vocabulary):
 
     Attributes:
         special: the tokenizer's names of fairseq's symbols and of ``<mask>``, those that it has.
+        blanks: the tokenizer's name of the symbols that stand for nothing but spaces.
         token_ids: the tokenizer's own id of each row, ``<mask>`` included, ``(rows,)`` int64; -1 where it has none.
     """
 
@@ -47,7 +49,8 @@ class TokenizerVocabulary(Vocabulary):
                 "another tokenizer"
             )
         own = self._tokenizer.get_vocab(with_added_tokens=True)
-        names = [self.special.get(symbol, symbol) for symbol in (*self.symbols, *[MASK] * (MASK not in self.symbols))]
+        tokens = {**self.special, **self.blanks}
+        names = [tokens.get(symbol, symbol) for symbol in (*self.symbols, *[MASK] * (MASK not in self.symbols))]
         self.token_ids = np.array([own.get(name, -1) for name in names], dtype=np.int64)
 
     def _rows_of(self, pieces: Iterable[str]) -> list[str]:
@@ -78,19 +81,25 @@ class TokenizerVocabulary(Vocabulary):
             if any(name in vocabulary for name in names)
         }
         names = set(self.special.values())
-        self._pieces = [piece for piece in sorted(vocabulary, key=vocabulary.__getitem__) if piece not in names]
+        self.blanks = {"␣" * len(piece): piece for piece in vocabulary if piece and not piece.strip(" ")}
+        self._shown = {piece: symbol for symbol, piece in self.blanks.items()}
+        pieces = (piece for piece in sorted(vocabulary, key=vocabulary.__getitem__) if piece not in names)
+        self._pieces = [self._shown.get(piece, piece) for piece in pieces]
         self._anchor = next((piece for piece in self._pieces if piece.isascii() and piece.isalnum()), "a")
         return self._pieces
 
     def split(self, text: str, glued: bool = False) -> list[str]:
         if not glued or MASK not in self.special:
-            return self._tokenizer.encode(text, add_special_tokens=False).tokens
-        return self._after_mask.encode(self.special[MASK] + text, add_special_tokens=False).tokens[1:]
+            return self._symbols(self._tokenizer.encode(text, add_special_tokens=False).tokens)
+        return self._symbols(self._after_mask.encode(self.special[MASK] + text, add_special_tokens=False).tokens[1:])
+
+    def _symbols(self, tokens: list[str]) -> list[str]:
+        return [self._shown.get(token, token) for token in tokens] if self._shown else tokens
 
     def surface(self, symbol: str) -> str:
         # Only after another piece does a decoder say whether there is a space.
         decoder = self._after_mask.decoder
-        return decoder.decode([self._anchor, symbol])[len(decoder.decode([self._anchor])) :]
+        return decoder.decode([self._anchor, self.blanks.get(symbol, symbol)])[len(decoder.decode([self._anchor])) :]
 
     def join(self, symbols: Iterable[str]) -> str:
-        return self._tokenizer.decoder.decode(list(symbols)).strip()
+        return self._tokenizer.decoder.decode([self.blanks.get(symbol, symbol) for symbol in symbols]).strip()

@@ -13,8 +13,12 @@ from transformers import AutoModel, AutoTokenizer
 from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.conversion.rows import reordered, with_padding
 from fairseq_implicit.models.bert import ImplicitBertModel
-from tests.text.test_tokenizer_json import byte_pairs, word_piece
+from tests.conversion.exact_modernbert import exact
+from tests.text.test_tokenizer_json import byte_pairs, byte_pairs_and_spaces, word_piece
 
+MODERN = dict(
+    bos_token_id=304, cls_token_id=304, eos_token_id=305, sep_token_id=305, pad_token_id=306, local_attention=8
+)
 #: Class, tokenizer, further settings.
 MODELS = {
     "bert": ("BertForMaskedLM", word_piece, {"pad_token_id": 0}),
@@ -23,6 +27,8 @@ MODELS = {
     "bert alone": ("BertModel", word_piece, {"pad_token_id": 0}),
     "roberta": ("RobertaForMaskedLM", byte_pairs, {"pad_token_id": 1, "type_vocab_size": 1}),
     "roberta classes": ("RobertaForSequenceClassification", byte_pairs, {"pad_token_id": 1, "num_labels": 3}),
+    "modernbert": ("ModernBertForMaskedLM", byte_pairs_and_spaces, {"num_hidden_layers": 5, **MODERN}),
+    "modernbert alone": ("ModernBertModel", byte_pairs_and_spaces, MODERN),
     "electra": ("ElectraForMaskedLM", word_piece, {"pad_token_id": 0, "embedding_size": 16}),
     "electra classes": ("ElectraForSequenceClassification", word_piece, {"embedding_size": 16, "num_labels": 3}),
 }
@@ -32,7 +38,7 @@ TEXTS = ["the field is smooth", "the solver integrates the smooth field, unseen"
 class Converted:
     """A model of transformers with random weights, and the hub interface of what it became."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, patch):
         kind, make, settings = MODELS[name]
         self.source, self.target, self.back = (folder / part for part in ("theirs", "ours", "back"))
         tokenizer, kind = make(), getattr(transformers, kind)
@@ -52,7 +58,7 @@ class Converted:
         transformers_folder.from_folder(self.source, self.target)
         self.ours = ImplicitBertModel.from_pretrained(self.target)
         self.ours.double()
-        self.theirs.double()
+        exact(self.theirs, patch)
         self.vocabulary = self.ours.vocabulary
         ids = self.vocabulary.token_ids.copy()
         ids[ids < 0] = sorted(set(range(len(ids))) - set(ids.tolist()))
@@ -66,7 +72,8 @@ class Converted:
 
 @pytest.fixture(scope="module", params=MODELS)
 def converted(request, tmp_path_factory):
-    return Converted(request.param, tmp_path_factory.mktemp("folders"))
+    with pytest.MonkeyPatch.context() as patch:
+        yield Converted(request.param, tmp_path_factory.mktemp("folders"), patch)
 
 
 def close(found, expected, message=None):
@@ -77,7 +84,9 @@ def test_text_gives_the_same_hidden_states(converted):
     ours, theirs, real = converted.tokens()
     base = getattr(converted.theirs, converted.theirs.base_model_prefix, converted.theirs)
     expected = base(theirs, attention_mask=real, output_hidden_states=True).hidden_states
-    found = converted.ours.extract_features(ours, return_all_hiddens=True)
+    *states, last = converted.ours.extract_features(ours, return_all_hiddens=True)
+    norm = converted.ours.model.encoder.depth.final_norm
+    found = [*states, last if norm is None else norm(last)]
     for one, other in zip(found, expected, strict=True):
         close(one[real], other[real])
     text = AutoTokenizer.from_pretrained(converted.source)(TEXTS[1], add_special_tokens=False)["input_ids"]
@@ -126,7 +135,7 @@ def test_back_to_the_last_bit(converted):
     )
 
 
-@pytest.mark.parametrize("converted", ["bert", "roberta"], indirect=True)
+@pytest.mark.parametrize("converted", ["bert", "roberta", "modernbert"], indirect=True)
 def test_masks_are_filled_with_text(converted):
     filled = converted.ours.fill_mask("the <mask> is smooth", topk=3)
     ids = converted.ids[converted.ours.masked_ids("the <mask> is smooth")][None]
@@ -139,8 +148,8 @@ def test_masks_are_filled_with_text(converted):
     ]
 
 
-def test_what_cannot_be_converted_is_said(tmp_path, command):
-    converted = Converted("bert", tmp_path)
+def test_what_cannot_be_converted_is_said(tmp_path, command, monkeypatch):
+    converted = Converted("bert", tmp_path, monkeypatch)
     status, _, said = command("convert", converted.source, converted.target)
     assert status == 2 and "exists: remove it" in said
     status, _, said = command("convert", converted.source, tmp_path / "new", "--to", "bert")

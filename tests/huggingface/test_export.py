@@ -24,6 +24,7 @@ from transformers import (
     pipeline,
 )
 
+from fairseq_implicit.fields.mixers import MIXERS
 from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.bundle import bundle
 from fairseq_implicit.huggingface.export import read_folder, write_folder
@@ -41,6 +42,7 @@ CASES = {
     "knots": ("neural_ode_bert", dict(ode_depth_weights="linear", ode_tolerance=0.0)),
     "deq": ("deq_bert", dict()),
     "deq-injected": ("deq_bert", dict(deq_weight_norm=True, deq_qkv_injection=True)),
+    **{mixer: ("ode_bert", dict(mixer=mixer)) for mixer in MIXERS if mixer != "attention"},
 }
 SENTENCES = ["the implicit solver <mask> the state", "the <mask> tableau", "a stable <mask>er in 12 steps."]
 
@@ -347,6 +349,14 @@ def test_other_heads_are_no_fairseq_models(exported, tmp_path, command):
     assert status == 1 and "saved: score" in errors and not (tmp_path / "back").exists()
 
 
+def test_a_damaged_dictionary_is_said(checkpoints, tmp_path, command):
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoints["gated"], folder)
+    (folder / "dict.txt").write_bytes(b"\x00\xffnonsense\n" * 9)
+    status, _, errors = command("export", folder, tmp_path / "out")
+    assert status == 1 and "dict.txt is no dictionary or damaged" in errors
+
+
 def test_the_heads_that_stay_behind_are_named(checkpoints, tmp_path, command):
     from fairseq_implicit.evaluation.checkpoints import stored, write
 
@@ -408,6 +418,9 @@ def test_what_fails_half_way_leaves_nothing(way, checkpoints, exported, tmp_path
         ("config.json", lambda old: old.replace(b'"gated"', b'"no"'), "ode_coefficients"),
         ("tokenizer.json", lambda old: old[:100], "tokenizer.json"),
         ("dict.txt", lambda old: old[: len(old) // 2], "dict.txt"),
+        ("dict.txt", lambda old: b"\xff\x00" + old, "dict.txt is damaged"),
+        ("dict.txt", lambda old: b"x" + old, "in tokenizer.json, and 4 in dict.txt"),
+        ("sentencepiece.bpe.model", lambda old: old[: len(old) // 2], "sentencepiece.bpe.model: this is no"),
     ],
 )
 def test_damaged_folders_end_in_a_sentence(name, contents, words, exported, tmp_path, command):

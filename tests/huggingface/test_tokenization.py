@@ -143,8 +143,9 @@ def test_tokenizer_json_in_the_order_of_rows(kind):
     symbols = [*vocabulary.symbols, "madeupword0000", MASK]
     vocabulary = TokenizerVocabulary(*vocabulary.contents.values(), symbols=symbols)
     tokenizer = fast_tokenizer(vocabulary)
-    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == symbols
-    for text in ("the field is smooth", "unseen ☃ WORDS, zq"):
+    names = [vocabulary.blanks.get(symbol, symbol) for symbol in symbols]
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == names
+    for text in ("the field is smooth", "unseen ☃ WORDS, zq", "def  f():\n    x     y"):
         ids = vocabulary.encode(text).tolist()
         assert tokenizer(text)["input_ids"] == [0, *ids, 2]
     after = vocabulary.encode("ly smooth", glued=True).tolist()

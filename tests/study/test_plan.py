@@ -8,7 +8,7 @@ from bert_study.plan import StudyError, arguments, load
 
 from tests.conftest import ROOT
 
-STUDY = os.path.join(ROOT, "examples", "study")
+STUDY, MIXERS = (os.path.join(ROOT, "examples", name) for name in ("study", "mixers"))
 
 SMALL = {
     "about": "two models",
@@ -78,18 +78,18 @@ def test_twins_of_equal_cost_have_more_layers(folder):
     assert plan.flags(run)["encoder-layers"] == 8 and plan.evaluated_sets(run.model) == 8
 
 
-@pytest.mark.parametrize("size", ["smoke", "cpu", "gpu"])
-def test_the_sizes_of_the_project(size):
+@pytest.mark.parametrize("size, folder", [("smoke", STUDY), ("cpu", STUDY), ("gpu", STUDY), ("mixers", MIXERS)])
+def test_the_sizes_of_the_project(size, folder):
     """Every flag they name is one of fairseq-train's, every comparison names models that exist."""
     from fairseq import options
 
     import fairseq_implicit.models  # noqa: F401
 
-    plan = load(size, STUDY)
-    catalogue = yaml.safe_load(open(os.path.join(STUDY, "models.yaml"), encoding="utf-8"))
+    plan = load(size, folder)
+    catalogue = yaml.safe_load(open(os.path.join(folder, "models.yaml"), encoding="utf-8"))
     for comparison in catalogue["comparisons"]:
         assert {comparison["model"], comparison["reference"]} <= set(catalogue["models"])
-    for run in plan.trials():
+    for run in plan.trials() or plan.finals(dict.fromkeys(plan.models, 1e-3)):
         words = [
             "DATA",
             "--task",

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 from fairseq.data import encoders
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from fairseq_implicit import text as room
 from fairseq_implicit.data.hf_tokenizer import HfTokenizerConfig
@@ -44,6 +44,20 @@ def byte_pairs():
     return tokenizer
 
 
+def byte_pairs_and_spaces():
+    """As ModernBERT has them: spaces in a row are one token, and the special symbols come last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<|padding|>"], vocab_size=300, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(LINES, trainer)
+    tokenizer.add_tokens([AddedToken(" " * length) for length in (4, 3, 2)])
+    tokenizer.add_special_tokens(["[UNK]", "[CLS]", "[SEP]", "[PAD]", AddedToken("[MASK]", lstrip=True), "[unused0]"])
+    return tokenizer
+
+
 def unigram():
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -53,7 +67,12 @@ def unigram():
     return tokenizer
 
 
-KINDS = {"word pieces": word_piece, "byte pairs": byte_pairs, "unigram": unigram}
+KINDS = {
+    "word pieces": word_piece,
+    "byte pairs": byte_pairs,
+    "byte pairs and spaces": byte_pairs_and_spaces,
+    "unigram": unigram,
+}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -96,13 +115,31 @@ def test_text_comes_back_and_words_begin(vocabulary, kind):
     assert vocabulary.surface(vocabulary.symbols[comma]) in (" ,", ",")
 
 
+def test_tokens_of_spaces_alone():
+    """``dict.txt`` cannot hold them under their own names."""
+    tokenizer = byte_pairs_and_spaces()
+    vocabulary = TokenizerVocabulary(tokenizer.to_str().encode())
+    text = "def  f():\n    the     field"
+    pieces = vocabulary.split(text)
+    assert [piece for piece in pieces if "␣" in piece] == ["␣␣", "␣␣␣␣", "␣␣␣␣"]
+    assert UNKNOWN not in vocabulary.encode(text) and vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.surface("␣␣␣") == "   "
+    ids = vocabulary.token_ids[vocabulary.encode(text)].tolist()
+    assert ids == tokenizer.encode(text, add_special_tokens=False).ids
+    lines = [line.rsplit(" ", 1) for line in vocabulary.dictionary_text().splitlines()]
+    assert [row for row, _ in lines] == vocabulary.symbols[4:]
+    with pytest.raises(ValueError, match="the piece '␣␣' collides"):
+        tokenizer.add_tokens(["␣␣"])
+        TokenizerVocabulary(tokenizer.to_str().encode())
+
+
 def test_what_looks_like_a_symbol_is_text(vocabulary):
     for text in ("[MASK]", MASK, "[CLS] a", "<s>", "</s>"):
         assert set(vocabulary.encode(text).tolist()).isdisjoint({0, 1, 2, len(vocabulary.symbols)})
 
 
 def test_text_after_a_mask_is_split_as_there(vocabulary, tokenizer, kind):
-    mask = "[MASK]" if kind == "word pieces" else MASK
+    mask = "[MASK]" if kind in ("word pieces", "byte pairs and spaces") else MASK
     after = tokenizer.encode(f"{mask}ly smooth", add_special_tokens=False).tokens[1:]
     assert vocabulary.split("ly smooth", glued=True) == after
     if kind == "unigram":

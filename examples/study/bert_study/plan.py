@@ -30,6 +30,7 @@ class Model:
         weights: ``own``: a set for each layer; ``shared``: one set, its feed-forward part widened to the parameters of
             the study's layers together.
         shares: flags whose values are shares of the updates.
+        matched: the feed-forward part is as wide as gives the model the parameters of the study's reference.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Model:
     depth: int = 1
     weights: str = "own"
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    matched: bool = False
 
     def __post_init__(self):
         if self.weights not in WEIGHTS:
@@ -148,7 +150,10 @@ class Plan:
             raise StudyError(f"{self.size}.yaml: name at least one seed and one learning rate")
 
     def trials(self) -> list[Run]:
-        """The learning-rate grid: every rate for every model, the same number of updates for all."""
+        """The learning-rate grid: every rate for every model, the same number of updates for all. One rate alone is
+        not tried."""
+        if len(self.grid.rates) == 1:
+            return []
         return [
             Run(model, rate, self.grid.seed, self.grid.updates, trial=True)
             for model in self.models.values()
@@ -174,24 +179,34 @@ class Plan:
 
     def flags(self, run: Run) -> Flags:
         """Every flag of fairseq-train that makes this run what it is; folders and logging excepted."""
-        from fairseq_implicit.families.deq_bert import matched_ffn_dim
+        own = self._shape(run.model)
+        if run.model.matched:
+            from bert_study.widths import matched_width
 
-        shape, model = dict(self.shape), run.model
-        layers, dim, ffn = (shape[f"encoder-{key}"] for key in ("layers", "embed-dim", "ffn-embed-dim"))
-        if model.weights == "shared":
-            shape["encoder-ffn-embed-dim"] = matched_ffn_dim(layers, dim, ffn)
-        shape["encoder-layers"] = layers * model.depth
-        own = {**model.flags, **{flag: round(share * run.updates) for flag, share in model.shares.items()}}
+            reference = self._shape(self.models[self.reference])
+            try:
+                own["encoder-ffn-embed-dim"] = matched_width(own, reference)
+            except ValueError as error:
+                raise StudyError(f"model {run.model.name}: {error}") from error
+        own.update({flag: round(share * run.updates) for flag, share in run.model.shares.items()})
         return {
-            **shape,
-            **self.training,
             **own,
-            "arch": model.arch,
             "lr": run.rate,
             "seed": run.seed,
             "max-update": run.updates,
             "total-num-update": run.updates,
         }
+
+    def _shape(self, model: Model) -> Flags:
+        """The flags that all runs of a model have."""
+        from fairseq_implicit.families.deq_bert import matched_ffn_dim
+
+        shape = dict(self.shape)
+        layers, dim, ffn = (shape[f"encoder-{key}"] for key in ("layers", "embed-dim", "ffn-embed-dim"))
+        if model.weights == "shared":
+            shape["encoder-ffn-embed-dim"] = matched_ffn_dim(layers, dim, ffn)
+        shape["encoder-layers"] = layers * model.depth
+        return {**shape, **self.training, **model.flags, "arch": model.arch}
 
 
 def arguments(flags: Flags) -> list[str]:

@@ -206,6 +206,8 @@ def _telemetry(found: Results) -> str:
 
 def _grid_table(plan: Plan, grid: dict[str, dict[float, float]]) -> str:
     rates = plan.grid.rates
+    if not grid:
+        return ""
     rows = []
     for name, by_rate in grid.items():
         best = min(by_rate, key=by_rate.get)
@@ -285,7 +287,11 @@ def _settings(plan: Plan) -> str:
         flags.update({flag: f"{share:g}·updates" for flag, share in model.shares.items()})
         words = " ".join(arguments({"arch": model.arch, **flags}))
         note = {"shared": ", one widened layer", "own": f", {model.depth}·L layers" if model.depth > 1 else ""}
-        lines.append(f"* {model.label}: `{words}`{note[model.weights]}")
+        width = ""
+        if model.matched:
+            flags = plan.flags(plan.finals({model.name: plan.grid.rates[0]})[0])
+            width = f", feed-forward {flags['encoder-ffn-embed-dim']}"
+        lines.append(f"* {model.label}: `{words}`{note[model.weights]}{width}")
     return f"\n## Settings\n\nAll runs: `{shared}`\n\n" + "\n".join(lines) + "\n"
 
 

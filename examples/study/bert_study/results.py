@@ -101,7 +101,9 @@ def grid_losses(plan: Plan, out: str) -> dict[str, dict[float, float]]:
 
 
 def best_rates(plan: Plan, losses: dict[str, dict[float, float]]) -> dict[str, float]:
-    """The rate of the lowest loss, for every model whose grid is complete and has a finite loss."""
+    """The rate of the lowest loss, for every model whose grid is complete and has a finite loss; or the only one."""
+    if len(plan.grid.rates) == 1:
+        return dict.fromkeys(plan.models, plan.grid.rates[0])
     return {
         name: min(by_rate, key=by_rate.get)
         for name, by_rate in losses.items()

@@ -48,6 +48,17 @@ class MixerConfig:
         """Whether the mixer tells positions apart by itself, so that the state need not."""
         return False
 
+    @property
+    def changed_by(self) -> str | None:
+        """The option by which each evaluation is another function of the state, so that no solve may have several;
+        ``None``: the mixer is a function of the state."""
+        return None
+
+    @property
+    def differs_by(self) -> str | None:
+        """The option by which layers differ; ``None``: they are alike."""
+        return None
+
     def at(self, layer: int) -> MixerConfig:
         """The options of layer ``layer``, counted from 0, where layers differ."""
         return self
