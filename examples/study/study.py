@@ -120,7 +120,8 @@ def _measured(plan: Plan, runs, data: str, out: str) -> dict[str, Any]:
 
 
 def _command(plan: Plan, options: argparse.Namespace) -> str:
-    words = ["python examples/study/study.py", os.path.basename(options.size).removesuffix(".yaml")]
+    size = os.path.basename(options.size).removesuffix(".yaml") if os.path.isabs(options.size) else options.size
+    words = ["python examples/study/study.py", size]
     if options.text:
         words.append(f"--text {os.path.basename(os.path.normpath(options.text))}")
     return " ".join([*words, f"--out runs/study-{plan.size}"])

@@ -17,7 +17,7 @@ first and last blocks kept as its prelude and coda, or with --to ode_bert as a w
 
 A folder of transformers' BERT, RoBERTa or ELECTRA (config.json, model.safetensors, tokenizer.json), with the head of
 masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the same tokenizer: the symbols change
-their order, nothing else, and --to brings them back to the last bit.
+their order, nothing else, and --to brings them back to the last bit. So does ModernBERT, with the head of masked LM.
 
 The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
 weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
@@ -38,10 +38,11 @@ from fairseq_implicit.conversion.roberta import checkpoint_from_fairseq
 from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.evaluation.checkpoints import model_name, stored, write
 from fairseq_implicit.evaluation.masked_lm import Blocks, evaluate
+from fairseq_implicit.models.presets import family_of
 
 #: Of what a checkpoint holds.
 Conversion = Callable[[dict[str, Any]], dict[str, Any]]
-#: By the beginning of the model's name; every other model is taken for a RoBERTa, which says so if it is none.
+#: By the model's family; every other model is taken for a RoBERTa, which says so if it is none.
 CONVERSIONS: dict[str, Conversion] = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
 
 
@@ -55,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         choices=[*sorted(transformers_folder.MODELS), *averaged.FAMILIES],
-        help="write a folder of transformers' from a post-norm ode_bert with Euler steps; with --tie the family "
-        "(default deq_bert)",
+        help="write a folder of transformers' from an ode_bert with Euler steps: post-norm, for ModernBERT pre-norm; "
+        "with --tie the family (default deq_bert)",
     )
     parser.add_argument("--tie", action="store_true", help="the mean of an ode_bert's blocks in place of all of them")
     parser.add_argument("--prelude", type=int, default=0, metavar="N", help="with --tie: keep the first N blocks")
@@ -81,7 +82,9 @@ def convert(path: str, output: str, conversion: Conversion | None = None) -> tup
         OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
     """
     checkpoint = stored(path)
-    family = model_name(checkpoint).partition("_bert")[0] + "_bert"
+    family = family_of(model_name(checkpoint))
+    if family in CONVERSIONS:  # a preset is one of its family
+        checkpoint["cfg"]["model"]["_name"] = family
     try:
         converted = (conversion or CONVERSIONS.get(family, checkpoint_from_fairseq))(checkpoint)
     except ValueError as error:

@@ -21,7 +21,7 @@ from fairseq_implicit.evaluation import checkpoints
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
 from fairseq_implicit.new_folder import new_folder
 from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
-from fairseq_implicit.text.vocabulary import MADE_UP, MASK, PAD, count_of
+from fairseq_implicit.text.vocabulary import BOS, EOS, MADE_UP, MASK, PAD, count_of
 
 #: The tables by config.json's model_type; those with equal layers share one.
 MODELS = {
@@ -33,6 +33,8 @@ MODELS = {
     "modernbert": modernbert,
 }
 CONFIG, CHECKPOINT, TOKENIZER = "config.json", "model.pt", "tokenizer.json"
+#: What transformers calls the symbols around a text, whose ids its configurations make up where nothing is said.
+_ENDS = {BOS: ("bos", "cls"), EOS: ("eos", "sep")}
 #: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 #: The output matrix and its bias, where they are those of the embeddings and of the head.
@@ -106,7 +108,8 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
     base = f"{min(found).partition('.')[0]}."
     if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
         found = {name.removeprefix(base): weight for name, weight in found.items()}
-    config = {**before, **config, "model_type": model_type, "pad_token_id": padding}
+    ends = {f"{name}_token_id": int(ids[row]) for row, names in _ENDS.items() for name in names}
+    config = {**ends, **before, **config, "model_type": model_type, "pad_token_id": padding}
     with new_folder(target) as part:
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (TOKENIZER, *_BESIDE):

@@ -43,6 +43,13 @@ def tied(
         raise ValueError(f"the checkpoint holds {settings['_name']}, and only an ode_bert has blocks to tie")
     if settings.get("ode_tied"):
         raise ValueError("ode_tied is True: its blocks are one already")
+    if settings.get("attention_global_every") is not None:
+        raise ValueError("attention_global_every makes its layers differ, of which one cannot be the mean")
+    if settings.get("ode_linear_part", "none") != "none" and (prelude or coda or gain):
+        raise ValueError(
+            f"ode_linear_part is {settings['ode_linear_part']}: its field has an equilibrium and an injection already, "
+            "and the layers of a prelude or a coda have none: leave prelude, coda and gain out"
+        )
     if not 0 <= gain < math.inf:
         raise ValueError(f"a gain of {gain} is negative or not finite")
     if family == "ode_bert" and (prelude or coda or gain):

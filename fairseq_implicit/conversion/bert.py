@@ -81,7 +81,7 @@ def exported(
     settings: Mapping[str, Any], weights: Mapping[str, Tensor], names: TransformersNames, model_type: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``config.json`` and weights of a model whose embeddings are BERT's."""
-    found = dict(weights)
+    said, found = config_of(settings), dict(weights)
     rows, symbols = found[_POSITIONS], found["encoder.embed_tokens.weight"]
     nobodys = len(rows) - settings["max_positions"]
     found[_POSITIONS] = rows[nobodys:].clone()
@@ -89,7 +89,7 @@ def exported(
     found.setdefault(_SEGMENTS, symbols.new_zeros(1, symbols.shape[1]))
     config = {
         "model_type": model_type,
-        **config_of(settings),
+        **said,
         "vocab_size": len(symbols),
         "max_position_embeddings": settings["max_positions"],
         "type_vocab_size": len(found[_SEGMENTS]),

@@ -6,7 +6,7 @@ from typing import Any
 #: What makes a block one application of its layer. What a checkpoint does not say has these values.
 PLAIN: dict[str, Any] = dict(
     ode_tied=False, ode_steps=1, ode_time=1.0, ode_split=1, ode_tolerance=0.0, ode_corrector="none", ode_history="none",
-    rk_norm=False, ode_residual_in_field=False, ode_random_steps=None,
+    rk_norm=False, ode_residual_in_field=False, ode_random_steps=None, ode_random_depth=None, ode_linear_part="none",
 )  # fmt: skip
 
 

@@ -166,11 +166,12 @@ def to_transformers(
     Raises:
         ValueError: a setting or a weight that RoBERTa does not have.
     """
+    said = config_of(settings)
     symbols, positions = (weights[f"encoder.embed_{name}.weight"] for name in ("tokens", "positions"))
     found = {_SEGMENTS: symbols.new_zeros(1, symbols.shape[1]), **weights}
     config = {
         "model_type": "roberta",
-        **config_of(settings),
+        **said,
         "vocab_size": len(symbols),
         "max_position_embeddings": len(positions),
         "type_vocab_size": len(found[_SEGMENTS]),

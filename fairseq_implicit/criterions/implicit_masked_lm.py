@@ -19,6 +19,8 @@ from fairseq_implicit.networks.output import ModelOutput
 # Keys of the logging output with a meaning of their own. Every other key is a statistic or penalty: summed over
 # batches, and divided by the number of batches when it is reported.
 _RESERVED = ("loss", "ntokens", "nsentences", "sample_size", "correct", "batches", "auxiliary_loss", "operations")
+#: Keys of losses at other depths than the model's own, which follow.
+DEPTH_LOSS = "loss_depth_"
 _SHOWN = 8  # statistics that a line of text has room for; all of them go to TensorBoard and JSON
 
 
@@ -112,7 +114,10 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
         if "auxiliary_loss" in sums:
             value = sums["auxiliary_loss"] / tokens / math.log(2)
             metrics.log_scalar("auxiliary_loss", value, sample_size, priority=22, round=3)
-        statistics = [name for name in names if name not in _RESERVED]
+        at_depths = [name for name in names if name.startswith(DEPTH_LOSS)]
+        for name in at_depths:
+            metrics.log_scalar(name, sums[name] / tokens / math.log(2), sample_size, round=3)
+        statistics = [name for name in names if name not in (*_RESERVED, *at_depths)]
         keep_out_of_text_bars(_details(statistics))
         batches = sums["batches"]
         for name in statistics:

@@ -7,11 +7,12 @@ to solve, the local error (Pal et al., arXiv 2105.03918) keeps it easy for the v
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairseq_implicit.depth.convergence import BudgetAlarm, per_sample_mean, refuse_failure
+from fairseq_implicit.depth.convergence import BudgetAlarm, per_sample_mean, rate_statistics, refuse_failure
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomSteps
 from fairseq_implicit.fields.field import Field, Increment
@@ -103,7 +104,8 @@ class ContinuousDepth(Depth):
     """The solve of one field over the whole depth.
 
     Statistics, see :mod:`fairseq_implicit.depth.convergence`: ``evaluations`` and ``evaluations_max`` per sample,
-    ``steps`` and ``rejected`` (means over the batch), ``evaluations_backward``, ``stopped``, ``state_rms``.
+    ``steps`` and ``rejected`` (means over the batch), ``evaluations_backward``, ``stopped``, ``state_rms``; ``rate_…``
+    of a linear part.
 
     Args:
         config: see :class:`ContinuousConfig`.
@@ -136,6 +138,13 @@ class ContinuousDepth(Depth):
 
     def layers(self) -> Iterator[Field]:
         return self.field.layers()
+
+    def config_at(self, depth: int) -> ContinuousConfig:
+        """That of ``depth`` fixed steps over the same time."""
+        solver = self.config.solver
+        if solver.adaptive:
+            raise OptionError("tolerance", "adaptive steps choose their number themselves: set 0 for fixed ones.")
+        return replace(self.config, solver=replace(solver, steps=depth))
 
     @property
     def piecewise(self) -> bool:
@@ -231,7 +240,11 @@ class ContinuousDepth(Depth):
         parameters: tuple[Tensor, ...] = ()
         if not solver.gradient.along_the_way:
             # It arises from no kept graph, so it must be told where to go.
-            parameters = tuple(parameter for parameter in self.field.parameters() if parameter.requires_grad)
+            read = (*self.field.read_parameters(), *f.constants)
+            parameters = tuple(tensor for tensor in read if tensor.requires_grad)
+        options: dict[str, Any] = {}
+        if solver.exponential and f.linear is not None:
+            options["rate"], f = f.linear
         return solver.solve(
             f,
             x,
@@ -241,6 +254,7 @@ class ContinuousDepth(Depth):
             record=self.adjoint,
             pieces=f.pieces(self.config.duration),
             keep=keep,
+            **options,
         )
 
     def _solve_alone(self, solver: Solver, x: Tensor, layout: Layout) -> Solution:
@@ -294,4 +308,5 @@ class ContinuousDepth(Depth):
             "evaluations_backward": float(self.adjoint.evaluations),
             "stopped": float(solution.status is Status.BUDGET_SPENT),
             "state_rms": layout.rms(solution.state),
+            **rate_statistics([self.field.linear_rate()]),
         }

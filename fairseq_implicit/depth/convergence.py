@@ -7,11 +7,12 @@ Statistics of every depth, where its solver has them:
 - ``residual`` of an equation, ``converged_share`` of the samples (and blocks) that met its tolerance,
   ``adjoint_residual`` and ``adjoint_fallbacks`` (samples) of the backward pass;
 - ``steps`` accepted, ``rejected`` ones, and ``stopped``, the share of solves that spent their budget;
-- ``state_rms`` over real tokens.
+- ``state_rms`` over real tokens;
+- ``rate_mean``, ``rate_min``, ``rate_max`` of a linear part.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,3 +93,12 @@ def mean(values: Sequence[float | Tensor]) -> float | Tensor:
 def per_sample_mean(counts: int | Tensor) -> float | Tensor:
     """Of a count that is one for all samples, or ``(batch,)``."""
     return counts.float().mean() if isinstance(counts, Tensor) else counts
+
+
+def rate_statistics(rates: Iterable[Tensor | None]) -> dict[str, Tensor]:
+    """Of the linear parts of all fields of a depth; nothing where they have none."""
+    found = [rate.detach() for rate in rates if rate is not None]
+    if not found:
+        return {}
+    every = torch.cat(found)
+    return {"rate_mean": every.mean(), "rate_min": every.min(), "rate_max": every.max()}

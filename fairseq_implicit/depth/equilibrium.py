@@ -3,14 +3,14 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from fairseq_implicit.depth.clock import UpdateCount
-from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, refuse_failure
+from fairseq_implicit.depth.convergence import ALARM_RESIDUAL, ResidualAlarm, rate_statistics, refuse_failure
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.schedule import Phase, PhaseConfig, phase_at
 from fairseq_implicit.fields.equilibrium_cell import CellConfig, CellLayer, CellMap, EquilibriumCell
@@ -100,7 +100,7 @@ class EquilibriumConfig:
             raise OptionError(
                 "jacobian_probes", f"{self.jacobian_probes} directions estimate nothing; give at least 1."
             )
-        if not self.cell.final_norm and gradient.needs_equilibrium:
+        if not self.cell.bounded and gradient.needs_equilibrium:
             raise OptionError(
                 "no_final_norm",
                 "a pre-norm cell without a norm at its end has spectral radius 1 whatever its weights, so it has no "
@@ -163,6 +163,7 @@ class EquilibriumDepth(Depth):
     - ``spectral_radius``, ``jacobian_norm`` (‖J‖_F / √N): measured every ``monitor_interval`` updates and repeated
       in between; 0 before the first measurement of a run.
     - ``injection_gain`` (0 without residual injection), ``evaluation_budget``.
+    - ``rate_mean``, ``rate_min``, ``rate_max``, ``state_rms`` of a cell with a linear part.
 
     Args:
         config: see :class:`EquilibriumConfig`.
@@ -177,8 +178,8 @@ class EquilibriumDepth(Depth):
         passed = config.prelude_layers + config.cell.layers
         self.coda = ModuleList(CellLayer(layer.at(passed + place)) for place in range(config.coda_layers))
         # Most layers leave the state unnormalised; the cell's own end already is normal unless it was left out.
-        unfinished = not layer.residual.ends_in_norm and (config.coda_layers > 0 or not config.cell.final_norm)
-        self.output_norm = layer.norm.build(layer.dim) if unfinished else None
+        finished = layer.residual.ends_in_norm if config.coda_layers > 0 else config.cell.ends_in_norm
+        self.output_norm = None if finished else layer.norm.build(layer.dim)
         self.updates = UpdateCount()
         self.adjoint = AdjointRecord()
         self.checked = False
@@ -194,6 +195,13 @@ class EquilibriumDepth(Depth):
 
     def initialise(self) -> None:
         self.cell.initialise()
+
+    def config_at(self, depth: int) -> EquilibriumConfig:
+        """That of a budget of ``depth`` evaluations, or of as many unrolled steps."""
+        config = self.config
+        if not config.gradient.needs_equilibrium:
+            return replace(config, gradient=replace(config.gradient, steps=depth), correction=())
+        return replace(config, evaluation=replace(config.evaluation or config.solver, max_iter=depth))
 
     @property
     def scheduled(self) -> bool:
@@ -255,6 +263,8 @@ class EquilibriumDepth(Depth):
             (weight, self._finish(found.iterates[count], layout, None)) for count, weight in self._correction_weights()
         ]
         statistics = self._statistics(found, phase)
+        if self.cell.linear is not None:
+            statistics |= {"state_rms": layout.rms(found.state), **rate_statistics([self.cell.linear()])}
         operations = self._operations(statistics, phase, found.reused, x.shape[1])
         return DepthOutput(state, hidden, statistics, penalties, auxiliary, operations, lambdas)
 
@@ -387,11 +397,13 @@ class EquilibriumDepth(Depth):
         )
 
     def _advice(self) -> str:
-        injection = self.config.cell.injection
+        cell, injection = self.config.cell, self.config.cell.injection
         if not injection.residual:
             return "Inject the input into the residual stream (`injection` residual), which makes the map contract,"
         if self.spectral_radius < 0.95:
             return "It contracts, so raise `max_iter`, loosen `tol`,"
+        if cell.has_linear_part:
+            return "Lower the scale of the initial weights, set `jacobian_weight`,"
         return (
             f"Raise `injection_gain` above {injection.gain:g}, lower the scale of the initial weights, set "
             "`jacobian_weight`,"

@@ -1,7 +1,9 @@
 """What every depth (stack, continuum, equilibrium) is to the model, and what it returns."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,9 +44,11 @@ class Depth(nn.Module):
     """What lies between a network's embeddings and its heads: fields and how they are solved.
 
     Attributes:
+        config: how it is solved, a frozen dataclass.
         around: what is put around the function of each solve, such as a compiler.
     """
 
+    config: Any
     around: Callable[[Callable], Callable] = staticmethod(lambda function: function)
 
     def forward(
@@ -59,6 +63,24 @@ class Depth(nn.Module):
             return_lambdas: collect content lambdas, which costs an evaluation more of each.
         """
         raise TypeError(f"{type(self).__name__} defines no forward(): a depth must solve its fields there")
+
+    def config_at(self, depth: int) -> Any:
+        """The configuration of evaluation at another depth than that of training, in steps or evaluations.
+
+        Raises:
+            OptionError: ``depth`` is none that this depth can have.
+        """
+        raise TypeError(f"{type(self).__name__} defines no config_at(): a depth must say there what its dial turns")
+
+    @contextlib.contextmanager
+    def at(self, depth: int) -> Iterator[None]:
+        """Within it the depth is evaluated at ``depth``, see :meth:`config_at`."""
+        config = self.config
+        self.config = self.config_at(depth)
+        try:
+            yield
+        finally:
+            self.config = config
 
     @property
     def piecewise(self) -> bool:

@@ -1,5 +1,6 @@
 """Step counts drawn anew at each update, so that a trained model is at home at any of them."""
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -40,3 +41,44 @@ class RandomSteps(nn.Module):
     def draw(self) -> int:
         # A string seed is hashed whole: neighbouring updates draw independently of each other.
         return random.Random(f"steps {self.seed} {self.update}").randint(self.low, self.high)
+
+
+class RandomDepth(nn.Module):
+    """Numbers of steps, one per sequence of a batch, for a loop that is to be at home at any of them.
+
+    Poisson numbers of that ``mean``, given that they lie in [1, ``maximum``]. They depend on seed, update and place in
+    the batch alone: all ranks and micro-batches of one update draw the same ones, so that no rank waits for another's
+    deeper loop, and so do a recomputed pass and a resumed run. fairseq tells the update through ``set_num_updates``.
+
+    Args:
+        mean: of the Poisson distribution, before it is cut.
+        maximum: largest number; ``None``: twice the mean.
+        seed: of the run.
+
+    Raises:
+        OptionError: no positive mean, or a maximum below 1 or so far below the mean that hardly anything remains.
+    """
+
+    def __init__(self, mean: float, maximum: int | None, seed: int):
+        super().__init__()
+        if not 0 < mean < math.inf:
+            raise OptionError("random_depth", f"a mean of {mean} steps: give a positive number.")
+        maximum = math.ceil(2 * mean) if maximum is None else maximum
+        if maximum < max(1, math.ceil(mean / 2)):
+            raise OptionError(
+                "random_depth_max",
+                f"{maximum} steps leave nothing of numbers whose mean is {mean:g}: give the mean or more.",
+            )
+        self.maximum = maximum
+        logarithms = [count * math.log(mean) - math.lgamma(count + 1) for count in range(1, maximum + 1)]
+        self.weights = [math.exp(each - max(logarithms)) for each in logarithms]
+        self.seed = seed
+        self.update = 0
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called by fairseq before every update."""
+        self.update = num_updates
+
+    def draw(self, sequences: int) -> list[int]:
+        counts = range(1, self.maximum + 1)
+        return random.Random(f"depth {self.seed} {self.update}").choices(counts, self.weights, k=sequences)

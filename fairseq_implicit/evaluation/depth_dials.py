@@ -10,6 +10,7 @@ import torch
 from fairseq_implicit.depth.equilibrium import EquilibriumDepth
 from fairseq_implicit.evaluation.checkpoints import open_checkpoint
 from fairseq_implicit.evaluation.masked_lm import Averages, Blocks, averages, batches, evaluate
+from fairseq_implicit.models.presets import family_of
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.implicit import Implicit
 
@@ -52,9 +53,8 @@ def family(model: str) -> str:
     Raises:
         ValueError: it has none.
     """
-    for name in ("neural_ode_bert", "ode_bert"):
-        if model.startswith(name):
-            return name
+    if (found := family_of(model)) in ("neural_ode_bert", "ode_bert"):
+        return found
     raise ValueError(f"the checkpoint holds {model}: the dial turns ode_bert and neural_ode_bert only")
 
 

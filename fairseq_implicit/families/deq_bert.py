@@ -13,6 +13,7 @@ from fairseq_implicit.families.bert import SIZES, BertOptions
 from fairseq_implicit.families.flags import Flags, flag
 from fairseq_implicit.fields.equilibrium_cell import NORM_PLACEMENTS, CellConfig
 from fairseq_implicit.fields.injection import InjectionConfig
+from fairseq_implicit.fields.semilinear import LINEAR_PARTS
 from fairseq_implicit.fields.transformer import TransformerField
 from fairseq_implicit.options import OptionError, check_choice, named
 from fairseq_implicit.solvers.fixed_point import CRITERIA, METHODS, FixedPointConfig
@@ -46,6 +47,13 @@ class DeqBertOptions(BertOptions):
     )
     deq_no_final_norm: bool = field(
         default=False, metadata={"help": "a pre-norm cell without its final norm: only for --deq-gradient bptt-K"}
+    )
+    deq_linear_part: str = field(
+        default="none",
+        metadata={
+            "help": "diagonal: the cell is an exponential Euler step of a layer beside a contracting linear part, "
+            "which bounds it in place of a norm: what a tied ode_bert of --ode-linear-part diagonal converges to; none"
+        },
     )
     deq_prelude_layers: int = field(default=0, metadata={"help": "ordinary layers before the equilibrium"})
     deq_coda_layers: int = field(default=0, metadata={"help": "ordinary layers after the equilibrium"})
@@ -153,6 +161,7 @@ class DeqBertOptions(BertOptions):
         super().check()
         for name, choices in (
             ("deq_cell_norm", NORM_PLACEMENTS),
+            ("deq_linear_part", LINEAR_PARTS),
             ("deq_injection", INJECTIONS),
             ("deq_solver", ("auto", "none", *METHODS)),
             ("deq_adjoint_solver", ("auto", *METHODS)),
@@ -238,6 +247,8 @@ class DeqBertOptions(BertOptions):
 
     def _cell(self) -> CellConfig:
         layer = self.transformer_field(self.deq_cell_norm)
+        if self.deq_linear_part != "none" and self.deq_no_final_norm:
+            raise OptionError("no_final_norm", "a cell with a linear part has no norm at its end; drop the flag.")
         if self.deq_cell_norm == "post-norm" and self.deq_no_final_norm:
             raise OptionError("no_final_norm", "a post-norm cell ends in its layer's own norm; drop the flag.")
         if self.deq_cell_layers < 1:
@@ -260,6 +271,7 @@ class DeqBertOptions(BertOptions):
             layer=layer,
             layers=self.deq_cell_layers,
             injection=injection,
+            linear_part=self.deq_linear_part,
             final_norm=not self.deq_no_final_norm,
             weight_norm=self.deq_weight_norm,
             initial_std=self.encoder_init_std,

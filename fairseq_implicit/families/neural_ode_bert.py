@@ -8,10 +8,14 @@ from fairseq_implicit.depth.continuous import ContinuousConfig, ContinuousDepth
 from fairseq_implicit.depth.output import Depth
 from fairseq_implicit.families.bert import BertOptions
 from fairseq_implicit.families.flags import Flags
+from fairseq_implicit.fields.field import Field
+from fairseq_implicit.fields.semilinear import LINEAR_PARTS, SemiLinearField
 from fairseq_implicit.fields.time_conditioned import INTERPOLATIONS, DepthEmbeddedField, InterpolatedField
 from fairseq_implicit.fields.transformer import KINDS
 from fairseq_implicit.options import check_choice
 from fairseq_implicit.solvers.adaptive import PAIRS, STEP_CONTROLS
+from fairseq_implicit.solvers.exponential import SCHEMES as EXPONENTIAL_SCHEMES
+from fairseq_implicit.solvers.exponential import check_linear_part
 from fairseq_implicit.solvers.names import BACKENDS, GRADIENTS, REVERSIBLE_SCHEME, continuous_solver
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,13 @@ class NeuralOdeBertOptions(BertOptions):
     """The field, the depth and how it is solved. ``encoder_layers`` is the depth in units of one layer."""
 
     ode_field: str = field(default="pre-norm", metadata={"help": f"the vector field: {', '.join(KINDS)}"})
+    ode_linear_part: str = field(
+        default="none",
+        metadata={
+            "help": "diagonal: pull the state to the normalised input at a learned rate per channel; fixed steps of "
+            f"{', '.join(EXPONENTIAL_SCHEMES)} solve that part exactly; none"
+        },
+    )
     ode_depth_weights: str = field(
         default="embedding",
         metadata={
@@ -49,7 +60,8 @@ class NeuralOdeBertOptions(BertOptions):
     ode_scheme: Optional[str] = field(
         default=None,
         metadata={
-            "help": f"adaptive: {', '.join(PAIRS)}; fixed steps: any Runge-Kutta scheme or {REVERSIBLE_SCHEME} "
+            "help": f"adaptive: {', '.join(PAIRS)}; fixed steps: any Runge-Kutta or exponential scheme or "
+            f"{REVERSIBLE_SCHEME} "
             "(default: bosh3, with torchdyn dopri5; rk4 for fixed steps)"
         },
     )
@@ -105,6 +117,7 @@ class NeuralOdeBertOptions(BertOptions):
     def check(self) -> ContinuousConfig:
         super().check()
         check_choice("--ode-field", self.ode_field, KINDS)
+        check_choice("--ode-linear-part", self.ode_linear_part, LINEAR_PARTS)
         check_choice("--ode-depth-weights", self.ode_depth_weights, DEPTH_WEIGHTS)
         if self.ode_knots is not None and self.ode_depth_weights == "embedding":
             raise ValueError("--ode-knots belongs to --ode-depth-weights linear or constant")
@@ -127,6 +140,10 @@ class NeuralOdeBertOptions(BertOptions):
         return float(self.encoder_layers if self.ode_time is None else self.ode_time)
 
     @property
+    def has_linear_part(self) -> bool:
+        return self.ode_linear_part != "none"
+
+    @property
     def scheme(self) -> str:
         """The scheme, chosen by what else is asked for where it is not given."""
         if self.ode_scheme is not None:
@@ -143,6 +160,8 @@ class NeuralOdeBertOptions(BertOptions):
             OptionError: an impossible combination, in one sentence.
         """
         layer = self.transformer_field(self.ode_field)
+        if self.scheme in EXPONENTIAL_SCHEMES:
+            check_linear_part(self.scheme, self.has_linear_part)
         solver = continuous_solver(
             scheme=self.scheme,
             tolerance=self.ode_tolerance,
@@ -163,7 +182,7 @@ class NeuralOdeBertOptions(BertOptions):
             noise=layer.is_noisy,
             independent_noise=self.stage_dropout == "independent",
             # Fields that end in a norm pull the state to a normed one, as BERT's layers do.
-            final_norm=not layer.residual.ends_in_norm,
+            final_norm=self.has_linear_part or not layer.residual.ends_in_norm,
             norm=layer.norm,
         )
         return ContinuousConfig(**options)
@@ -178,7 +197,12 @@ class NeuralOdeBertOptions(BertOptions):
                 "--ode-gradient checkpoint-step",
                 REVERSIBLE_SCHEME,
             )
+        field: Field
         if self.ode_depth_weights == "embedding":
-            return ContinuousDepth(depth, DepthEmbeddedField(config, self.duration))
-        knots = self.encoder_layers if self.ode_knots is None else self.ode_knots
-        return ContinuousDepth(depth, InterpolatedField(config, self.duration, knots, self.ode_depth_weights))
+            field = DepthEmbeddedField(config, self.duration)
+        else:
+            knots = self.encoder_layers if self.ode_knots is None else self.ode_knots
+            field = InterpolatedField(config, self.duration, knots, self.ode_depth_weights)
+        if self.has_linear_part:
+            field = SemiLinearField(field, config.dim, config.norm)
+        return ContinuousDepth(depth, field)

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 from typing import List, NamedTuple, Optional
 
 from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.depth.random_steps import RandomDepth
 from fairseq_implicit.depth.stack import HISTORIES, BlockStack, StackConfig
 from fairseq_implicit.families.bert import BertOptions
 from fairseq_implicit.families.flags import Flags, flag
 from fairseq_implicit.families.original_flags import from_original_flags
+from fairseq_implicit.fields.field import Field
+from fairseq_implicit.fields.semilinear import LINEAR_PARTS, SemiLinearField
 from fairseq_implicit.fields.transformer import KINDS, TransformerField
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import Adaptive
 from fairseq_implicit.solvers.coefficients import MODES, SCOPES, STARTS
+from fairseq_implicit.solvers.exponential import SCHEMES as EXPONENTIAL_SCHEMES
+from fairseq_implicit.solvers.exponential import Exponential, check_linear_part
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
 from fairseq_implicit.solvers.gradients.names import parse_gradient
 from fairseq_implicit.solvers.names import CORRECTORS, FIXED_GRADIENTS, trajectory_gradient
@@ -47,7 +52,13 @@ FLAGS = Flags(
 SHARED_FLAGS = {
     *(item.name for item in dataclasses.fields(BertOptions) if item.name != "checkpoint_activations"),
     *("ode_field", "ode_scheme", "ode_steps", "ode_time", "ode_split", "ode_tied", "ode_seed", "ode_max_evaluations"),
+    "ode_linear_part",
 }
+#: Flags of schemes that add up stages with the weights of a tableau, or measure its error.
+TABLEAU_FLAGS = (
+    *("ode_coefficients", "ode_coefficient_start", "ode_coefficient_scope", "ode_consistency_weight", "rk_norm"),
+    *("ode_second_order_weight", "ode_corrector", "ode_residual_in_field", "ode_tolerance"),
+)
 IMPLICIT_FLAGS = Flags(
     "ode",
     **{option: f"ode_theta_{option}" for option in ("solver", "max_iter", "tol", "memory", "gradient")},
@@ -73,11 +84,18 @@ class OdeBertOptions(BertOptions):
         default="pre-norm",
         metadata={"help": f"the vector field: {', '.join(KINDS)}; Euler on post-norm is exactly BERT and RoBERTa"},
     )
+    ode_linear_part: str = field(
+        default="none",
+        metadata={
+            "help": "diagonal: pull the state to the normalised input at a learned rate per channel, so that loops of "
+            "any length stay bounded; with --ode-scheme etd1, etd2 or etd4 that part is solved exactly; none"
+        },
+    )
     ode_scheme: Optional[str] = field(
         default=None,
         metadata={
-            "help": f"scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME}), or implicit: "
-            f"{', '.join(IMPLICIT_SCHEMES)}"
+            "help": f"scheme of each block: euler, rk2, rk3, rk4, … (default {DEFAULT_SCHEME}), exponential: "
+            f"{', '.join(EXPONENTIAL_SCHEMES)}, or implicit: {', '.join(IMPLICIT_SCHEMES)}"
         },
     )
     ode_steps: int = field(default=1, metadata={"help": "sub-steps per block, with the same weights"})
@@ -89,7 +107,21 @@ class OdeBertOptions(BertOptions):
             "of them; evaluation takes --ode-steps"
         },
     )
-    ode_seed: int = field(default=1, metadata={"help": "seed of --ode-random-steps"})
+    ode_random_depth: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "of one block in a loop (--encoder-layers 1 or --ode-tied): draw the number of steps of each "
+            "sequence at each update, a Poisson number of this mean that is not 0, so that the trained model works at "
+            "any depth. Steps keep their size --ode-time / --ode-steps; evaluation takes --ode-steps"
+        },
+    )
+    ode_random_depth_max: Optional[int] = field(
+        default=None, metadata={"help": "largest number of --ode-random-depth (default: twice the mean)"}
+    )
+    ode_random_depth_gradient: int = field(
+        default=8, metadata={"help": "the gradient goes through so many of a sequence's last steps"}
+    )
+    ode_seed: int = field(default=1, metadata={"help": "seed of --ode-random-steps and --ode-random-depth"})
     ode_tolerance: float = field(
         default=0.0, metadata={"help": "above 0: adaptive steps in each block (bosh3, dopri5, tsit5) to this tolerance"}
     )
@@ -215,6 +247,7 @@ class OdeBertOptions(BertOptions):
         super().check()
         for name, choices in (
             ("ode_field", KINDS),
+            ("ode_linear_part", LINEAR_PARTS),
             ("ode_coefficients", MODES),
             ("ode_coefficient_start", STARTS),
             ("ode_coefficient_scope", SCOPES),
@@ -238,8 +271,26 @@ class OdeBertOptions(BertOptions):
                 "each layer's once, which is another function: leave one of the two out"
             )
         self._check_strangers()
+        self._check_loop()
         with self.flags.naming():
             return self.stack()
+
+    def _check_loop(self) -> None:
+        """Refuse what would leave a loop's input untrained, and flags of a loop that there is not.
+
+        Raises:
+            ValueError: naming them.
+        """
+        default = OdeBertOptions.ode_random_depth_gradient
+        if self.ode_random_depth is None:
+            for name, value in (("ode_random_depth_max", None), ("ode_random_depth_gradient", default)):
+                if getattr(self, name) != value:
+                    raise ValueError(f"{flag(name)} {getattr(self, name)} needs --ode-random-depth, the mean")
+        if self.ode_residual_in_field and self.has_linear_part:
+            raise ValueError(
+                "--ode-residual-in-field integrates the state itself beside the field, which --ode-linear-part "
+                f"{self.ode_linear_part} is to contract: leave one of the two out"
+            )
 
     def _check_strangers(self) -> None:
         """Refuse the flags that belong to schemes of the other kind, explicit or implicit.
@@ -248,6 +299,12 @@ class OdeBertOptions(BertOptions):
             ValueError: naming the first one that is set.
         """
         scheme = self.ode_scheme or DEFAULT_SCHEME
+        for name in TABLEAU_FLAGS if scheme in EXPONENTIAL_SCHEMES else ():
+            if getattr(self, name) != OdeBertOptions.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{flag(name)} {getattr(self, name)} belongs to Runge-Kutta schemes, and --ode-scheme {scheme} has "
+                    "weights of its own and no error estimate: leave it out"
+                )
         for item in dataclasses.fields(OdeBertOptions):
             implicit = item.name.startswith("ode_theta")
             known = implicit if self.is_implicit else not implicit
@@ -280,23 +337,44 @@ class OdeBertOptions(BertOptions):
         """
         layer = self.transformer_field(self.ode_field)
         solver = self._implicit_solver() if self.is_implicit else self._explicit_solver()
-        if not solver.evaluates_once or self.ode_random_steps is not None:
+        if not solver.evaluates_once or self.ode_random_steps is not None or self.ode_random_depth is not None:
             self.check_repeated()
         options = self.flags.options(StackConfig, self)
         options.update(
             layers=self.encoder_layers * self.ode_split,
             solver=solver,
             total_time=self.ode_time / self.ode_split,
-            # Layers that end in a norm of their own, as BERT's do, need no other.
-            final_norm=not layer.residual.ends_in_norm,
+            # Layers that end in a norm of their own, as BERT's do, need no other unless something is added to it.
+            final_norm=self.has_linear_part or not layer.residual.ends_in_norm,
             norm=layer.norm,
             random_steps=None if self.ode_random_steps is None else tuple(self.ode_random_steps),
         )
+        if self.ode_random_depth is not None and not self.has_linear_part:
+            deepest = RandomDepth(self.ode_random_depth, self.ode_random_depth_max, self.ode_seed).maximum
+            if self.ode_random_depth_gradient < deepest:
+                raise OptionError(
+                    "random_depth_gradient",
+                    f"{self.ode_random_depth_gradient} last steps of up to {deepest} leave the embedding without a "
+                    f"gradient, which enters at the first: set `linear_part` diagonal, or this to {deepest}.",
+                )
         return StackConfig(**options)
+
+    @property
+    def has_linear_part(self) -> bool:
+        return self.ode_linear_part != "none"
 
     def _explicit_solver(self) -> Solver:
         """Fixed steps, or adaptive ones where there is a tolerance."""
         coefficients = self.coefficients()
+        if coefficients.scheme in EXPONENTIAL_SCHEMES:
+            check_linear_part(coefficients.scheme, self.has_linear_part)
+            return Exponential(
+                coefficients.scheme,
+                self.ode_steps,
+                trajectory_gradient(self.recomputed(self.ode_gradient)),
+                state_float32=self.ode_float32_state,
+                replay_random=self.stage_dropout == "independent",
+            )
         options = self.flags.options(RungeKutta, self)
         options.update(
             scheme=coefficients.scheme,
@@ -347,5 +425,10 @@ class OdeBertOptions(BertOptions):
 
     def build_depth(self) -> Depth:
         depth, config = self.check(), self.transformer_field(self.ode_field)
-        # Of a layer that is cut in time all blocks are that layer.
-        return BlockStack(depth, lambda block: TransformerField(config.at(block // self.ode_split)))
+
+        def field(block: int) -> Field:
+            # Of a layer that is cut in time all blocks are that layer.
+            layer = TransformerField(config.at(block // self.ode_split))
+            return SemiLinearField(layer, config.dim, config.norm) if self.has_linear_part else layer
+
+        return BlockStack(depth, field)

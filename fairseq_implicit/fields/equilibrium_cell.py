@@ -1,13 +1,16 @@
 """The map whose fixed point is a deep-equilibrium encoder: transformer layers around an injected input.
 
-=========  ==========================================================================================
-post-norm  ``f(z) = Layer(z)``, in whose first sum stands ``z + g u``: ``LN1(z + g u + Mix z)``
-pre-norm   ``f(z) = LN(Layer(z + g u))``
-=========  ==========================================================================================
+===============  ==========================================================================================
+post-norm        ``f(z) = Layer(z)``, in whose first sum stands ``z + g u``: ``LN1(z + g u + Mix z)``
+pre-norm         ``f(z) = LN(Layer(z + g u))``
+of a linear part ``f(z) = e^{−A} z + (1 − e^{−A}) g u + φ₁(−A) (Layer(z) − z)``
+===============  ==========================================================================================
 
 with ``u = LN(x)`` the normalised input, g a learnable gain and the layers of :mod:`fairseq_implicit.fields.residual`.
-The norm at the end of the map is what bounds it: a pre-norm cell without one has spectral radius 1 whatever its
-weights, and iterating it drifts instead of converging. Norms are not moved outside the map for the same reason.
+The last is one exponential Euler step of :mod:`fairseq_implicit.fields.semilinear`; its fixed point is that of every
+scheme and step there. The norm at the end of the others is what bounds them: a pre-norm cell without one has spectral
+radius 1 whatever its weights, and iterating it drifts instead of converging. Norms are not moved outside the map for
+the same reason.
 """
 
 from __future__ import annotations
@@ -23,10 +26,12 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fairseq_implicit.fields.injection import Injection, InjectionConfig
 from fairseq_implicit.fields.residual import Residual
+from fairseq_implicit.fields.semilinear import LINEAR_PARTS, Rate
 from fairseq_implicit.fields.transformer import TransformerField, TransformerFieldConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.module_list import ModuleList
-from fairseq_implicit.options import OptionError
+from fairseq_implicit.options import OptionError, check_choice
+from fairseq_implicit.solvers.exponential import phi
 from fairseq_implicit.solvers.vector_field import StateMap
 
 NORM_PLACEMENTS = ("post-norm", "pre-norm")
@@ -41,7 +46,9 @@ class CellConfig:
         layer: shape and noise of each layer; ``kind`` is ``post-norm`` or ``pre-norm``.
         layers: transformer layers in the map.
         injection: how the input enters the first layer.
-        final_norm: end a pre-norm map with a norm. Only a map that is unrolled a fixed number of times may go without.
+        linear_part: ``none`` or ``diagonal``.
+        final_norm: end a pre-norm map without a linear part with a norm. Only a map that is unrolled a fixed number of
+            times may go without.
         weight_norm: learn direction and length of the rows of the layers' matrices apart.
         initial_std: standard deviation of the initial weights.
         start: ``plain``: that of all of them; ``depth-scaled``: that of the residual branches divided by the root of
@@ -57,6 +64,7 @@ class CellConfig:
     layer: TransformerFieldConfig
     layers: int = 1
     injection: InjectionConfig = field(default_factory=InjectionConfig)
+    linear_part: str = "none"
     final_norm: bool = True
     weight_norm: bool = False
     initial_std: float = 0.02
@@ -72,6 +80,10 @@ class CellConfig:
             raise ValueError(f"an equilibrium cell of {self.layers} layers: it needs at least 1")
         if self.injection.qkv and not self.layer.mixer.added_width(self.layer.dim):
             raise OptionError("qkv_injection", "what mixes the tokens here takes nothing in; leave it out.")
+        check_choice("linear_part", self.linear_part, LINEAR_PARTS)
+        if self.has_linear_part and (self.injection.qkv or not self.injection.residual):
+            option = "qkv_injection" if self.injection.qkv else "injection"
+            raise OptionError(option, "a linear part pulls the state to the input, which enters there and only there.")
         if self.layer.residual.ends_in_norm and not self.final_norm:
             raise ValueError("a post-norm cell ends in its layer's own norm, which cannot be left out")
         if self.layer.drop_path > 0:
@@ -79,6 +91,20 @@ class CellConfig:
                 f"drop path {self.layer.drop_path} inside an equilibrium cell makes the map the identity for the "
                 "samples it drops, which have no equilibrium"
             )
+
+    @property
+    def has_linear_part(self) -> bool:
+        return self.linear_part != "none"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether something in the map bounds it, whatever its weights."""
+        return self.has_linear_part or self.final_norm
+
+    @property
+    def ends_in_norm(self) -> bool:
+        """Whether its fixed point is a normed state."""
+        return self.final_norm and not self.has_linear_part
 
 
 class CellLayer(TransformerField):
@@ -108,9 +134,24 @@ class CellMap(StateMap):
         self.cell, self.x, self.layout = cell, x, layout
         self._layers = [layer.residual(x, layout) for layer in cell.layers]
         self._injected = cell.injection(x)
+        self._decay: tuple[Tensor, ...] = ()
+        if cell.linear is not None:
+            stream, _ = self._injected
+            assert stream is not None, "CellConfig refuses a linear part without injection"
+            # As in the exponential Euler step of SemiLinearField, whose remainder is A g u + F.
+            rate = cell.linear()
+            decay, weight = (-rate).exp(), phi(-rate)[0]
+            self._injected = (weight * rate * stream).to(stream.dtype), None
+            self._decay = decay.to(stream.dtype), weight.to(stream.dtype)
 
     def __call__(self, z: Tensor) -> Tensor:
         first, *others = self._layers
+        if self._decay:
+            (decay, weight), (pull, _) = self._decay, self._injected
+            increment = first.increment(z)
+            for layer in others:
+                increment = increment + layer.increment(z + increment)
+            return self.layout.keep(torch.addcmul(torch.addcmul(pull, z, decay), increment, weight))
         z = first.layer(z, self._injected)
         for layer in others:
             z = layer.layer(z)
@@ -126,7 +167,7 @@ class CellMap(StateMap):
         """
         used = [self.cell.layers] if self.cell.final_norm is None else [self.cell.layers, self.cell.final_norm]
         injected = [tensor for tensor in self._injected if tensor is not None]
-        return (*injected, *(parameter for module in used for parameter in module.parameters()))
+        return (*injected, *self._decay, *(parameter for module in used for parameter in module.parameters()))
 
     def severed(self) -> CellMap:
         """The same map, its graph cut where the injection enters.
@@ -134,11 +175,13 @@ class CellMap(StateMap):
         The input may itself come from this cell's parameters (a depth applied twice): gradients in both the parameters
         and the injection would then count the way through the input twice.
         """
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+
         twin = copy.copy(self)
-        twin._injected = tuple(
-            None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad)
-            for tensor in self._injected
-        )
+        stream, added = (None if tensor is None else cut(tensor) for tensor in self._injected)
+        twin._injected, twin._decay = (stream, added), tuple(map(cut, self._decay))
         return twin
 
     def rows(self, index: Tensor) -> CellMap | None:
@@ -161,7 +204,8 @@ class EquilibriumCell(nn.Module):
         self.layers = ModuleList(CellLayer(config.layer.at(config.before + layer)) for layer in range(config.layers))
         layer = config.layer
         self.injection = Injection(layer.dim, config.injection, layer.mixer.added_width(layer.dim), layer.norm)
-        own_end = config.final_norm and not layer.residual.ends_in_norm
+        self.linear = Rate(layer.dim) if config.has_linear_part else None
+        own_end = config.ends_in_norm and not layer.residual.ends_in_norm
         self.final_norm = layer.norm.build(layer.dim) if own_end else None
         if config.weight_norm:
             for linear in self._matrices():

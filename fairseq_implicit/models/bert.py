@@ -17,6 +17,7 @@ from fairseq_implicit.compat.parameters import leave_undecayed
 from fairseq_implicit.depth.compilation import compile_fields
 from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth
+from fairseq_implicit.fields.semilinear import Rate
 from fairseq_implicit.fields.time_conditioned import DepthEmbedding
 from fairseq_implicit.models import stored_weights
 from fairseq_implicit.models.config import ImplicitBertConfig
@@ -27,8 +28,8 @@ from fairseq_implicit.solvers.coefficients import StageWeights
 
 logger = logging.getLogger(__name__)
 
-#: Modules whose matrices are coefficients, gates and mixtures: zero is no rest for them, as it is for weights.
-_COEFFICIENTS = (StageWeights, LayerHistory, DepthEmbedding)
+#: Modules whose weights are coefficients, gates, rates and mixtures: zero is no rest for them, as it is for matrices.
+_COEFFICIENTS = (StageWeights, LayerHistory, DepthEmbedding, Rate)
 
 
 class ImplicitBertEncoder(Encoder):

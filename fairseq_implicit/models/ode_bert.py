@@ -94,6 +94,27 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
 
 register_presets("ode_bert", OdeBertModel, OdeBertConfig, VARIANTS)
 
+#: ModernBERT (arXiv 2412.13663) in the sizes of Ettin (arXiv 2507.11412), deep and narrow: small and base have the
+#: layers of its models of 68 M and 150 M parameters; tiny, for a processor, is half as wide as the smallest.
+MODERN_SIZES: Dict[str, Dict[str, int]] = {
+    "tiny": dict(encoder_layers=4, encoder_embed_dim=128, encoder_ffn_embed_dim=192, encoder_attention_heads=2),
+    "small": dict(encoder_layers=19, encoder_embed_dim=512, encoder_ffn_embed_dim=768, encoder_attention_heads=8),
+    "base": dict(encoder_layers=22, encoder_embed_dim=768, encoder_ffn_embed_dim=1152, encoder_attention_heads=12),
+}
+MODERN: Dict[str, Any] = dict(
+    gated_feed_forward=True,
+    no_biases=True,
+    no_first_norm=True,
+    attention_rotary_base=160_000.0,
+    attention_local_rotary_base=10_000.0,
+    attention_window=64,
+    attention_global_every=3,
+    dropout=0.0,
+    attention_dropout=0.0,
+)
+
+register_presets("modern_ode_bert", OdeBertModel, OdeBertConfig, {"": MODERN}, MODERN_SIZES)
+
 #: BERT with lambda layers. --ode-scheme rk4, say, integrates its blocks.
 LAMBDA_BERT: Dict[str, Any] = dict(
     mixer="lambda",

@@ -9,11 +9,19 @@ import dataclasses
 import sys
 from typing import Any, Dict, Type
 
-from fairseq.models import register_model
+from fairseq.models import MODEL_REGISTRY, register_model
 
 from fairseq_implicit.families.bert import SIZES
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig
+
+#: The family of each preset, by their registered names.
+FAMILIES: Dict[str, str] = {}
+
+
+def family_of(name: str) -> str:
+    """The family of a registered model; of a family, and of a model of others, its own name."""
+    return FAMILIES.get(name, name)
 
 
 def register_preset(
@@ -28,6 +36,7 @@ def register_preset(
     unknown = sorted(set(defaults) - set(by_name))
     if unknown:
         raise ValueError(f"preset {name} sets {', '.join(unknown)}, which {config.__name__} does not have")
+    FAMILIES[name] = next(family for family, registered in MODEL_REGISTRY.items() if registered is model)
     stem = "".join(part.capitalize() for part in name.split("_"))
     fields = [
         (key, by_name[key].type, dataclasses.field(default=value, metadata=by_name[key].metadata))

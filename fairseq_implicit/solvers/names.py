@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from fairseq_implicit.options import OptionError, check_choice
 from fairseq_implicit.solvers.adaptive import Adaptive
 from fairseq_implicit.solvers.backends import Torchdiffeq, Torchdyn, TorchdynAdjoint
+from fairseq_implicit.solvers.exponential import SCHEMES as EXPONENTIAL
+from fairseq_implicit.solvers.exponential import Exponential
 from fairseq_implicit.solvers.gradients.continuous_adjoint import ContinuousAdjoint
 from fairseq_implicit.solvers.gradients.trajectory import CheckpointStage, CheckpointStep, Direct
 from fairseq_implicit.solvers.multistep import AdamsPair, BackwardEulerCorrected, HistoryCorrected
@@ -62,7 +64,8 @@ def continuous_solver(
     """What solves a whole depth.
 
     Args:
-        scheme: an embedded pair for adaptive solves; any tableau or ``reversible-heun`` for fixed steps.
+        scheme: an embedded pair for adaptive solves; for fixed steps any tableau, an exponential scheme or
+            ``reversible-heun``.
         tolerance: of adaptive solves; 0 takes ``steps`` fixed steps instead.
         absolute_tolerance: ``None``: the same as ``tolerance``.
         steps: fixed steps over the whole depth.
@@ -82,7 +85,7 @@ def continuous_solver(
     check_choice("backend", backend, tuple(BACKENDS))
     form = trajectory_gradient(gradient)
     if tolerance > 0:
-        if scheme == REVERSIBLE_SCHEME:
+        if scheme == REVERSIBLE_SCHEME or scheme in EXPONENTIAL:
             raise OptionError("scheme", f"{scheme} with `gradient` {gradient} takes fixed steps: set `tolerance` 0.")
         absolute = tolerance if absolute_tolerance is None else absolute_tolerance
         first_step = 1.0 if first_step is None else first_step
@@ -91,4 +94,6 @@ def continuous_solver(
         raise OptionError("backend", f"{backend} is for adaptive solves: set `tolerance`, or take own.")
     if scheme == REVERSIBLE_SCHEME:
         return ReversibleHeun(steps, form)
+    if scheme in EXPONENTIAL:
+        return Exponential(scheme, steps, form, state_float32=True, replay_random=replay_random)
     return RungeKutta(scheme, steps, form, state_float32=True, replay_random=replay_random)

@@ -1,15 +1,11 @@
-"""One engine for every explicit Runge–Kutta scheme on a fixed grid.
-
-Nothing here reads a value back from the device, times and coefficients are Python floats, and the loops have lengths
-known before the solve: a solve can be captured by ``torch.compile(fullgraph=True)``.
-"""
+"""One engine for every explicit Runge–Kutta scheme on a fixed grid; times and coefficients are Python floats."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +13,20 @@ from torch import Tensor, nn
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
 from fairseq_implicit.solvers.coefficients import Combination, Weight, check_coefficients, combine
-from fairseq_implicit.solvers.gradients.trajectory import Direct
-from fairseq_implicit.solvers.precision import entered_in, state_dtype
-from fairseq_implicit.solvers.solver import NOTHING, Keep, Piece, Solution, Solver, Span
+from fairseq_implicit.solvers.fixed_steps import FixedSteps
+from fairseq_implicit.solvers.solver import NOTHING, Keep, Piece, Solution, Span
 from fairseq_implicit.solvers.tableau import Tableau, get_tableau
-from fairseq_implicit.solvers.vector_field import VectorField
+from fairseq_implicit.solvers.vector_field import Time, VectorField
 
 
 @dataclass(frozen=True)
-class RungeKutta(Solver):
+class RungeKutta(FixedSteps):
     """An explicit scheme in equal steps.
 
     Attributes:
         scheme: name or alias of a tableau.
-        steps: number of sub-steps, at least 1.
-        gradient: how its gradient is formed.
-        state_float32: keep a half-precision state in float32; the field still sees its own dtype.
         residual_in_field: integrate ``z + F(z)`` instead of ``F(z)``, as the original ODE-Transformer code does. It
             has a spurious exponential mode (a zero field multiplies the state by 2.7 per RK4 block); for compatibility.
-        replay_random: on recomputation restore the random state. Needed only when the field draws random numbers in
-            each evaluation.
         coefficients: how the stages are combined, see :mod:`fairseq_implicit.solvers.coefficients`.
         start: where learned coefficients start, ``tableau`` or ``ones``.
         scope: ``block``, ``model`` (one set for all blocks of a stack) or ``channel`` (per block and channel).
@@ -46,16 +36,9 @@ class RungeKutta(Solver):
         OptionError: a value or a combination that has no meaning.
     """
 
-    kind: ClassVar[str] = "fixed"
     combines: ClassVar[bool] = True
-    one_field: ClassVar[bool] = False
 
-    scheme: str = "euler"
-    steps: int = 1
-    gradient: Direct = Direct()
-    state_float32: bool = False
     residual_in_field: bool = False
-    replay_random: bool = True
     coefficients: str = "fixed"
     start: str = "tableau"
     scope: str = "block"
@@ -63,9 +46,7 @@ class RungeKutta(Solver):
 
     def __post_init__(self):
         check_coefficients(self.tableau, self.coefficients, self.start, self.scope)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise OptionError("steps", f"{self.steps} steps per solve: give a whole number of at least 1.")
-        self.check_gradient()
+        super().__post_init__()
 
     @property
     def tableau(self) -> Tableau:
@@ -101,14 +82,8 @@ class RungeKutta(Solver):
         plain = self.tableau.stages == 1 and not (self.learns or self.stage_norm or self.residual_in_field)
         return int(plain and self.steps == 1 and span.length == 1)
 
-    def around_layer(self, layer: VectorField) -> VectorField:
-        return self.gradient.around_step(self.gradient.around_stage(layer, self.replay_random), self.replay_random)
-
     def field(self, f: VectorField, dtype: torch.dtype) -> VectorField:
-        """The field as it is evaluated: entered in ``dtype``, with the configured residual and recomputation."""
-        if self.residual_in_field:
-            f = with_residual(f)
-        return self.gradient.around_stage(entered_in(f, dtype), self.replay_random)
+        return super().field(with_residual(f) if self.residual_in_field else f, dtype)
 
     def integrate(
         self,
@@ -134,38 +109,21 @@ class RungeKutta(Solver):
         Raises:
             OptionError: ``combination`` was made for another scheme.
         """
-        tableau, h, dtype = self.tableau, span.length / self.steps, dtype or x.dtype
+        tableau = self.tableau
         if combination is not None and combination.tableau.name != tableau.name:
             raise OptionError(
                 "coefficients", f"made for scheme {combination.tableau.name!r}, the solve uses {tableau.name!r}."
             )
-        evaluated = self.field(f, dtype)
-        step = self.gradient.around_step(explicit_step, self.replay_random)
-        state = self.state(x)
-        jumps = not all(piece.continues for piece in pieces[1:])
-        energy = x.new_zeros(x.shape[0], dtype=state_dtype(x.dtype)) if keep.penalties else None
-        weights, states, times = [], [x], [span.start]
-        for index in range(self.steps):
-            end = span.start + (index + 1) * h
-            g = self.field(_from_the_left(f, pieces, end, h), dtype) if jumps else evaluated
-            following, step_weights = step(g, span.start + index * h, state, h, tableau, combination)
-            if energy is not None:
-                # The mean velocity of the step: a lower bound of the energy that needs no further evaluation.
-                energy = energy + h * layout.sample_mean(((following - state) / h).square())
-            state = following
-            weights.append(step_weights)
-            if keep.states:
-                states.append(state)
-                times.append(end)
-        spent = self.steps * sum(tableau.required if combination is None else combination.required)
-        kept: dict[str, Any] = {"states": states, "times": times} if keep.states else {}
-        return Solution(
-            state, spent, field_calls=spent, accepted=self.steps, energy=energy, weights=tuple(weights), **kept
-        )
+
+        def step(g: VectorField, t: Time, y: Tensor, h: float) -> tuple[Tensor, tuple[Weight, ...]]:
+            return explicit_step(g, t, y, h, tableau, combination)
+
+        evaluations = sum(tableau.required if combination is None else combination.required)
+        return self.march(step, evaluations, f, x, span, layout, dtype, pieces, keep)
 
 
 def explicit_stages(
-    f: VectorField, tableau: Tableau, t: float, y: Tensor, h: float, required: Sequence[bool]
+    f: VectorField, tableau: Tableau, t: Time, y: Tensor, h: float, required: Sequence[bool]
 ) -> list[Tensor | None]:
     """The increments ``F_i = f(t + c_i h, y + h Σ_j a_ij F_j)``; ``None`` for a stage that is not required.
 
@@ -184,7 +142,7 @@ def explicit_stages(
 
 
 def explicit_step(
-    f: VectorField, t: float, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
+    f: VectorField, t: Time, y: Tensor, h: float, tableau: Tableau, combination: Combination | None = None
 ) -> tuple[Tensor, tuple[Weight, ...]]:
     """One step: the new state ``(batch, time, dim)`` and the weights of its stages.
 
@@ -211,10 +169,3 @@ def embedded_error(tableau: Tableau, stages: Sequence[Tensor], h: float) -> Tens
 def with_residual(f: VectorField) -> VectorField:
     """The field ``z + F(z)`` of the original ODE-Transformer code."""
     return lambda t, z: z + f(t, z)
-
-
-def _from_the_left(f: VectorField, pieces: Sequence[Piece], end: float, h: float) -> VectorField:
-    """``f`` for one step: weights that jump at its end are those before the jump for all its stages."""
-    before = end - 1e-6 * h
-    left = next(piece.field for piece in pieces if piece.end > before)
-    return lambda t, z: left(t, z) if t > before else f(t, z)

@@ -97,6 +97,7 @@ class Solver:
         implicit: whether it solves equations, whose ``residual`` and ``converged`` it reports and whose backward passes
             it records.
         adaptive: whether it chooses its steps, and may stop before the end.
+        exponential: whether it solves the linear part of a field by itself, whose ``rate`` it takes beside the rest.
         one_field: whether all evaluations must be of one and the same function, noise included.
         keeps: whether it can :class:`Keep` anything.
         shares_steps: whether it has one step for all samples only.
@@ -106,6 +107,7 @@ class Solver:
         evaluates_once: whether a solve evaluates the field once, recomputation in the backward pass aside.
         mixes_history: whether it corrects a ``mixture`` of its prediction with earlier blocks.
         state_float32: whether a stack carries a half-precision state in float32 from solve to solve.
+        steps: where it is not ``adaptive``, how many it takes.
         max_evaluations: where it is ``adaptive``, what one sample may cost.
         solver: where it is ``implicit``, that of its equations.
     """
@@ -113,6 +115,7 @@ class Solver:
     # Subclasses are dataclasses: `dataclasses.replace` gives the same solver in other steps.
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     gradient: Any
+    steps: int
     max_evaluations: int
     solver: FixedPointConfig
 
@@ -121,6 +124,7 @@ class Solver:
     combines: ClassVar[bool] = False
     implicit: ClassVar[bool] = False
     adaptive: ClassVar[bool] = False
+    exponential: ClassVar[bool] = False
     one_field: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
     shares_steps: ClassVar[bool] = False

@@ -17,7 +17,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
 from fairseq_implicit.compat.training import ComparesCheckpoints
-from fairseq_implicit.criterions.implicit_masked_lm import ImplicitMaskedLMCriterion
+from fairseq_implicit.criterions.implicit_masked_lm import DEPTH_LOSS, ImplicitMaskedLMCriterion
 from fairseq_implicit.data import data_bin
 from fairseq_implicit.data.batches import Collater
 from fairseq_implicit.data.blocks import BREAK_MODES, Blocks, cut_blocks
@@ -25,6 +25,7 @@ from fairseq_implicit.data.datasets import BlockDataset, InferenceDataset
 from fairseq_implicit.data.dictionary import VocabularyDictionary
 from fairseq_implicit.data.objectives import OBJECTIVES
 from fairseq_implicit.data.objectives.objective import MaskRates, Objective
+from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.tasks.progress import Progress
 from fairseq_implicit.text import VOCABULARIES, kind_of_file, vocabulary_beside
 from fairseq_implicit.text.vocabulary import MASK
@@ -69,6 +70,15 @@ class ImplicitMaskedLMConfig(FairseqDataclass):
             "depend on --seed, so that losses of several seeds compare"
         },
     )
+    valid_depths: Optional[List[int]] = field(
+        default=None,
+        metadata={
+            "help": "such as 1,2,4,8: validation also logs the loss at each of these depths, as loss_depth_4: steps of "
+            "an ode_bert (through one block of the size --ode-time / --ode-steps, so that more are more time; through "
+            "blocks of their own, or where --ode-random-steps trains it, more and smaller ones) or neural_ode_bert, "
+            "evaluations of a deq_bert"
+        },
+    )
     leave_unmasked_prob: float = field(
         default=0.1, metadata={"help": "share of the tokens to predict that stay visible"}
     )
@@ -106,6 +116,9 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             )
         if cfg.peak_tflops is not None and not 0.0 < cfg.peak_tflops < math.inf:
             raise ValueError(f"--peak-tflops must be a positive number, not {cfg.peak_tflops}.")
+        depths = cfg.valid_depths or []
+        if any(depth < 1 for depth in depths) or len(set(depths)) < len(depths):
+            raise ValueError(f"--valid-depths {_listed(depths)}: give each depth, at least 1, once.")
         self.progress = Progress(cfg.peak_tflops)
         self.dictionary = dictionary
         self.mask_idx = dictionary.add_symbol(MASK)
@@ -190,12 +203,41 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
             ValueError: it does not divide by the number of masked tokens.
         """
         criterion = super().build_criterion(cfg, from_checkpoint)
+        if self.cfg.valid_depths and not isinstance(criterion, ImplicitMaskedLMCriterion):
+            raise ValueError(
+                f"--valid-depths {_listed(self.cfg.valid_depths)} logs nothing with --criterion {cfg._name}: pass "
+                "--criterion implicit_masked_lm."
+            )
         if not isinstance(criterion, (ImplicitMaskedLMCriterion, MaskedLmLoss)):
             raise ValueError(
                 f"--criterion {cfg._name} does not divide by the masked tokens, so that its loss would mean nothing "
                 "here: pass --criterion implicit_masked_lm."
             )
         return criterion
+
+    def build_model(self, cfg, from_checkpoint: bool = False):
+        """Refuses depths of ``--valid-depths`` that the model cannot have, before it trains.
+
+        Raises:
+            ValueError: naming the first one and the flag that stands in its way.
+        """
+        model = super().build_model(cfg, from_checkpoint)
+        for depth in self.cfg.valid_depths or []:
+            if not isinstance(model, ImplicitBertModel):
+                raise ValueError(f"--valid-depths {depth}: a {type(model).__name__} has one depth only; leave it out.")
+            try:
+                with model.args.flags.naming():
+                    model.encoder.depth.config_at(depth)
+            except ValueError as error:
+                raise ValueError(f"--valid-depths {depth}: {error}") from None
+        return model
+
+    def valid_step(self, sample, model, criterion):
+        loss, sample_size, logging_output = super().valid_step(sample, model, criterion)
+        for depth in self.cfg.valid_depths or []:
+            with torch.no_grad(), model.encoder.depth.at(depth):
+                logging_output[f"{DEPTH_LOSS}{depth}"] = criterion(model, sample)[2]["loss"]
+        return loss, sample_size, logging_output
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs) -> BlockDataset:
         """Loads a split; the training split of epoch ``e`` comes from folder ``(e - 1) mod folders``.
@@ -317,3 +359,7 @@ class ImplicitMaskedLMTask(ComparesCheckpoints, FairseqTask):
 
     def _dictionary_digest(self) -> str:
         return hashlib.sha256("\n".join(self.dictionary.symbols).encode("utf-8")).hexdigest()
+
+
+def _listed(numbers: List[int]) -> str:
+    return ",".join(map(str, numbers))

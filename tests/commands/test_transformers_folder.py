@@ -2,17 +2,22 @@
 
 import importlib.util
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from fairseq.data import Dictionary
+from fairseq.models import MODEL_REGISTRY
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.conversion.rows import reordered, with_padding
+from fairseq_implicit.evaluation import checkpoints
 from fairseq_implicit.models.bert import ImplicitBertModel
+from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from tests.conversion.exact_modernbert import exact
 from tests.text.test_tokenizer_json import byte_pairs, byte_pairs_and_spaces, word_piece
 
@@ -189,3 +194,33 @@ def test_a_real_bert_reads_text_as_in_transformers(tmp_path):
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert before.keys() - after.keys() <= {"embeddings.position_ids"}
     assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_model_of_ones_own_becomes_a_modernbert(tmp_path, command, monkeypatch):
+    folder, tokenizer = tmp_path / "ours", byte_pairs_and_spaces()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocabulary = TokenizerVocabulary.open(folder / "tokenizer.json")
+    (folder / "dict.txt").write_text(vocabulary.dictionary_text(), encoding="utf-8")
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    dictionary.add_symbol("<mask>")
+    preset = MODEL_REGISTRY["modern_ode_bert_tiny"]
+    shape = dict(encoder_embed_dim=16, encoder_ffn_embed_dim=24, max_positions=40, attention_window=2)
+    settings = preset.config_class()(ode_scheme="euler", encoder_init_std=0.3, **shape)
+    torch.manual_seed(0)
+    model = preset.build_model(settings, Namespace(source_dictionary=dictionary))
+    named = {field: getattr(settings, field) for field in settings.__dataclass_fields__ if field != "_name"}
+    stored = checkpoints.of_weights({"_name": "modern_ode_bert_tiny", **named}, model.state_dict(), str(folder))
+    checkpoints.write(stored, str(folder / "model.pt"))
+    status, _, said = command("convert", folder / "model.pt", tmp_path / "theirs", "--to", "modernbert")
+    assert (status, said) == (0, "")
+    theirs = exact(AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs"), monkeypatch).eval()
+    ids = torch.from_numpy(vocabulary.token_ids)
+    names = ("cls", "bos", "sep", "eos", "pad")
+    assert [getattr(theirs.config, f"{name}_token_id") for name in names] == ids[[0, 0, 2, 2, 1]].tolist()
+    ours = torch.tensor([[0, *vocabulary.encode(TEXTS[1]).tolist(), 2]])
+    with torch.no_grad():
+        expected = theirs(ids[ours]).logits[..., ids]
+        close(model.double().eval()(ours)[0], expected)
+    status, _, said = command("convert", folder / "model.pt", tmp_path / "bert", "--to", "bert")
+    assert status == 1 and "ode_field is pre-norm" in said and "gated_feed_forward is True" in said

@@ -40,6 +40,27 @@ def test_equal_blocks_between_others_are_the_same_function(field, prelude, coda,
     assert (depth.output_norm is not None) == (field == "pre-norm")
 
 
+def test_a_first_block_without_a_norm_stays_in_the_prelude(task, tokens):
+    source, stored = stack(task, equal=range(1, 5), no_first_norm=True)
+    model = opened(tied(stored, prelude=1), task)
+    torch.testing.assert_close(logits(model, tokens), logits(source, tokens), rtol=0, atol=2e-6)
+
+
+def test_blocks_with_a_linear_part_become_the_cell_of_their_equilibrium(task, tokens):
+    settings = dict(ode_linear_part="diagonal", ode_scheme="etd1")
+    source, stored = stack(task, equal=range(5), **settings)
+    found = tied(stored)
+    assert found["cfg"]["model"]["deq_linear_part"] == "diagonal"
+    cell = opened(found, task, deq_eval_tol=1e-5)
+    # Many blocks of the same field are the long way to its fixed point.
+    stored["cfg"]["model"].update(ode_tied=True, encoder_layers=60)
+    one = {name.replace("fields.4.", "fields.0."): weight for name, weight in stored["model"].items()}
+    names = ("fields.1.", "fields.2.", "fields.3.", "combinations.")
+    weights = {name: weight for name, weight in one.items() if not any(part in name for part in names)}
+    long = opened({**stored, "model": weights}, task)
+    torch.testing.assert_close(logits(cell, tokens), logits(long, tokens), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("settings", [dict(ode_scheme="rk4"), dict(ode_scheme="rk2", ode_coefficients="learned")])
 def test_equal_blocks_of_any_scheme_are_a_tied_stack(settings, task, tokens):
     source, stored = stack(task, equal=range(5), **settings)
@@ -87,6 +108,9 @@ def test_with_a_gain_it_is_a_cell_that_converges_and_hears_its_input(field, coda
         (dict(), dict(gain=-1.0), "a gain of -1.0"),
         (dict(ode_scheme="rk4"), {}, "ode_scheme is rk4"),
         (dict(ode_field="parallel"), {}, "ode_field is parallel"),
+        (dict(no_first_norm=True), {}, "block 1 has other weights than block 0"),
+        (dict(attention_window=4, attention_global_every=2), {}, "attention_global_every makes its layers differ"),
+        (dict(ode_linear_part="diagonal", ode_scheme="etd2"), dict(coda=1), "ode_linear_part is diagonal"),
     ],
 )
 def test_what_cannot_be_tied_is_refused(settings, options, sentence, task):

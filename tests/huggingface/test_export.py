@@ -31,6 +31,8 @@ from fairseq_implicit.huggingface.export import read_folder, write_folder
 from tests.conftest import ROOT
 from tests.huggingface.tiny import SIZES, bert_folder
 
+MODERN = dict(attention_rotary_base=50.0, attention_qk_norm=True, attention_window=2, gated_feed_forward=True,
+              no_biases=True)  # fmt: skip
 CASES = {
     "rk2": ("ode_bert", dict(ode_scheme="rk2")),
     "post-norm": ("ode_bert", dict(ode_field="post-norm", ode_scheme="euler", segment_types=2)),
@@ -40,7 +42,18 @@ CASES = {
     "adaptive": ("ode_bert", dict(ode_scheme="bosh3", ode_tolerance=1e-2)),
     "embedding": ("neural_ode_bert", dict(ode_tolerance=1e-2)),
     "knots": ("neural_ode_bert", dict(ode_depth_weights="linear", ode_tolerance=0.0)),
+    "modern": (
+        "ode_bert",
+        dict(**MODERN, attention_global_every=2, attention_local_rotary_base=9.0, no_first_norm=True),
+    ),
+    "modern-deq": ("deq_bert", MODERN),
+    "loop": (
+        "ode_bert",
+        dict(ode_linear_part="diagonal", ode_scheme="etd2", ode_tied=True, ode_steps=3, ode_random_depth=4.0),
+    ),
+    "etd4": ("neural_ode_bert", dict(ode_linear_part="diagonal", ode_scheme="etd4", ode_tolerance=0.0)),
     "deq": ("deq_bert", dict()),
+    "deq-linear": ("deq_bert", dict(deq_linear_part="diagonal")),
     "deq-injected": ("deq_bert", dict(deq_weight_norm=True, deq_qkv_injection=True)),
     **{mixer: ("ode_bert", dict(mixer=mixer)) for mixer in MIXERS if mixer != "attention"},
 }

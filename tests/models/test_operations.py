@@ -30,6 +30,16 @@ CASES = {
     "rk3, stages recomputed": (*ODE, dict(ode_scheme="rk3", ode_gradient="checkpoint-stage")),
     "euler layers, recomputed": (*ODE, dict(ode_scheme="euler", ode_field="post-norm", checkpoint_activations=True)),
     "macaron": (*ODE, dict(ode_scheme="euler", ode_field="macaron")),
+    "gated, norms of queries and keys": (
+        *ODE,
+        dict(
+            gated_feed_forward=True,
+            no_biases=True,
+            attention_rotary_base=9.0,
+            attention_qk_norm=True,
+            attention_window=2,
+        ),
+    ),
     "predictor-corrector": (*ODE, dict(ode_scheme="rk2", ode_corrector="pcformer")),
     "adaptive blocks": (*ODE, dict(ode_scheme="bosh3", ode_tolerance=0.1)),
     "theta": (*ODE, dict(ode_scheme="theta", ode_theta=0.5, ode_theta_max_iter=6, ode_theta_tol=1e-6)),

@@ -26,7 +26,9 @@ class Explicit:
 
     @property
     def solver(self):
-        return self.kind(self.scheme, self.steps, GRADIENTS[self.gradient], self.state_float32, self.residual_in_field)
+        gradient = GRADIENTS[self.gradient]
+        own = {"residual_in_field": True} if self.residual_in_field else {}
+        return self.kind(self.scheme, self.steps, gradient, self.state_float32, **own)
 
 
 def solve_explicit(f, x, config, combination=None, t0=0.0, field_dtype=None, **options):

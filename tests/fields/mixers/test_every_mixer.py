@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from fairseq_implicit.depth.equilibrium import EquilibriumConfig, EquilibriumDepth
 from fairseq_implicit.families.deq_bert import DeqBertOptions
@@ -149,6 +150,17 @@ def test_a_token_sees_others_and_causal_ones_only_where_the_layout_says_so(mixer
             moved = (field.prepare(x, layout)(0.0, x) - field.prepare(changed, layout)(0.0, changed)).abs().amax((0, 2))
             assert (moved[8:] > 1e-6).all()
             assert moved[:7].eq(0).all() if causal else (moved[:7] > 1e-6).all()
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_operations_are_those_that_torch_counts(mixer):
+    # torch does not count the kernel that attends without dropout on CPUs.
+    module = layer(mixer, attention_dropout=0.1).mixer.build(16, "shared").train()
+    x = states().float()
+    mix = module.prepare(x)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        mix(x)
+    assert counted.get_total_flops() == pytest.approx(3 * TIME * module.operations(TIME), rel=1e-6)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
