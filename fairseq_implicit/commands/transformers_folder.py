@@ -35,6 +35,8 @@ MODELS = {
 CONFIG, CHECKPOINT, TOKENIZER = "config.json", "model.pt", "tokenizer.json"
 #: What transformers calls the symbols around a text, whose ids its configurations make up where nothing is said.
 _ENDS = {BOS: ("bos", "cls"), EOS: ("eos", "sep")}
+#: The types that `fairseq-implicit export` writes.
+OURS = ("ode_bert", "neural_ode_bert", "deq_bert")
 #: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 #: The output matrix and its bias, where they are those of the embeddings and of the head.
@@ -52,6 +54,8 @@ def from_folder(source: Path, target: Path) -> dict[str, Any]:
         OSError, ValueError: the folder lacks a file, or holds a model or a tokenizer that is no ode_bert's.
     """
     config = read_json(source / CONFIG)
+    if config.get("model_type") in OURS:
+        raise ValueError(f"{source} holds a model of this package: bring it back with `fairseq-implicit import`")
     if config.get("model_type") not in MODELS:
         raise ValueError(f"{source / CONFIG}: model_type is {config.get('model_type')}, and not {', '.join(MODELS)}")
     vocabulary, theirs = TokenizerVocabulary.open(needed(source / TOKENIZER)), read_weights(source)

@@ -135,7 +135,10 @@ def read_folder(folder: str | Path) -> TrainedModel:
     source = Path(folder)
     found = read_json(source / "config.json").get("model_type")
     if found not in CONFIGURATIONS:
-        raise ValueError(f"{source} holds a model of the type {found!r}: choose one of {', '.join(CONFIGURATIONS)}")
+        raise ValueError(
+            f"{source} holds a model of the type {found!r}, and not {', '.join(CONFIGURATIONS)}: "
+            "models of others are for `fairseq-implicit convert`"
+        )
     config = CONFIGURATIONS[found].from_pretrained(source)
     theirs = read_weights(source)
     if not any(name.startswith("model.") for name in theirs):  # saved without a head, and without a name before it
