@@ -15,9 +15,10 @@ first and last blocks kept as its prelude and coda, or with --to ode_bert as a w
 --gain makes it a cell with an equilibrium, into which its input is injected. The result is to be trained further, with
 --finetune-from-model and the flags that `fairseq-implicit checkpoint-flags` reads from it; --data prints its loss.
 
-A folder of transformers' BERT, RoBERTa or ELECTRA (config.json, model.safetensors, tokenizer.json), with the head of
-masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the same tokenizer: the symbols change
-their order, nothing else, and --to brings them back to the last bit. So does ModernBERT, with the head of masked LM.
+A folder of transformers' BERT, RoBERTa, ELECTRA, ALBERT or DeBERTa v2 and v3 (config.json, model.safetensors,
+tokenizer.json), with the head of masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the
+same tokenizer: the symbols change their order, nothing else, and --to brings them back to the last bit. So does
+ModernBERT, with the head of masked LM.
 
 The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
 weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).

@@ -13,7 +13,8 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor
 
-from fairseq_implicit.conversion import bert, electra, modernbert, roberta
+from fairseq_implicit.conversion import albert, bert, deberta, electra, modernbert, roberta
+from fairseq_implicit.conversion.misfits import listed, refuse
 from fairseq_implicit.conversion.rows import reordered, with_padding
 from fairseq_implicit.conversion.weight_files import needed, read_json, read_weights, write_weights
 from fairseq_implicit.data.data_bin import read_dictionary
@@ -30,6 +31,8 @@ MODELS = {
     "roberta": roberta,
     "xlm-roberta": roberta,
     "camembert": roberta,
+    "albert": albert,
+    "deberta-v2": deberta,
     "modernbert": modernbert,
 }
 CONFIG, CHECKPOINT, TOKENIZER = "config.json", "model.pt", "tokenizer.json"
@@ -43,6 +46,7 @@ _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _TIED = {
     *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
     *("lm_head.decoder.weight", "lm_head.decoder.bias", "generator_lm_head.weight"),
+    *("predictions.decoder.weight", "predictions.decoder.bias"),
     "decoder.weight",
 }
 
@@ -63,10 +67,10 @@ def from_folder(source: Path, target: Path) -> dict[str, Any]:
         settings, weights = MODELS[config["model_type"]].from_transformers(config, theirs)
         symbols, order = _order(vocabulary, len(weights["encoder.embed_tokens.weight"]))
         weights = with_padding(reordered(weights, order), settings["max_positions"], PAD)
+        weights, fresh = _completed(settings, weights, symbols)
     except (KeyError, ValueError) as error:
         reason = f"the model lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{source}: {reason}") from None
-    weights, fresh = _completed(settings, weights, symbols)
     rows = symbols[4:-1]  # dict.txt has neither fairseq's four symbols nor <mask>
     checkpoint = checkpoints.of_weights(settings, weights, str(target.resolve()), not_of_transformers=fresh)
     with new_folder(target) as part:
@@ -103,12 +107,14 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
     padding = int(ids[PAD])
     if MODELS[model_type] is roberta:
         weights = with_padding(weights, settings["max_positions"], padding)
-    try:
-        config, found = MODELS[model_type].to_transformers(settings, reordered(weights, ids.argsort()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     original = path.with_name(f"transformers_{CONFIG}")
     before = read_json(original) if original.is_file() else {}
+    # Which of its head's two names a DeBERTa had.
+    options = {"legacy": before["legacy"]} if MODELS[model_type] is deberta and "legacy" in before else {}
+    try:
+        config, found = MODELS[model_type].to_transformers(settings, reordered(weights, ids.argsort()), **options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     base = f"{min(found).partition('.')[0]}."
     if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
         found = {name.removeprefix(base): weight for name, weight in found.items()}
@@ -140,7 +146,7 @@ def _completed(
     """The weights and, where they lack a masked-LM head, a fresh one; the names of what is fresh.
 
     Raises:
-        ValueError: they lack something else, or a shape is not that of the settings.
+        ValueError: all that they lack else, that has no place, or whose shape is not that of the settings.
     """
     dictionary = Dictionary()
     for symbol in symbols[4:]:
@@ -152,14 +158,18 @@ def _completed(
     if not settings["untie_weights_roberta"]:
         own["encoder.lm_head.weight"] = weights["encoder.embed_tokens.weight"]
     fresh = [name for name in own if name not in weights]
-    if wrong := [name for name in fresh if not name.startswith("encoder.lm_head.")]:
-        raise ValueError(f"the model lacks {wrong[0]}")
+    misfits = []
+    if lacking := [name for name in fresh if not name.startswith("encoder.lm_head.")]:
+        misfits.append(f"the model lacks {listed(lacking)}")
+    if strangers := [name for name in weights if name.startswith("encoder.") and name not in own]:
+        misfits.append(f"its config leaves no place for {listed(strangers)}")
     found = {**weights, **{name: own[name] for name in fresh}}
-    for name, weight in own.items():
-        if found[name].shape != weight.shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(found[name].shape)}, and its config says {tuple(weight.shape)}"
-            )
+    misfits += [
+        f"{name} has the shape {tuple(found[name].shape)}, and its config says {tuple(weight.shape)}"
+        for name, weight in own.items()
+        if found[name].shape != weight.shape
+    ]
+    refuse(misfits)
     return found, fresh
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fairseq_implicit.conversion.transformers_names import TransformersNames, config_of, settings_of
-
-_POSITIONS, _SEGMENTS = "encoder.embed_positions.weight", "encoder.embed_segments.weight"
+from fairseq_implicit.conversion.rows import with_padding
+from fairseq_implicit.conversion.transformers_names import (
+    BERT_SETTINGS,
+    POSITIONS,
+    SEGMENTS,
+    TransformersNames,
+    config_of,
+    factorised,
+    settings_of,
+    without_positions,
+)
 
 
 def _names(head: str, classifier: str) -> TransformersNames:
@@ -45,16 +52,16 @@ def from_transformers(
 
 
 def imported(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], names: TransformersNames
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    names: TransformersNames,
+    misfits: Iterable[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of a model whose embeddings are BERT's."""
-    settings = settings_of(config)
+    """Settings and weights of a model whose embeddings are BERT's; ``misfits`` are what else makes it another."""
+    settings = settings_of(config, misfits)
     found = names.imported(weights, tied=not settings["untie_weights_roberta"])
-    positions = found[_POSITIONS]
-    nobodys = positions.new_zeros((config.get("pad_token_id") or 0) + 1, positions.shape[1])
-    found[_POSITIONS] = torch.cat([nobodys, positions])
-    settings.update(max_positions=len(positions), segment_types=len(found[_SEGMENTS]))
-    return settings, found
+    settings.update(max_positions=len(found[POSITIONS]), segment_types=len(found[SEGMENTS]))
+    return settings, with_padding(found, settings["max_positions"], config.get("pad_token_id") or 0)
 
 
 def to_transformers(
@@ -74,25 +81,31 @@ def to_transformers(
     Raises:
         ValueError: a setting or a weight that BERT does not have.
     """
-    return exported(settings, weights, _names(head, classifier), "bert")
+    return exported(settings, weights, _names(head, classifier), "bert", factorised(settings))
 
 
 def exported(
-    settings: Mapping[str, Any], weights: Mapping[str, Tensor], names: TransformersNames, model_type: str
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    names: TransformersNames,
+    model_type: str,
+    misfits: Iterable[str] = (),
+    own: Mapping[str, Any] = BERT_SETTINGS,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``config.json`` and weights of a model whose embeddings are BERT's."""
-    said, found = config_of(settings), dict(weights)
-    rows, symbols = found[_POSITIONS], found["encoder.embed_tokens.weight"]
+    """``config.json`` and weights of a model whose embeddings are BERT's; the rest as of :func:`config_of`."""
+    config = config_of(settings, [*misfits, *without_positions(settings, weights)], own)
+    found = dict(weights)
+    rows, symbols = found[POSITIONS], found["encoder.embed_tokens.weight"]
     nobodys = len(rows) - settings["max_positions"]
-    found[_POSITIONS] = rows[nobodys:].clone()
+    found[POSITIONS] = rows[nobodys:].clone()
     # An ode_bert without segments is a BERT whose only segment adds nothing.
-    found.setdefault(_SEGMENTS, symbols.new_zeros(1, symbols.shape[1]))
+    found.setdefault(SEGMENTS, symbols.new_zeros(1, symbols.shape[1]))
     config = {
         "model_type": model_type,
-        **said,
+        **config,
         "vocab_size": len(symbols),
         "max_position_embeddings": settings["max_positions"],
-        "type_vocab_size": len(found[_SEGMENTS]),
+        "type_vocab_size": len(found[SEGMENTS]),
         "pad_token_id": nobodys - 1,
     }
     return config, names.exported(found)

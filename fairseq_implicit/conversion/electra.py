@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_implicit.conversion import bert
-from fairseq_implicit.conversion.transformers_names import TransformersNames
+from fairseq_implicit.conversion.transformers_names import TransformersNames, factorised
 
 
 def _names(head: str) -> TransformersNames:
@@ -28,12 +28,13 @@ def from_transformers(
     Raises:
         ValueError: a setting or a weight that makes it another function, narrower embeddings among them.
     """
-    narrow = config.get("embedding_size", config["hidden_size"])
-    if narrow != config["hidden_size"]:
-        raise ValueError(f"embedding_size is {narrow}, and only of hidden_size {config['hidden_size']} an ode_bert has")
-    settings, found = bert.imported(config, weights, _names(head))
-    if settings["activation_fn"] != "gelu":
-        raise ValueError(f"hidden_act is {config['hidden_act']}, and ELECTRA's masked-LM head has gelu whatever it is")
+    misfits = []
+    width = config.get("embedding_size", config["hidden_size"])
+    if width != config["hidden_size"]:
+        misfits.append(f"embedding_size is {width}, and only of hidden_size {config['hidden_size']} an ode_bert has")
+    if config["hidden_act"] != "gelu":
+        misfits.append(f"hidden_act is {config['hidden_act']}, and ELECTRA's masked-LM head has gelu whatever it is")
+    settings, found = bert.imported(config, weights, _names(head), misfits)
     return {**settings, "pooler_activation_fn": "gelu"}, found
 
 
@@ -45,10 +46,11 @@ def to_transformers(
     Raises:
         ValueError: a setting or a weight that ELECTRA does not have.
     """
+    misfits = [*factorised(settings)]
     pooler = settings.get("pooler_activation_fn", "tanh")
     if pooler != "gelu" and any(name.startswith("classification_heads.") for name in weights):
-        raise ValueError(f"pooler_activation_fn is {pooler}, and ELECTRA's head of classes has gelu")
-    config, found = bert.exported(settings, weights, _names(head), "electra")
-    if config["hidden_act"] != "gelu":
-        raise ValueError(f"activation_fn is {settings['activation_fn']}, and ELECTRA's masked-LM head has gelu")
+        misfits.append(f"pooler_activation_fn is {pooler}, and ELECTRA's head of classes has gelu")
+    if settings.get("activation_fn", "gelu") != "gelu":
+        misfits.append(f"activation_fn is {settings['activation_fn']}, and ELECTRA's masked-LM head has gelu")
+    config, found = bert.exported(settings, weights, _names(head), "electra", misfits)
     return {**config, "embedding_size": config["hidden_size"]}, found

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fairseq_implicit.conversion.misfits import refuse
+
 #: What makes a block one application of its layer. What a checkpoint does not say has these values.
 PLAIN: dict[str, Any] = dict(
     ode_tied=False, ode_steps=1, ode_time=1.0, ode_split=1, ode_tolerance=0.0, ode_corrector="none", ode_history="none",
-    rk_norm=False, ode_residual_in_field=False, ode_random_steps=None, ode_random_depth=None, ode_linear_part="none",
+    rk_norm=False, ode_residual_in_field=False, ode_random_steps=None, ode_linear_part="none",
 )  # fmt: skip
 
 
@@ -33,5 +35,4 @@ def check(settings: Mapping[str, Any], **required: Any) -> None:
     Raises:
         ValueError: naming every setting, its value and the only one possible.
     """
-    if found := misfits(settings, **required):
-        raise ValueError("; ".join(found))
+    refuse(misfits(settings, **required))

@@ -10,7 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_implicit.conversion.table import Table
-from fairseq_implicit.conversion.transformers_names import TransformersNames, config_of, settings_of
+from fairseq_implicit.conversion.transformers_names import (
+    POSITIONS,
+    SEGMENTS,
+    TransformersNames,
+    config_of,
+    factorised,
+    settings_of,
+    without_positions,
+)
 
 _VERSION = "encoder.sentence_encoder.version"
 _THEIRS, _OURS = "encoder.sentence_encoder.layers.{layer}.", "encoder.depth.fields.{layer}."
@@ -114,9 +122,6 @@ def checkpoint_from_fairseq(checkpoint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_SEGMENTS = "encoder.embed_segments.weight"
-
-
 def _names(head: str) -> TransformersNames:
     heads = {
         "encoder.lm_head.dense.{part}": "lm_head.dense.{part}",
@@ -143,17 +148,16 @@ def from_transformers(
     Raises:
         ValueError: a setting or a weight that makes it another function.
     """
-    settings = settings_of(config)
+    sentence = f"hidden_act is {config['hidden_act']}, and RoBERTa's masked-LM head has gelu whatever it is"
+    settings = settings_of(config, [sentence] if config["hidden_act"] != "gelu" else [])
     found = _names(head).imported(weights, tied=not settings["untie_weights_roberta"])
-    if settings["activation_fn"] != "gelu":
-        raise ValueError(f"hidden_act is {config['hidden_act']}, and RoBERTa's masked-LM head has gelu whatever it is")
-    if len(found[_SEGMENTS]) == 1 and not found[_SEGMENTS].any():
+    if len(found[SEGMENTS]) == 1 and not found[SEGMENTS].any():
         # RoBERTa has no segments: the row is there for the sake of BERT's class.
-        del found[_SEGMENTS]
+        del found[SEGMENTS]
     first = config["pad_token_id"] + 1
     settings.update(
-        max_positions=len(found["encoder.embed_positions.weight"]) - first,
-        segment_types=len(found.get(_SEGMENTS, ())),
+        max_positions=len(found[POSITIONS]) - first,
+        segment_types=len(found.get(SEGMENTS, ())),
     )
     return settings, found
 
@@ -166,17 +170,18 @@ def to_transformers(
     Raises:
         ValueError: a setting or a weight that RoBERTa does not have.
     """
-    said = config_of(settings)
-    symbols, positions = (weights[f"encoder.embed_{name}.weight"] for name in ("tokens", "positions"))
-    found = {_SEGMENTS: symbols.new_zeros(1, symbols.shape[1]), **weights}
+    misfits = [*factorised(settings), *without_positions(settings, weights)]
+    if settings.get("activation_fn", "gelu") != "gelu":
+        misfits.append(f"activation_fn is {settings['activation_fn']}, and RoBERTa's masked-LM head has gelu")
+    config = config_of(settings, misfits)
+    symbols, positions = weights["encoder.embed_tokens.weight"], weights[POSITIONS]
+    found = {SEGMENTS: symbols.new_zeros(1, symbols.shape[1]), **weights}
     config = {
         "model_type": "roberta",
-        **said,
+        **config,
         "vocab_size": len(symbols),
         "max_position_embeddings": len(positions),
-        "type_vocab_size": len(found[_SEGMENTS]),
+        "type_vocab_size": len(found[SEGMENTS]),
         "pad_token_id": len(positions) - settings["max_positions"] - 1,
     }
-    if config["hidden_act"] != "gelu":
-        raise ValueError(f"activation_fn is {settings['activation_fn']}, and RoBERTa's masked-LM head has gelu")
     return config, _names(head).exported(found)

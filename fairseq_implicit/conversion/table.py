@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fairseq_implicit.conversion.misfits import listed, refuse
+
 #: What the placeholders of a name stand for.
 _PLACEHOLDERS = {"layer": r"\d+", "part": "weight|bias", "rest": ".+", "outside": r"(?!encoder\.depth\.).+"}
 
@@ -36,27 +38,33 @@ class Table:
         """Their weights under our names.
 
         Raises:
-            ValueError: a weight that such a model does not have, so that nothing is dropped unseen, or a part missing.
+            ValueError: weights that such a model does not have, so that nothing is dropped unseen, or parts missing.
         """
         found: dict[str, list[Tensor | None]] = {}
+        strangers = []
         for name, weight in weights.items():
-            ours, place, parts = self._look_up(name)
-            found.setdefault(ours, [None] * parts)[place] = weight
-        return dict(_joined(found, self.model))
+            place = self._look_up(name)
+            if place is None:
+                strangers.append(name)
+            else:
+                found.setdefault(place[0], [None] * place[2])[place[1]] = weight
+        refuse(self._strange(strangers, f"is not a weight of a {self.model}", "are", "an ode_bert"))
+        refuse(_lacking(found, self.model))
+        return {name: _joined(parts) for name, parts in found.items()}
 
-    def _look_up(self, name: str) -> tuple[str, int, int]:
+    def _look_up(self, name: str) -> tuple[str, int, int] | None:
         for pattern, ours, place, parts in self._theirs:
             if match := pattern.fullmatch(name):
                 return ours.format(**match.groupdict()), place, parts
-        raise ValueError(f"{name} is not a weight of a {self.model}: these weights cannot become an ode_bert")
+        return None
 
     def exported(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our weights under their names.
 
         Raises:
-            ValueError: a weight that has no place there.
+            ValueError: weights that have no place there.
         """
-        found = {}
+        found, strangers = {}, []
         for name, weight in weights.items():
             for pattern, theirs in self._ours:
                 if match := pattern.fullmatch(name):
@@ -66,17 +74,27 @@ class Table:
                         found[template.format(**match.groupdict())] = part.clone() if len(theirs) > 1 else part
                     break
             else:
-                raise ValueError(f"{name} has no place in a {self.model}: these weights cannot become one")
+                strangers.append(name)
+        refuse(self._strange(strangers, f"has no place in a {self.model}", "have", "one"))
         return found
+
+    @staticmethod
+    def _strange(names: Sequence[str], reason: str, plural: str, target: str) -> Iterator[str]:
+        if names:
+            others = f", nor {plural} {listed(names[1:])}" if names[1:] else ""
+            yield f"{names[0]} {reason}{others}: these weights cannot become {target}"
 
 
 def _pattern(name: str) -> str:
     return re.sub(r"\\{(\w+)\\}", lambda found: f"(?P<{found[1]}>{_PLACEHOLDERS[found[1]]})", re.escape(name))
 
 
-def _joined(found: Mapping[str, list[Tensor | None]], model: str) -> Iterator[tuple[str, Tensor]]:
+def _lacking(found: Mapping[str, Sequence[Tensor | None]], model: str) -> Iterator[str]:
     for name, parts in found.items():
-        whole = [part for part in parts if part is not None]
-        if len(whole) < len(parts):
-            raise ValueError(f"{name} needs {len(parts)} weights of the {model}, and one of them is missing")
-        yield name, whole[0] if len(parts) == 1 else torch.cat(whole)
+        if any(part is None for part in parts):
+            yield f"{name} needs {len(parts)} weights of the {model}, and one of them is missing"
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor:
+    whole = [part for part in parts if part is not None]
+    return whole[0] if len(whole) == 1 else torch.cat(whole)

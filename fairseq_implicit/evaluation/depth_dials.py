@@ -10,6 +10,7 @@ import torch
 from fairseq_implicit.depth.equilibrium import EquilibriumDepth
 from fairseq_implicit.evaluation.checkpoints import open_checkpoint
 from fairseq_implicit.evaluation.masked_lm import Averages, Blocks, averages, batches, evaluate
+from fairseq_implicit.models.ode_bert import OdeBertConfig
 from fairseq_implicit.models.presets import family_of
 from fairseq_implicit.solvers.fixed_point import FixedPointConfig
 from fairseq_implicit.solvers.gradients.implicit import Implicit
@@ -70,7 +71,11 @@ def settings(trained: dict[str, Any], dial: Dial) -> list[Setting]:
     stack = family(trained["_name"]) == "ode_bert"
     # Whatever concerned training alone, or an adaptive solve alone, must not stand in the way of the others.
     if stack:
-        plain = dict(ode_gradient="autograd", ode_random_steps=None, ode_tolerance=0.0, enc_calculate_num=None)
+        plain = dict(
+            ode_gradient="autograd", ode_random_steps=None, ode_random_depth=None, ode_random_depth_max=None,
+            ode_random_depth_gradient=OdeBertConfig.ode_random_depth_gradient, ode_tolerance=0.0,
+            enc_calculate_num=None,
+        )  # fmt: skip
     else:
         plain = dict(
             ode_gradient="autograd", ode_backend="own", ode_random_steps=None, ode_kinetic_energy=0.0, ode_jacobian=0.0,

@@ -37,6 +37,13 @@ class BertOptions:
 
     encoder_layers: int = field(default=12, metadata={"help": "number of encoder blocks"})
     encoder_embed_dim: int = field(default=768, metadata={"help": "width of the state"})
+    encoder_embedding_dim: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "width of the embeddings where it is not that of the state: a linear map lies between them, and "
+            "the output matrix is as narrow (ALBERT: 128)"
+        },
+    )
     encoder_ffn_embed_dim: int = field(default=3072, metadata={"help": "inner width of the feed-forward networks"})
     encoder_attention_heads: int = field(default=12, metadata={"help": "attention heads; must divide the width"})
     mixer: str = field(default="attention", metadata={"help": f"what mixes the tokens: {', '.join(MIXERS)}"})
@@ -173,6 +180,7 @@ class BertOptions:
         for flag, value in (
             ("--encoder-layers", self.encoder_layers),
             ("--encoder-embed-dim", self.encoder_embed_dim),
+            ("--encoder-embedding-dim", 1 if self.encoder_embedding_dim is None else self.encoder_embedding_dim),
             ("--encoder-ffn-embed-dim", self.encoder_ffn_embed_dim),
             ("--encoder-attention-heads", self.encoder_attention_heads),
         ):
@@ -199,6 +207,11 @@ class BertOptions:
             raise ValueError(
                 f"--encoder-position-start {self.encoder_position_start} is a start of learned positions, and here are "
                 "none: leave it out, or set --encoder-positions learned"
+            )
+        if self.encoder_position_start == "neighbours" and self.encoder_embedding_dim is not None:
+            raise ValueError(
+                "--encoder-position-start neighbours lets heads find positions in the state, and behind the map of "
+                f"--encoder-embedding-dim {self.encoder_embedding_dim} they are others: take sinusoidal"
             )
         if "heads" in options_of(self.mixer, self) and self.encoder_embed_dim % self.encoder_attention_heads:
             raise ValueError(
@@ -285,6 +298,8 @@ class BertOptions:
                 padding=padding,
                 segments=self.segment_types,
                 learned_positions=self.learned_positions,
+                width=self.encoder_embedding_dim,
+                map_bias=not self.no_biases,
                 norm=None if self.no_layernorm_embedding else self.norm(),
                 dropout=self.dropout if self.embedding_dropout is None else self.embedding_dropout,
             ),

@@ -10,7 +10,13 @@ from fairseq_implicit.fields.mixers.mixer import MixerConfig
 from fairseq_implicit.options import named
 
 #: What several mixers have: the options of a family that set it.
-SHARED = {"heads": "encoder_attention_heads", "dropout": "attention_dropout", "no_biases": "no_biases"}
+SHARED = {
+    "heads": "encoder_attention_heads",
+    "dropout": "attention_dropout",
+    "hidden_dropout": "dropout",
+    "norm_eps": "layernorm_eps",
+    "no_biases": "no_biases",
+}
 
 Options = TypeVar("Options", bound=type)
 

@@ -271,12 +271,12 @@ class OdeBertOptions(BertOptions):
                 "each layer's once, which is another function: leave one of the two out"
             )
         self._check_strangers()
-        self._check_loop()
+        self._check_company()
         with self.flags.naming():
             return self.stack()
 
-    def _check_loop(self) -> None:
-        """Refuse what would leave a loop's input untrained, and flags of a loop that there is not.
+    def _check_company(self) -> None:
+        """Refuse flags of a loop that there is not, and what a linear part is to undo.
 
         Raises:
             ValueError: naming them.
@@ -286,6 +286,11 @@ class OdeBertOptions(BertOptions):
             for name, value in (("ode_random_depth_max", None), ("ode_random_depth_gradient", default)):
                 if getattr(self, name) != value:
                     raise ValueError(f"{flag(name)} {getattr(self, name)} needs --ode-random-depth, the mean")
+        elif self.drop_path > 0:
+            raise ValueError(
+                f"--drop-path {self.drop_path} would skip the whole loop of a sample, because --ode-random-depth makes "
+                "it one solve: set it to 0"
+            )
         if self.ode_residual_in_field and self.has_linear_part:
             raise ValueError(
                 "--ode-residual-in-field integrates the state itself beside the field, which --ode-linear-part "

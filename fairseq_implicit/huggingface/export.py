@@ -91,10 +91,19 @@ def write_folder(model: TrainedModel, folder: str | Path, bundled: bool = True) 
         (part / "README.md").write_text(card, encoding="utf-8")
 
 
+def _shared(config: ImplicitBertConfig) -> dict[str, str]:
+    """The further names of weights that layers have in common, with the first: a file holds them once."""
+    with torch.device("meta"):
+        shared = config.encoder(head=False).shared_weights()
+    return {f"encoder.{name}": f"encoder.{first}" for name, first in shared.items()}
+
+
 def _exported(model: TrainedModel) -> dict[str, Tensor]:
     weights = {name: weight for name, weight in model.weights.items() if name not in model.untrained}
     if model.config.tie_word_embeddings:
         weights.pop(_LM_HEAD, None)
+    for name in _shared(model.config):
+        weights.pop(name, None)
     return _names(model.config.classification_head).exported(weights)
 
 
@@ -117,6 +126,8 @@ def _check(config: ImplicitBertConfig, weights: Mapping[str, Tensor]) -> None:
             known |= family_class(type(config), "AutoModelForMaskedLM")(config).state_dict()
     if config.tie_word_embeddings:
         known.pop(f"model.{_LM_HEAD}", None)
+    for name in _shared(config):
+        known.pop(f"model.{name}", None)
     for name in sorted(known.keys() | weights.keys()):
         shapes = [tuple(some[name].shape) if name in some else None for some in (weights, known)]
         if shapes[0] != shapes[1]:
@@ -150,7 +161,9 @@ def read_folder(folder: str | Path) -> TrainedModel:
     fresh = _fresh_head(config) if f"{_HEAD}dense.weight" not in weights else {}
     weights.update(fresh)
     if config.tie_word_embeddings:
-        weights[_LM_HEAD] = weights[_TOKENS]
+        weights.update({_LM_HEAD: weights[_TOKENS]} if _TOKENS in weights else {})
+    shared = _shared(config).items()
+    weights.update({name: weights[first] for name, first in shared if first in weights})
     names = ["dict.txt", *itertools.chain.from_iterable(CONVERSIONS)]
     files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     tokenizer = _tokenizer(source) if (source / "tokenizer.json").is_file() else None

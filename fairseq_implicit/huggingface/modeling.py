@@ -135,6 +135,9 @@ class FeatureModel(ImplicitBertPreTrainedModel):
     def __init__(self, config: ImplicitBertConfig, head: bool = False):
         super().__init__(config)
         self.encoder = config.encoder(head)
+        # A file holds what layers have in common once.
+        shared = self.encoder.shared_weights()
+        self._tied_weights_keys = {f"encoder.{name}": f"encoder.{first}" for name, first in shared.items()}
         self.gradient_checkpointing = False
         self.told = False  # the number of updates, by a callback or whoever trains
         # transformers constructs what it loads without memory, and what a checkpoint lacks has any value then.

@@ -8,6 +8,7 @@ from typing import Any, Dict
 from fairseq.models import register_model
 from torch import Tensor
 
+from fairseq_implicit.families.bert import SIZES
 from fairseq_implicit.families.ode_bert import OdeBertOptions
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.config import ImplicitBertConfig
@@ -142,6 +143,11 @@ FORMER: Dict[str, Any] = dict(
     ode_field="post-norm",
 )
 
+#: DeBERTa v3's published shapes (arXiv 2111.09543).
+DEBERTA_SIZES: Dict[str, Dict[str, Any]] = {"small": {**SIZES["base"], "encoder_layers": 6}, "base": SIZES["base"]}
+DEBERTA = dict(mixer="disentangled", ode_field="post-norm", ode_scheme="euler", layernorm_eps=1e-7)
+
 register_presets("lambda_bert", OdeBertModel, OdeBertConfig, {"": LAMBDA_BERT})
 for kind in ("wide", "narrow"):
     register_preset(f"former_{kind}", OdeBertModel, OdeBertConfig, {**FORMER, "mixer": f"{kind}-attention"})
+register_presets("deberta_v3", OdeBertModel, OdeBertConfig, {"": DEBERTA}, DEBERTA_SIZES)

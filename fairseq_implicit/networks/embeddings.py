@@ -25,6 +25,9 @@ class EmbeddingConfig:
             and the rows before it are nobody's.
         learned_positions: each position has an embedding; without, the mixers tell positions apart or nobody does.
         segments: kinds of segments, BERT's token types; 0: the network takes none.
+        width: of the embeddings themselves, whose normalised sum a linear map brings to ``dim`` (ALBERT, arXiv
+            1909.11942 §3.1); ``None``: they are as wide as the state, and there is no map.
+        map_bias: that map has a bias.
         norm: of the sum; ``None``: none.
         dropout: rate after it, in [0, 1).
 
@@ -38,6 +41,8 @@ class EmbeddingConfig:
     padding: int
     learned_positions: bool = True
     segments: int = 0
+    width: int | None = None
+    map_bias: bool = True
     norm: NormConfig | None = field(default_factory=NormConfig)
     dropout: float = 0.0
 
@@ -45,22 +50,31 @@ class EmbeddingConfig:
         for name, least in (("symbols", 1), ("dim", 1), ("positions", 1), ("padding", 0), ("segments", 0)):
             if (value := getattr(self, name)) < least:
                 raise OptionError(name, f"it must be at least {least}, not {value}.")
+        if self.width is not None and self.width < 1:
+            raise OptionError("width", f"it must be at least 1, not {self.width}.")
+
+    @property
+    def own_width(self) -> int:
+        """Of the embeddings themselves."""
+        return self.dim if self.width is None else self.width
 
 
 class Embeddings(nn.Module):
-    """Tokens, positions and segments."""
+    """Tokens, positions and segments, and the map of their sum to the state's width, where it is another."""
 
     def __init__(self, config: EmbeddingConfig):
         super().__init__()
         self.embeddings = config
-        self.embed_tokens = nn.Embedding(config.symbols, config.dim, config.padding)
+        width = config.own_width
+        self.embed_tokens = nn.Embedding(config.symbols, width, config.padding)
         self.embed_positions = None
         if config.learned_positions:
-            self.embed_positions = nn.Embedding(config.padding + 1 + config.positions, config.dim, config.padding)
+            self.embed_positions = nn.Embedding(config.padding + 1 + config.positions, width, config.padding)
             # A start of fairseq's, which every network replaces: seeded runs have always drawn it.
-            nn.init.normal_(self.embed_positions.weight, std=config.dim**-0.5)
-        self.embed_segments = nn.Embedding(config.segments, config.dim) if config.segments else None
-        self.layernorm_embedding = None if config.norm is None else config.norm.build(config.dim)
+            nn.init.normal_(self.embed_positions.weight, std=width**-0.5)
+        self.embed_segments = nn.Embedding(config.segments, width) if config.segments else None
+        self.layernorm_embedding = None if config.norm is None else config.norm.build(width)
+        self.embedding_map = None if config.width is None else nn.Linear(width, config.dim, config.map_bias)
         self.dropout = SharedDropout(config.dropout)
 
     def layout(
@@ -91,7 +105,7 @@ class Embeddings(nn.Module):
         Args:
             tokens: ``(batch, time)`` ids.
             layout: of the batch. Where it has no segments, all tokens belong to the first.
-            token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``.
+            token_embeddings: ``(batch, time, width)`` in place of those of ``tokens``.
 
         Raises:
             ValueError: more tokens than positions.
@@ -116,4 +130,9 @@ class Embeddings(nn.Module):
             )
         if self.layernorm_embedding is not None:
             x = self.layernorm_embedding(x)
-        return layout.keep(self.dropout.prepare(x)(x))
+        x = self.dropout.prepare(x)(x)
+        return layout.keep(x if self.embedding_map is None else self.embedding_map(x))
+
+    def operations(self) -> int:
+        """Floating-point operations per token: those of the map to the state's width."""
+        return 0 if self.embedding_map is None else 2 * self.embedding_map.weight.numel()

@@ -40,7 +40,9 @@ class Encoder(Embeddings):
         first, *others = depth.layers()
         for layer in others:
             layer.share(first)
-        self.lm_head = None if config.head is None else MaskedLMHead(self.embed_tokens, config.head)
+        self.lm_head = (
+            None if config.head is None else MaskedLMHead(self.embed_tokens, config.head, config.embeddings.dim)
+        )
 
     def forward(
         self,
@@ -68,7 +70,7 @@ class Encoder(Embeddings):
             return_hidden_states: also return the states along the depth.
             return_lambdas: also return the content lambdas along it.
             has_padding: whether ``tokens`` holds padding, where the caller knows.
-            token_embeddings: ``(batch, time, dim)`` in place of those of ``tokens``, whose padding still counts.
+            token_embeddings: ``(batch, time, width)`` in place of those of ``tokens``, whose padding still counts.
             attended: ``(batch, time)`` bool, False at tokens that are padding whatever their id.
 
         Raises:
@@ -87,7 +89,7 @@ class Encoder(Embeddings):
             depth.statistics,
             depth.penalties,
             depth.auxiliary_states,
-            depth.operations * tokens.numel(),
+            (depth.operations + 3 * self.operations()) * tokens.numel(),
             depth.lambdas,
         )
         if features_only:
@@ -99,6 +101,13 @@ class Encoder(Embeddings):
         read = tokens.numel() if predicted is None else predicted.numel()
         head = 3 * self.lm_head.operations() * read * (1 + len(output.auxiliary))
         return replace(output, operations=output.operations + head)
+
+    def shared_weights(self) -> dict[str, str]:
+        """The second and further names of weights that layers have in common, each with the first one."""
+        first: dict[int, str] = {}
+        named = self.depth.named_parameters(prefix="depth", remove_duplicate=False)
+        names = [(name, first.setdefault(id(parameter), name)) for name, parameter in named]
+        return {name: original for name, original in names if name != original}
 
     @property
     def dtype(self) -> torch.dtype:

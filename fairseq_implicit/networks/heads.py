@@ -42,15 +42,16 @@ class MaskedLMHead(nn.Module):
     Args:
         embedding: that of the tokens, for its shape and, where they are tied, its matrix.
         config: see there.
+        dim: width of the state; ``None``: that of the embedding, to which ``dense`` brings it otherwise.
     """
 
-    def __init__(self, embedding: nn.Embedding, config: MaskedLMHeadConfig):
+    def __init__(self, embedding: nn.Embedding, config: MaskedLMHeadConfig, dim: int | None = None):
         super().__init__()
-        symbols, dim = embedding.weight.shape
+        symbols, width = embedding.weight.shape
         self.activation = config.activation
-        self.dense = nn.Linear(dim, dim, bias=config.bias)
-        self.layer_norm = config.norm.build(dim)
-        self.weight = embedding.weight if config.tied else nn.Linear(dim, symbols, bias=False).weight
+        self.dense = nn.Linear(dim or width, width, bias=config.bias)
+        self.layer_norm = config.norm.build(width)
+        self.weight = embedding.weight if config.tied else nn.Linear(width, symbols, bias=False).weight
         self.bias = nn.Parameter(torch.zeros(symbols))
 
     def operations(self) -> int:

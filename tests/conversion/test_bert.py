@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining, BertForSequenceClassification, BertModel
 
+from fairseq_implicit.conversion import bert as bert_names
 from fairseq_implicit.conversion.bert import from_transformers, to_transformers
 from fairseq_implicit.models.ode_bert import OdeBertConfig
 from fairseq_implicit.networks.encoder import Encoder
 from fairseq_implicit.networks.heads import ClassificationHead, ClassificationHeadConfig, Pooler
+from tests.conversion.agreement import assert_one_function
 
 HEAD = "classification_heads.sentence_classification_head."
 TOKENS = torch.tensor([[2, 11, 12, 3, 13, 14, 15, 3], [2, 16, 3, 17, 3, 0, 0, 0]])
@@ -70,6 +72,11 @@ def test_features_pooler_and_every_gradient_agree(activation):
         close(parameter.grad, gradients.pop(name), name)
     assert not gradients
     assert not torch.allclose(ours(TOKENS, features_only=True).values, found.values, atol=1e-3)  # segments matter
+
+
+@pytest.mark.parametrize("settings", [{}, {"hidden_act": "gelu_new", "type_vocab_size": 3}], ids=str)
+def test_the_masked_lm_and_every_gradient_agree(settings):
+    assert_one_function(bert(BertForMaskedLM, **settings), bert_names, SEGMENTS)
 
 
 def test_hidden_states_agree():

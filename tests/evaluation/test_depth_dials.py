@@ -1,6 +1,7 @@
 """The dials of depth, on checkpoints that fairseq-train has just written: the rows that the commands print and draw."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from fairseq_implicit.evaluation.checkpoints import open_checkpoint, stored
 from fairseq_implicit.evaluation.depth_dials import Dial, budget_rows, depth_rows, settings
 from fairseq_implicit.evaluation.masked_lm import Blocks, batches
+from fairseq_implicit.models.ode_bert import OdeBertConfig
 from fairseq_implicit.solvers.fixed_point import METHODS, FixedPointConfig
 
 
@@ -33,6 +35,20 @@ def test_dial_of_a_stack(depth_checkpoints, toy_data):
     assert halves.loss == pytest.approx(twice.loss, abs=2e-4)
     assert halves.statistics["evaluations"] == twice.statistics["evaluations"]
     assert found["bosh3, tolerance 1e-2"].statistics["evaluations"] == 8
+
+
+def test_what_trained_a_loop_stands_in_no_position_of_its_dial():
+    trained = OdeBertConfig(
+        encoder_layers=1, ode_linear_part="diagonal", ode_scheme="etd2", ode_steps=4, ode_random_depth=3.0,
+        ode_random_depth_max=9, ode_random_depth_gradient=2,
+    )  # fmt: skip
+    dial = Dial(["etd4", "rk4"], [1, 8], [1], ["bosh3"], ["1e-2"])
+    positions = settings({**vars(trained), "_name": "ode_bert"}, dial)
+    solvers = [replace(trained, **position.overrides).check().solver for position in positions]
+    assert [(solver.scheme, solver.adaptive) for solver in solvers] == [
+        *[("etd2", False), ("etd4", False), ("etd4", False), ("rk4", False), ("rk4", False), ("bosh3", True)]
+    ]
+    assert [solver.steps for solver in solvers[:5]] == [4, 1, 8, 1, 8]
 
 
 def test_dial_of_a_continuum(depth_checkpoints, toy_data):

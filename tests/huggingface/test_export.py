@@ -42,6 +42,11 @@ CASES = {
     "adaptive": ("ode_bert", dict(ode_scheme="bosh3", ode_tolerance=1e-2)),
     "embedding": ("neural_ode_bert", dict(ode_tolerance=1e-2)),
     "knots": ("neural_ode_bert", dict(ode_depth_weights="linear", ode_tolerance=0.0)),
+    "own maps": ("ode_bert", dict(mixer="disentangled", disentangled_own_maps=True, ode_scheme="rk2")),
+    "disentangled knots": (
+        *("neural_ode_bert", dict(mixer="disentangled", ode_depth_weights="linear", ode_tolerance=0.0)),
+    ),
+    "narrow embeddings": ("ode_bert", dict(encoder_embedding_dim=8, ode_tied=True)),
     "modern": (
         "ode_bert",
         dict(**MODERN, attention_global_every=2, attention_local_rotary_base=9.0, no_first_norm=True),

@@ -73,6 +73,22 @@ def test_saved_and_loaded_it_is_the_same_and_the_tied_matrix_is_there_once(famil
     assert loaded.model.encoder.lm_head.weight is loaded.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("untied", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_what_layers_share_is_stored_once_and_shared_again(family, untied, tmp_path):
+    options = dict(mixer="disentangled", disentangled_buckets=4, untie_weights_roberta=untied)
+    depth = {"neural_ode_bert": dict(ode_depth_weights="linear"), "deq_bert": dict(deq_coda_layers=1)}
+    model = tiny(family, **options, **depth.get(family, {}))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert len([name for name in file.keys() if ".table.embedding." in name]) == 1
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    tables = [weight for name, weight in loaded.named_parameters(remove_duplicate=False) if ".table.embedding." in name]
+    assert len(tables) > 1 and all(table is tables[0] for table in tables)
+    with torch.no_grad():
+        assert torch.equal(loaded(batch()).logits, model(batch()).logits)
+
+
 def test_an_untied_matrix_is_stored_and_loaded(tmp_path):
     model = tiny("ode_bert", untie_weights_roberta=True)
     model.save_pretrained(tmp_path)
@@ -149,9 +165,9 @@ def test_what_the_mask_leaves_out_is_padding_whatever_its_id(family):
     torch.testing.assert_close(by_mask[2, :5], alone[0], atol=2e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("padding", [0, 1])
-def test_embeddings_in_place_of_ids(padding):
-    model = tiny("ode_bert", pad_token_id=padding)
+@pytest.mark.parametrize("padding, width", [(0, None), (1, None), (1, 8)])
+def test_embeddings_in_place_of_ids(padding, width):
+    model = tiny("ode_bert", pad_token_id=padding, encoder_embedding_dim=width)
     ids, mask = batch(padded=False)[:, 1:], torch.ones(3, 11)
     mask[1, 8:] = 0
     embeds = model.get_input_embeddings()(ids)
@@ -321,9 +337,10 @@ def test_half_precision(family, dtype, saved):
     assert half.dtype is dtype and (half.float() - full).abs().max() < 0.03 * full.abs().max()
 
 
+@pytest.mark.parametrize("width", [None, 8])
 @pytest.mark.parametrize("untied", [False, True])
-def test_a_vocabulary_that_grows(untied, tmp_path):
-    model, ids = tiny("ode_bert", untie_weights_roberta=untied), batch()
+def test_a_vocabulary_that_grows(untied, width, tmp_path):
+    model, ids = tiny("ode_bert", untie_weights_roberta=untied, encoder_embedding_dim=width), batch()
     with torch.no_grad():
         before = model(ids).logits
         model.resize_token_embeddings(SYMBOLS + 3)

@@ -167,6 +167,11 @@ def test_dials_of_other_depths(task):
         ("ode_bert", dict(ode_scheme="etd2", ode_theta=0.5), "--ode-theta 0.5 belongs to the implicit schemes"),
         ("ode_bert", dict(ode_scheme="rk2", ode_residual_in_field=True), "which --ode-linear-part diagonal is to"),
         ("ode_bert", dict(ode_random_depth=3.0), "--ode-random-depth: 2 blocks with weights of their own"),
+        (
+            "ode_bert",
+            dict(encoder_layers=1, ode_random_depth=3.0, drop_path=0.1),
+            "--drop-path 0.1 would skip the whole",
+        ),
         ("ode_bert", dict(ode_random_depth_max=3), "--ode-random-depth-max 3 needs --ode-random-depth, the mean"),
         ("ode_bert", dict(ode_random_depth_gradient=3), "--ode-random-depth-gradient 3 needs --ode-random-depth"),
         (

@@ -307,3 +307,15 @@ def test_checkpoints_of_other_lengths_and_dictionaries_say_so(task):
     task.source_dictionary.add_symbol("one more")
     with pytest.raises(ValueError, match="45 rows in its embed_tokens and this model 46: .* dict.txt"):
         build(task).load_state_dict(dict(state))
+
+
+def test_the_width_of_the_embeddings_is_a_flag(task, tokens):
+    model = build(task, encoder_embedding_dim=4, ode_tied=True, encoder_position_start="sinusoidal")
+    assert model.encoder.embed_tokens.weight.shape[1] == 4 and model.encoder.embedding_map.weight.shape == (16, 4)
+    assert model(tokens)[0].shape == (3, 12, 45)
+    plain = build(task).state_dict()
+    assert not [name for name in plain if "embedding_map" in name]
+    with pytest.raises(ValueError, match="--encoder-embedding-dim must be at least 1, got 0"):
+        build(task, encoder_embedding_dim=0)
+    with pytest.raises(ValueError, match="neighbours .* behind the map of --encoder-embedding-dim 4"):
+        build(task, encoder_embedding_dim=4, encoder_position_start="neighbours")

@@ -27,6 +27,7 @@ FIXED_STEPS = {
     "continuous": (*NEURAL, dict(ode_tolerance=0.0)),
     "continuous, recomputed": (*NEURAL, dict(ode_tolerance=0.0, ode_gradient="checkpoint-step")),
     "knots": (*NEURAL, dict(ode_tolerance=0.0, ode_scheme="euler", ode_depth_weights="linear")),
+    "disentangled": (*ODE, dict(ode_scheme="rk2", mixer="disentangled")),
 }
 
 

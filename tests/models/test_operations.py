@@ -29,6 +29,7 @@ CASES = {
     "rk2, recomputed": (*ODE, dict(ode_scheme="rk2", checkpoint_activations=True)),
     "rk3, stages recomputed": (*ODE, dict(ode_scheme="rk3", ode_gradient="checkpoint-stage")),
     "euler layers, recomputed": (*ODE, dict(ode_scheme="euler", ode_field="post-norm", checkpoint_activations=True)),
+    "narrow embeddings": (*ODE, dict(ode_scheme="euler", encoder_embedding_dim=16)),
     "macaron": (*ODE, dict(ode_scheme="euler", ode_field="macaron")),
     "gated, norms of queries and keys": (
         *ODE,

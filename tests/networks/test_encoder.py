@@ -9,6 +9,7 @@ from fairseq_implicit.fields.transformer import TransformerField, TransformerFie
 from fairseq_implicit.layout import UNPADDED
 from fairseq_implicit.networks.embeddings import EmbeddingConfig
 from fairseq_implicit.networks.encoder import Encoder, EncoderConfig
+from fairseq_implicit.networks.heads import MaskedLMHeadConfig
 from fairseq_implicit.networks.initialisation import InitialisationConfig, initialise
 
 TOKENS = torch.tensor([[0, 5, 6, 7, 2], [0, 8, 2, 1, 1]])
@@ -24,7 +25,7 @@ class OneStep(Depth):
     def layers(self):
         yield self.field
 
-    def forward(self, x, layout=UNPADDED, return_hidden_states=False):
+    def forward(self, x, layout=UNPADDED, return_hidden_states=False, return_lambdas=False):
         state = x + self.field.prepare(x, layout)(0.0, x)
         states = [x, state] if return_hidden_states else None
         return DepthOutput(state, states, {"steps": 1}, auxiliary_states=[(0.5, x)])
@@ -73,6 +74,29 @@ def test_segments_are_added_or_refused():
         network()(TOKENS, segment_ids=segments)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_narrower_than_the_state(tied):
+    config = EmbeddingConfig(symbols=11, dim=8, positions=6, padding=1, segments=2, width=3)
+    torch.manual_seed(0)
+    model = Encoder(EncoderConfig(config, MaskedLMHeadConfig(tied=tied)), OneStep(8))
+    initialise(model, InitialisationConfig(std=0.2, positions="sinusoidal"))
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    assert shapes["embed_tokens.weight"] == (11, 3) and shapes["embed_positions.weight"] == (8, 3)
+    assert shapes["embedding_map.weight"] == (8, 3) and shapes["lm_head.dense.weight"] == (3, 8)
+    assert ("lm_head.weight" in shapes) is not tied and model.lm_head.weight.shape == (11, 3)
+    segments = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]])
+    layout = model.layout(TOKENS, segments)
+    places = torch.tensor([[2, 3, 4, 5, 6], [2, 3, 4, 1, 1]])
+    summed = model.embed_tokens(TOKENS) + model.embed_positions(places) + model.embed_segments(segments)
+    expected = layout.keep(model.embedding_map(model.layernorm_embedding(summed)))
+    torch.testing.assert_close(model.embed(TOKENS, layout), expected, rtol=0, atol=1e-6)
+    assert not model.embed(TOKENS, layout)[1, 3:].any()  # the map's bias is none of padding's
+    output = model(TOKENS, segments=segments)
+    assert output.values.shape == (2, 5, 11)
+    output.values.square().mean().backward()
+    assert all(weight.grad.any() for weight in model.parameters())
+
+
 def test_what_it_has_no_place_for_is_refused():
     with pytest.raises(ValueError, match="an input of 7 tokens is longer than the model's 6 positions"):
         network()(torch.zeros(1, 7, dtype=torch.long))
@@ -81,6 +105,8 @@ def test_what_it_has_no_place_for_is_refused():
     assert network(head=False)(TOKENS, features_only=True).values.shape == (2, 5, 8)
     with pytest.raises(ValueError, match="positions: it must be at least 1, not 0"):
         network(positions=0)
+    with pytest.raises(ValueError, match="width: it must be at least 1, not 0"):
+        network(width=0)
 
 
 def test_starts():

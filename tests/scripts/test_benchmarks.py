@@ -39,7 +39,9 @@ def test_measuring_memory_prints_nothing():
     assert [line for line in done.stderr.splitlines() if "Profiler" in line] == []
 
 
-@pytest.mark.parametrize("script", ["benchmark_ode", "benchmark_deq", "benchmark_loop", "benchmark_throughput"])
+@pytest.mark.parametrize(
+    "script", ["benchmark_ode", "benchmark_deq", "benchmark_loop", "benchmark_mixers", "benchmark_throughput"]
+)
 def test_a_device_that_is_not_there_ends_a_benchmark_in_one_sentence(script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [script, "--device", "cuda:99"])
     with pytest.raises(SystemExit):

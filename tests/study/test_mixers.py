@@ -41,7 +41,7 @@ def test_models_that_differ_in_their_mixer_have_the_same_number_of_parameters(pl
         assert count == pytest.approx(counts[plan.reference], rel=0.01), name
 
 
-def test_one_rate_is_taken_untried(plan):
+def test_the_one_rate_is_taken_untried(plan):
     assert plan.trials() == [] and set(results.best_rates(plan, {}).values()) == {6e-3}
 
 

@@ -114,6 +114,7 @@ def test_the_sizes_of_the_project(size, folder):
         (dict(further={"seeds": [100], "models": ["rk2"]}), "the grid's seed 100 is also a seed of the final runs"),
         (dict(further={"seeds": [3], "models": ["rk4"]}), "further seeds for rk4, which is none of the models"),
         (dict(grid={"updates": 4}), "at least one seed and one learning rate"),
+        (dict(grid={"updates": 0, "rates": [1e-3, 2e-3]}), "a grid of 0 updates cannot choose among 2 rates"),
         (dict(update=3), "own.yaml: update is no key of it; the keys are"),
         (dict(shape=None), "own.yaml: shape is missing"),
     ],

@@ -73,7 +73,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Grid:
-    """Learning rates, each tried for ``updates`` updates with ``seed``, which no final run uses."""
+    """Learning rates, each tried for ``updates`` updates with ``seed``, which no final run uses; or, for none, the one
+    rate of all final runs."""
 
     rates: tuple[float, ...]
     updates: int
@@ -148,16 +149,15 @@ class Plan:
             raise StudyError(f"{self.size}.yaml: further seeds for {unknown[0]}, which is none of the models")
         if not self.seeds or not self.grid.rates:
             raise StudyError(f"{self.size}.yaml: name at least one seed and one learning rate")
+        if not self.grid.updates and len(self.grid.rates) > 1:
+            raise StudyError(f"{self.size}.yaml: a grid of 0 updates cannot choose among {len(self.grid.rates)} rates")
 
     def trials(self) -> list[Run]:
-        """The learning-rate grid: every rate for every model, the same number of updates for all. One rate alone is
-        not tried."""
-        if len(self.grid.rates) == 1:
-            return []
+        """The learning-rate grid: every rate for every model, the same number of updates for all."""
         return [
             Run(model, rate, self.grid.seed, self.grid.updates, trial=True)
             for model in self.models.values()
-            for rate in self.grid.rates
+            for rate in (self.grid.rates if self.grid.updates else ())
         ]
 
     def seeds_of(self, name: str) -> tuple[int, ...]:

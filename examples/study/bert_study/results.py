@@ -101,8 +101,8 @@ def grid_losses(plan: Plan, out: str) -> dict[str, dict[float, float]]:
 
 
 def best_rates(plan: Plan, losses: dict[str, dict[float, float]]) -> dict[str, float]:
-    """The rate of the lowest loss, for every model whose grid is complete and has a finite loss; or the only one."""
-    if len(plan.grid.rates) == 1:
+    """The rate of the lowest loss, for every model whose grid is complete and has a finite loss; untried ones, too."""
+    if not plan.grid.updates:
         return dict.fromkeys(plan.models, plan.grid.rates[0])
     return {
         name: min(by_rate, key=by_rate.get)

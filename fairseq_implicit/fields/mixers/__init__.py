@@ -1,6 +1,7 @@
 """What lets the tokens of a sequence read each other: one file per mixer, one line here."""
 
 from fairseq_implicit.fields.mixers.attention import AttentionConfig
+from fairseq_implicit.fields.mixers.disentangled import DisentangledConfig
 from fairseq_implicit.fields.mixers.lambda_layer import LambdaConfig
 from fairseq_implicit.fields.mixers.mixer import MixerConfig
 from fairseq_implicit.fields.mixers.narrow_attention import NarrowAttentionConfig
@@ -12,4 +13,5 @@ MIXERS: dict[str, type[MixerConfig]] = {
     "wide-attention": WideAttentionConfig,
     "narrow-attention": NarrowAttentionConfig,
     "lambda": LambdaConfig,
+    "disentangled": DisentangledConfig,
 }

@@ -34,8 +34,8 @@ class Mixer(SubLayer):
 class MixerConfig:
     """The options of one mixer: its fields; and what a layer must know before it is built.
 
-    The fields have a default and, as ``help`` in their metadata, a line for the command line; ``heads`` and ``dropout``
-    are those of every mixer that has them.
+    The fields have a default and, as ``help`` in their metadata, a line for the command line; ``heads``, ``dropout``
+    (of what is mixed with what), ``hidden_dropout`` and ``norm_eps`` are those of the family.
     """
 
     @property
