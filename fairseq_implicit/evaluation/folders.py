@@ -73,7 +73,7 @@ def trained_model(path: str, data: str | None = None, head: str | None = None) -
         tokenizer,
         _facts(path, model),
         left_out=tuple(name for name in model.classification_heads if name != head),
-        untrained=tuple(stored(path)["extra_state"].get("not_of_transformers", ())),
+        untrained=tuple((stored(path).get("extra_state") or {}).get("not_of_transformers", ())),
     )
 
 

@@ -160,10 +160,8 @@ def read_folder(folder: str | Path) -> TrainedModel:
         raise ValueError(f"{source}: {error}") from None
     fresh = _fresh_head(config) if f"{_HEAD}dense.weight" not in weights else {}
     weights.update(fresh)
-    if config.tie_word_embeddings:
-        weights.update({_LM_HEAD: weights[_TOKENS]} if _TOKENS in weights else {})
-    shared = _shared(config).items()
-    weights.update({name: weights[first] for name, first in shared if first in weights})
+    copies = {**_shared(config), **({_LM_HEAD: _TOKENS} if config.tie_word_embeddings else {})}
+    weights.update({name: weights[first] for name, first in copies.items() if first in weights})
     names = ["dict.txt", *itertools.chain.from_iterable(CONVERSIONS)]
     files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
     tokenizer = _tokenizer(source) if (source / "tokenizer.json").is_file() else None
