@@ -181,7 +181,7 @@ def to_transformers(
         ValueError: everything that ModernBERT does not have.
     """
     said = {"no_first_norm": False, "gated_feed_forward": False, "ode_field": "pre-norm", **settings}
-    problems = plain_stack.misfits(said, **_ITS_OWN)
+    problems = plain_stack.misfits(said, **_ITS_OWN, encoder_embedding_dim=None)
     activation, names = said.get("activation_fn", "gelu"), {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
     if activation not in names:
         problems.append(f"activation_fn is {activation}, and not one of {', '.join(names)}")

@@ -202,16 +202,18 @@ def test_everything_that_modernbert_does_not_have_is_listed():
     theirs = modernbert()
     settings, weights = from_transformers(theirs.config.to_dict(), theirs.state_dict())
     other = dict(ode_scheme="rk4", ode_steps=2, gated_feed_forward=False, attention_qk_norm=True, activation_fn="tanh")
+    other.update(encoder_embedding_dim=8)
     more = {f"{name}.weight": torch.zeros(1, 16) for name in ("encoder.embed_positions", "classification_heads.a.b")}
     with pytest.raises(ValueError, match="^no ModernBERT is such an ode_bert: ") as raised:
         to_transformers({**settings, **other, "attention_rotary_base": None}, {**weights, **more})
     said = str(raised.value)
     for part in (
         *("ode_steps is 2", "attention_qk_norm is True", "gated_feed_forward is False", "ode_scheme is rk4"),
+        "encoder_embedding_dim is 8",
         *("activation_fn is tanh", "it has no rotary positions", "it has learned positions", "classification heads"),
     ):
         assert part in said
-    assert said.count(";") == 7
+    assert said.count(";") == 8
     del settings["gated_feed_forward"], settings["no_first_norm"]  # of an older checkpoint
     with pytest.raises(ValueError, match="no_first_norm is False.*; gated_feed_forward is False"):
         to_transformers(settings, weights)

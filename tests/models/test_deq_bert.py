@@ -214,7 +214,7 @@ def test_no_flag_is_dead():
         "deq_criterion": "rms", "deq_gradient": "jfb", "deq_adjoint_solver": "picard", "deq_correction": "2,4",
         "deq_jacobian_estimator": "double-backward", "deq_tol": 0.01, "deq_adjoint_tol": 0.01, "deq_window": 3,
         "deq_memory": 8.0, "deq_gradient_damping": 0.5, "deq_start_max_iter": 3, "deq_start_tol": 0.5,
-        "deq_eval_solver": "picard", "deq_eval_max_iter": 5, "deq_eval_tol": 0.1,
+        "deq_eval_solver": "picard", "deq_eval_max_iter": 5, "deq_eval_tol": 0.1, "deq_linear_part": "diagonal",
     }  # fmt: skip
     reference = DeqBertConfig().equilibrium()
     for item in dataclasses.fields(DeqBertConfig):

@@ -121,27 +121,39 @@ class Attending(Mixer):
         self.dropout = SharedDropout(dropout, dropout_policy)
 
     def attending(
-        self, x: Tensor, layout: Layout, window: int | None = None
-    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """``(q, k, v) -> values``, all ``(batch, heads, time, width)``, with one solve's noise; ``window`` is how many
-        tokens on each side a token sees."""
+        self, x: Tensor, layout: Layout, window: int | None = None, scale: float | None = None
+    ) -> Callable[..., Tensor]:
+        """``(q, k, v, bias=None) -> values``, all ``(batch, heads, time, width)``, with one solve's noise.
+
+        Args:
+            x: what the depth starts from, ``(batch, time, dim)``.
+            layout: of the batch.
+            window: how many tokens on each side a token sees; ``None``: all.
+            scale: of products of queries and keys; ``None``: one over the root of ``width``. A bias, ``(batch, heads,
+                time, time)``, is added to them as it is, and says itself which keys are hidden.
+        """
         rate = self.dropout.rate if self.training else 0.0
-        mask, causal = layout.visibility(x, window)
+        visibility = layout.visibility(x, window)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+            mask, causal = visibility if bias is None else (bias, False)
+            return functional.scaled_dot_product_attention(q, k, v, mask, rate, causal, scale=scale)
+
         if rate == 0.0 or self.dropout.policy == "independent":
-            return lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
+            return attend
         if x.device.type == "cpu":
             # No fused kernel drops on a CPU, so the probabilities exist anyway: drop them with a mask drawn once.
             batch, time, _ = x.shape
             drop = self.dropout.prepare(x.new_empty(0).expand(batch, self.heads, time, 0), width=time)
             pairs = layout.mask(x, window)
-            return lambda q, k, v: drop(_probabilities(q, k, pairs)) @ v
+            return lambda q, k, v, bias=None: drop(_probabilities(q, k, pairs, bias, scale)) @ v
         replay = ReplayedGenerator(x.device)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def replayed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
             with replay:
-                return functional.scaled_dot_product_attention(q, k, v, mask, rate, causal)
+                return attend(q, k, v, bias)
 
-        return attend
+        return replayed
 
 
 class MultiHeadAttention(Attending):
@@ -209,9 +221,11 @@ class MultiHeadAttention(Attending):
         return mix
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
-    if mask is not None:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:
+    scores = (q / math.sqrt(q.shape[-1]) if scale is None else q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    elif mask is not None:
         # Not minus infinity: a sequence of nothing but padding would turn into NaN, and into NaN gradients.
         scores = scores.masked_fill(mask.logical_not(), torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)

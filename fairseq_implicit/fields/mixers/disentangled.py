@@ -11,18 +11,17 @@ weights do, where equation 4 of the paper has that of j - i.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fairseq_implicit.fields.mixers.attention import AttentionConfig, MultiHeadAttention
 from fairseq_implicit.fields.mixers.mixer import Mix, Mixer, MixerConfig
 from fairseq_implicit.fields.norms import NormConfig
-from fairseq_implicit.fields.shared_dropout import ReplayedGenerator, SharedDropout
+from fairseq_implicit.fields.shared_dropout import SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.options import OptionError
 
@@ -134,10 +133,10 @@ class RelativeTable(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.norm = None if norm is None else norm.build(dim)
 
-    def forward(self, first: int, last: int) -> Tensor:
-        """Rows ``first`` to ``last``, that one included, ``(rows, dim)``."""
-        rows = self.embedding.weight[first : last + 1]
-        return rows if self.norm is None else self.norm(rows)
+    def forward(self, rows: Tensor) -> Tensor:
+        """``(rows, dim)`` of the numbers ``rows``."""
+        found = self.embedding(rows)
+        return found if self.norm is None else self.norm(found)
 
 
 class DisentangledAttention(MultiHeadAttention):
@@ -185,10 +184,11 @@ class DisentangledAttention(MultiHeadAttention):
 
     def prepare(self, x: Tensor, layout: Layout = UNPADDED) -> Mix:
         # Weights are read in mix() alone: along the depth they may be others at each evaluation.
-        rows = self._reach(x.shape[1]) if layout.positions is None else (0, 2 * self.relative.span - 1)
-        index = self._index(x, layout) - rows[0]
-        drop = self.table_dropout.prepare(x.new_empty(()).expand(rows[1] - rows[0] + 1, x.shape[2]))
-        attend = self._attending_with_bias(x)
+        first, last = self._reach(x.shape[1]) if layout.positions is None else (0, 2 * self.relative.span - 1)
+        rows = torch.arange(first, last + 1, device=x.device)
+        index = self._index(x, layout) - first
+        drop = self.table_dropout.prepare(x.new_empty(()).expand(len(rows), x.shape[2]))
+        attend = self.attending(x, layout, scale=self.scale)
         visible = layout.mask(x)
         hidden = None if visible is None else visible.logical_not()
 
@@ -198,7 +198,7 @@ class DisentangledAttention(MultiHeadAttention):
             if added is not None:
                 projected = projected + added
             q, k, v = projected.view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-            bias = self._bias(q, k, drop(self.table(*rows)), index)
+            bias = self._bias(q, k, drop(self.table(rows)), index)
             if hidden is not None:
                 # Half of the least number: to that a product may be added, and a sequence of padding has no NaN.
                 bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min / 2)
@@ -245,25 +245,3 @@ class DisentangledAttention(MultiHeadAttention):
     def _by_head(self, mapped: Tensor) -> Tensor:
         """``(rows, dim)``, scaled, as ``(heads, dim / heads, rows)``."""
         return (mapped * self.scale).view(len(mapped), self.heads, -1).permute(1, 2, 0)
-
-    def _attending_with_bias(self, x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """``(q, k, v, bias) -> values`` with one solve's noise, as :class:`MultiHeadAttention` draws it."""
-        rate = self.dropout.rate if self.training else 0.0
-        plain = rate == 0.0 or self.dropout.policy == "independent"
-        if not plain and x.device.type == "cpu":
-            batch, time, _ = x.shape
-            drop = self.dropout.prepare(x.new_empty(0).expand(batch, self.heads, time, 0), width=time)
-            return lambda q, k, v, bias: drop(((q * self.scale) @ k.transpose(-2, -1) + bias).softmax(dim=-1)) @ v
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            return functional.scaled_dot_product_attention(q, k, v, bias, rate, scale=self.scale)
-
-        if plain:
-            return attend
-        replay = ReplayedGenerator(x.device)
-
-        def replayed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-            with replay:
-                return attend(q, k, v, bias)
-
-        return replayed

@@ -64,7 +64,7 @@ def test_without_buckets_each_place_is_its_own():
 def loop(made, x, layout, places):
     """Scores and values token by token, as the formula has them."""
     config, width = made.relative, DIM // HEADS
-    table = made.table(0, 2 * config.span - 1)
+    table = made.table(torch.arange(2 * config.span))
     q, k, v = made.qkv(x).chunk(3, -1)
     if config.own_maps:
         queries = made.position_queries(table) if "p2c" in config.terms else None
