@@ -211,6 +211,7 @@ def test_no_flag_is_dead():
     }
     settings = {
         "deq_cell_norm": "post-norm", "deq_injection": "none", "deq_initial_state": "input", "deq_solver": "picard",
+        "deq_linear_part": "diagonal",
         "deq_criterion": "rms", "deq_gradient": "jfb", "deq_adjoint_solver": "picard", "deq_correction": "2,4",
         "deq_jacobian_estimator": "double-backward", "deq_tol": 0.01, "deq_adjoint_tol": 0.01, "deq_window": 3,
         "deq_memory": 8.0, "deq_gradient_damping": 0.5, "deq_start_max_iter": 3, "deq_start_tol": 0.5,
