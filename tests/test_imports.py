@@ -20,7 +20,7 @@ ALLOWED = {
     "networks": {"layout", "options", "solvers", "fields", "depth"},
     "families": {"layout", "options", "solvers", "fields", "depth", "networks"},
     "models": {"layout", "options", "solvers", "fields", "depth", "networks", "families", "text", "data", "compat"},
-    "huggingface": set("layout options solvers fields depth networks families text conversion".split()),
+    "huggingface": set("layout options solvers fields depth networks families text conversion new_folder".split()),
     "conversion": {"solvers"},
     "text": set(),
     "data": {"text", "compat"},
@@ -31,11 +31,12 @@ ALLOWED = {
     "evaluation": {"options", "solvers", "fields", "depth", "models", "text", "data", "compat", "huggingface"},
     "commands": set(
         "options machine open_mp solvers depth conversion models text data compat corpora".split()
-        + ["evaluation", "huggingface"]
+        + ["evaluation", "huggingface", "new_folder"]
     ),
     "compat": {"networks", "folder_lock", "machine"},
     "folder_lock": set(),
     "machine": set(),
+    "new_folder": set(),
     "open_mp": set(),
 }
 WITHOUT_FAIRSEQ = set(ALLOWED) - {"models", "data", "tasks", "criterions", "optim", "evaluation", "commands", "compat"}
@@ -49,11 +50,12 @@ ONLY = {
     "depth": {"torch"},
     "networks": {"torch"},
     "families": {"torch"},
-    "conversion": {"torch"},
+    "conversion": {"torch", "safetensors"},
     "text": {"numpy", "sentencepiece", "tokenizers"},
     "huggingface": {"torch", "transformers", "tokenizers", "sentencepiece", "safetensors", "huggingface_hub"},
     "folder_lock": set(),
     "machine": {"torch"},
+    "new_folder": set(),
     "open_mp": set(),
 }
 FAIRSEQ = ("fairseq", "fairseq_cli", "hydra", "omegaconf")

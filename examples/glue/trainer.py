@@ -126,8 +126,9 @@ def main() -> None:
         eval_dataset=valid,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=judged,
-        callbacks=[model.trainer_callback()] if isinstance(model, ImplicitBertPreTrainedModel) else None,
     )
+    if isinstance(model, ImplicitBertPreTrainedModel):
+        model.attach_to(trainer)
     trainer.train()
     trainer.save_model(options.out)
     tokenizer.save_pretrained(options.out)

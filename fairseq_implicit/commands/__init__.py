@@ -26,7 +26,7 @@ COMMANDS = {
     "fill-masks": "fill the masks of sentences",
     "checkpoint-flags": "the fairseq-train flags that rebuild a checkpoint's model",
     "average-checkpoints": "the mean of the weights of several checkpoints",
-    "convert": "RoBERTa to ode_bert; a weight-tied ode_bert to deq_bert and back",
+    "convert": "RoBERTa, BERT, ELECTRA and ode_bert into each other; ode_bert to deq_bert and back",
     "export": "a checkpoint as a folder that transformers opens",
     "import": "such a folder as a checkpoint",
     "depth-sweep": "one checkpoint under other schemes, steps and tolerances",

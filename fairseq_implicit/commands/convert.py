@@ -4,10 +4,16 @@
     fairseq-implicit convert ode/checkpoint_best.pt deq.pt --data DATA
     fairseq-implicit convert bert-base-uncased bert.ode
     fairseq-implicit convert bert.ode/model.pt bert --to bert
+    fairseq-implicit convert bert.ode/model.pt deq.pt --tie --prelude 1 --coda 1
 
 What it becomes follows from what it holds: fairseq's RoBERTa becomes an ode_bert, a weight-tied ode_bert (Euler) a
 deq_bert, and a deq_bert without injection a weight-tied ode_bert. With --data the losses of the last two are printed
 before and after, and that of the deq_bert of the two at its equilibrium.
+
+--tie puts the mean of an ode_bert's blocks in their place: as the cell of a deq_bert that is applied as often, the
+first and last blocks kept as its prelude and coda, or with --to ode_bert as a weight-tied stack of the same scheme.
+--gain makes it a cell with an equilibrium, into which its input is injected. The result is to be trained further, with
+--finetune-from-model and the flags that `fairseq-implicit checkpoint-flags` reads from it; --data prints its loss.
 
 A folder of transformers' BERT, RoBERTa, ELECTRA, ALBERT or DeBERTa v2 and v3 (config.json, model.safetensors,
 tokenizer.json), with the head of masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the
@@ -21,19 +27,24 @@ weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece voca
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.commands.values import positive
+from fairseq_implicit.conversion import averaged
 from fairseq_implicit.conversion.roberta import checkpoint_from_fairseq
 from fairseq_implicit.conversion.tied import deq_from_tied, tied_from_deq
 from fairseq_implicit.evaluation.checkpoints import model_name, stored, write
 from fairseq_implicit.evaluation.masked_lm import Blocks, evaluate
 from fairseq_implicit.models.presets import family_of
 
+#: Of what a checkpoint holds.
+Conversion = Callable[[dict[str, Any]], dict[str, Any]]
 #: By the model's family; every other model is taken for a RoBERTa, which says so if it is none.
-CONVERSIONS = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
+CONVERSIONS: dict[str, Conversion] = {"ode_bert": deq_from_tied, "deq_bert": tied_from_deq}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,16 +56,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="file, or for transformers folder, to write; must not exist")
     parser.add_argument(
         "--to",
-        choices=sorted(transformers_folder.MODELS),
-        help="write a folder of transformers' from an ode_bert with Euler steps: post-norm, for ModernBERT pre-norm",
+        choices=[*sorted(transformers_folder.MODELS), *averaged.FAMILIES],
+        help="write a folder of transformers' from an ode_bert with Euler steps: post-norm, for ModernBERT pre-norm; "
+        "with --tie the family (default deq_bert)",
+    )
+    parser.add_argument("--tie", action="store_true", help="the mean of an ode_bert's blocks in place of all of them")
+    parser.add_argument("--prelude", type=int, default=0, metavar="N", help="with --tie: keep the first N blocks")
+    parser.add_argument("--coda", type=int, default=0, metavar="N", help="with --tie: keep the last N blocks")
+    parser.add_argument(
+        "--gain", type=float, default=0.0, help="with --tie: inject the cell's input at each evaluation, this strongly"
     )
     parser.add_argument("--data", metavar="DATA", help="data folder, as for fairseq-validate, to compare the losses on")
     parser.add_argument("--subset", default="valid")
     parser.add_argument("--batch-size", type=positive, default=32)
 
 
-def convert(path: str, output: str) -> tuple[Any, Any]:
+def convert(path: str, output: str, conversion: Conversion | None = None) -> tuple[Any, Any]:
     """Writes the other model; returns the settings of the model that was read and of the one that was written.
+
+    Args:
+        path: of the checkpoint.
+        output: the file to write.
+        conversion: of checkpoints; by default the one for its family.
 
     Raises:
         OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
@@ -64,7 +87,7 @@ def convert(path: str, output: str) -> tuple[Any, Any]:
     if family in CONVERSIONS:  # a preset is one of its family
         checkpoint["cfg"]["model"]["_name"] = family
     try:
-        converted = CONVERSIONS.get(family, checkpoint_from_fairseq)(checkpoint)
+        converted = (conversion or CONVERSIONS.get(family, checkpoint_from_fairseq))(checkpoint)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     write(converted, output)
@@ -72,38 +95,60 @@ def convert(path: str, output: str) -> tuple[Any, Any]:
 
 
 def compare(options: argparse.Namespace, read: Any, written: Any) -> None:
-    """Prints the losses of both models, and that of the deq_bert of the two at its equilibrium."""
+    """Prints the losses of both models, and that of a deq_bert that takes steps at its equilibrium."""
     blocks = Blocks(options.data, options.subset, options.batch_size)
     before, after = evaluate(options.input, blocks).loss, evaluate(options.output, blocks).loss
     sys.stdout.write(f"loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per masked token)\n")
-    to_deq = written["_name"].startswith("deq_bert")
-    if (written if to_deq else read).get("deq_no_final_norm"):
+    deq, settings = (options.output, written) if written["_name"].startswith("deq_bert") else (options.input, read)
+    if not settings["_name"].startswith("deq_bert") or options.gain:
+        return
+    if settings.get("deq_no_final_norm"):
         sys.stdout.write("a pre-norm cell without a norm inside the map has no equilibrium to compare with\n")
         return
-    deq = options.output if to_deq else options.input
     solved = evaluate(deq, blocks, deq_gradient="ift", deq_gradient_damping=None).loss
     sys.stdout.write(f"at the equilibrium of the same cell {solved:.4f} ({solved - before:+.4f})\n")
 
 
+def refused(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments."""
+    if not options.tie and (options.prelude or options.coda or options.gain):
+        return "--prelude, --coda and --gain belong to --tie"
+    if options.to and options.tie != (options.to in averaged.FAMILIES):
+        tied = f"--tie makes {' or '.join(averaged.FAMILIES)}, not {options.to}"
+        return tied if options.tie else f"--to {options.to} needs --tie: without it the family follows from INPUT"
+    if os.path.isdir(options.input):
+        if options.to or options.tie:
+            flag = "--tie" if options.tie else f"--to {options.to}"
+            return f"{flag} needs a checkpoint, and {options.input} is a folder: convert that first"
+        if options.data:
+            return "--data compares losses of checkpoints, not of folders of transformers'"
+    elif not os.path.isfile(options.input):
+        return f"there is no checkpoint {options.input}"
+    elif options.data and options.to in transformers_folder.MODELS:
+        return "--data compares losses of checkpoints, not of folders of transformers'"
+    if os.path.lexists(options.output):
+        return f"{options.output} exists: remove it or choose another name"
+    return None
+
+
 def run(options: argparse.Namespace) -> None:
-    from_transformers = os.path.isdir(options.input)
-    if from_transformers and options.to:
-        raise argparse.ArgumentError(None, f"--to {options.to} needs a checkpoint, and {options.input} is a folder")
-    if options.data and (from_transformers or options.to):
-        raise argparse.ArgumentError(None, "--data compares losses of checkpoints, not of folders of transformers'")
-    if not from_transformers and not os.path.isfile(options.input):
-        raise argparse.ArgumentError(None, f"there is no checkpoint {options.input}")
-    if os.path.exists(options.output):
-        raise argparse.ArgumentError(None, f"{options.output} exists: remove it or choose another name")
-    if from_transformers:
+    if (sentence := refused(options)) is not None:
+        raise argparse.ArgumentError(None, sentence)
+    if os.path.isdir(options.input):
         written = transformers_folder.from_folder(Path(options.input), Path(options.output))
         sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
-        return
-    if options.to:
+    elif options.to in transformers_folder.MODELS:
         written = transformers_folder.to_folder(Path(options.input), Path(options.output), options.to)
         sys.stdout.write(f"wrote {options.output}: {written['model_type']}\n")
-        return
-    read, written = convert(options.input, options.output)
-    sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
-    if options.data:
-        compare(options, read, written)
+    else:
+        tie = partial(
+            averaged.tied,
+            family=options.to or averaged.FAMILIES[0],
+            prelude=options.prelude,
+            coda=options.coda,
+            gain=options.gain,
+        )
+        read, written = convert(options.input, options.output, tie if options.tie else None)
+        sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
+        if options.data:
+            compare(options, read, written)

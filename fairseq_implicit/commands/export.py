@@ -41,3 +41,5 @@ def run(arguments: argparse.Namespace) -> None:
     write_folder(model, arguments.folder, bundled=not arguments.no_bundle)
     (architecture,) = model.config.architectures
     sys.stdout.write(f"wrote {arguments.folder}: {architecture}\n")
+    if model.left_out:
+        sys.stdout.write(f"left out: the classification heads {', '.join(model.left_out)}; --head chooses another\n")

@@ -16,8 +16,11 @@ from torch import Tensor
 from fairseq_implicit.conversion import albert, bert, deberta, electra, modernbert, roberta
 from fairseq_implicit.conversion.misfits import listed, refuse
 from fairseq_implicit.conversion.rows import reordered, with_padding
+from fairseq_implicit.conversion.weight_files import needed, read_json, read_weights, write_weights
+from fairseq_implicit.data.data_bin import read_dictionary
 from fairseq_implicit.evaluation import checkpoints
 from fairseq_implicit.models.ode_bert import OdeBertConfig, OdeBertModel
+from fairseq_implicit.new_folder import new_folder
 from fairseq_implicit.text.tokenizer_json import TokenizerVocabulary
 from fairseq_implicit.text.vocabulary import BOS, EOS, MADE_UP, MASK, PAD, count_of
 
@@ -32,9 +35,11 @@ MODELS = {
     "deberta-v2": deberta,
     "modernbert": modernbert,
 }
-CONFIG, WEIGHTS, CHECKPOINT, TOKENIZER = "config.json", "model.safetensors", "model.pt", "tokenizer.json"
+CONFIG, CHECKPOINT, TOKENIZER = "config.json", "model.pt", "tokenizer.json"
 #: What transformers calls the symbols around a text, whose ids its configurations make up where nothing is said.
 _ENDS = {BOS: ("bos", "cls"), EOS: ("eos", "sep")}
+#: The types that `fairseq-implicit export` writes.
+OURS = ("ode_bert", "neural_ode_bert", "deq_bert")
 #: What else belongs to the tokenizer; kept beside the checkpoint for the way back.
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 #: The output matrix and its bias, where they are those of the embeddings and of the head.
@@ -52,28 +57,30 @@ def from_folder(source: Path, target: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: the folder lacks a file, or holds a model or a tokenizer that is no ode_bert's.
     """
-    config = json.loads(_needed(source / CONFIG).read_text(encoding="utf-8"))
+    config = read_json(source / CONFIG)
+    if config.get("model_type") in OURS:
+        raise ValueError(f"{source} holds a model of this package: bring it back with `fairseq-implicit import`")
     if config.get("model_type") not in MODELS:
         raise ValueError(f"{source / CONFIG}: model_type is {config.get('model_type')}, and not {', '.join(MODELS)}")
-    vocabulary = TokenizerVocabulary.open(_needed(source / TOKENIZER))
+    vocabulary, theirs = TokenizerVocabulary.open(needed(source / TOKENIZER)), read_weights(source)
     try:
-        settings, weights = MODELS[config["model_type"]].from_transformers(config, _weights(source))
+        settings, weights = MODELS[config["model_type"]].from_transformers(config, theirs)
         symbols, order = _order(vocabulary, len(weights["encoder.embed_tokens.weight"]))
         weights = with_padding(reordered(weights, order), settings["max_positions"], PAD)
         weights, fresh = _completed(settings, weights, symbols)
     except (KeyError, ValueError) as error:
         reason = f"the model lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{source}: {reason}") from None
-    target.mkdir(parents=True)
     rows = symbols[4:-1]  # dict.txt has neither fairseq's four symbols nor <mask>
-    (target / "dict.txt").write_text("".join(f"{row} {count_of(row)}\n" for row in rows), encoding="utf-8")
-    for name in (TOKENIZER, *_BESIDE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    # Beside a checkpoint its name would make the folder one of transformers.
-    shutil.copyfile(source / CONFIG, target / f"transformers_{CONFIG}")
     checkpoint = checkpoints.of_weights(settings, weights, str(target.resolve()), not_of_transformers=fresh)
-    checkpoints.write(checkpoint, str(target / CHECKPOINT))
+    with new_folder(target) as part:
+        (part / "dict.txt").write_text("".join(f"{row} {count_of(row)}\n" for row in rows), encoding="utf-8")
+        for name in (TOKENIZER, *_BESIDE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, part / name)
+        # Beside a checkpoint its name would make the folder one of transformers.
+        shutil.copyfile(source / CONFIG, part / f"transformers_{CONFIG}")
+        checkpoints.write(checkpoint, str(part / CHECKPOINT))
     return settings
 
 
@@ -88,12 +95,10 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
     Raises:
         OSError, ValueError: a file is missing, or the model has no counterpart of that type.
     """
-    from safetensors.torch import save_file
-
     checkpoint = checkpoints.stored(str(path))
-    dictionary = Dictionary.load(str(_needed(path.with_name("dict.txt"))))
+    dictionary = read_dictionary(str(needed(path.with_name("dict.txt"))))
     dictionary.add_symbol(MASK)
-    vocabulary = TokenizerVocabulary.open(_needed(path.with_name(TOKENIZER)), symbols=dictionary.symbols)
+    vocabulary = TokenizerVocabulary.open(needed(path.with_name(TOKENIZER)), symbols=dictionary.symbols)
     fresh = set(checkpoint["extra_state"].get("not_of_transformers", ()))
     weights = {name: weight for name, weight in checkpoint["model"].items() if name not in fresh}
     settings = dict(checkpoint["cfg"]["model"])
@@ -103,7 +108,7 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
     if MODELS[model_type] is roberta:
         weights = with_padding(weights, settings["max_positions"], padding)
     original = path.with_name(f"transformers_{CONFIG}")
-    before = json.loads(original.read_text(encoding="utf-8")) if original.is_file() else {}
+    before = read_json(original) if original.is_file() else {}
     # Which of its head's two names a DeBERTa had.
     options = {"legacy": before["legacy"]} if MODELS[model_type] is deberta and "legacy" in before else {}
     try:
@@ -113,35 +118,15 @@ def to_folder(path: Path, target: Path, model_type: str) -> dict[str, Any]:
     base = f"{min(found).partition('.')[0]}."
     if all(name.startswith(base) for name in found):  # a model without heads has no name before its parts
         found = {name.removeprefix(base): weight for name, weight in found.items()}
-    target.mkdir(parents=True)
     ends = {f"{name}_token_id": int(ids[row]) for row, names in _ENDS.items() for name in names}
     config = {**ends, **before, **config, "model_type": model_type, "pad_token_id": padding}
-    (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (TOKENIZER, *_BESIDE):
-        if path.with_name(name).is_file():
-            shutil.copyfile(path.with_name(name), target / name)
-    save_file(_stored_once(config, found), target / WEIGHTS, metadata={"format": "pt"})
+    with new_folder(target) as part:
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in (TOKENIZER, *_BESIDE):
+            if path.with_name(name).is_file():
+                shutil.copyfile(path.with_name(name), part / name)
+        write_weights(_stored_once(config, found), part)
     return config
-
-
-def _needed(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}")
-    return path
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """Of ``model.safetensors``, of its parts, or of ``pytorch_model.bin``."""
-    from safetensors.torch import load_file
-
-    if (folder / WEIGHTS).is_file():
-        return load_file(folder / WEIGHTS)
-    if (index := folder / f"{WEIGHTS}.index.json").is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {name: weight for file in files for name, weight in load_file(_needed(folder / file)).items()}
-    if (folder / "pytorch_model.bin").is_file():
-        return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    raise FileNotFoundError(f"there is no {WEIGHTS} or pytorch_model.bin in {folder}")
 
 
 def _order(vocabulary: TokenizerVocabulary, rows: int) -> tuple[list[str], Tensor]:
@@ -191,4 +176,4 @@ def _completed(
 def _stored_once(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without what transformers ties by itself."""
     tied = _TIED if config["tie_word_embeddings"] else ()
-    return {name: weight.contiguous() for name, weight in weights.items() if name not in tied}
+    return {name: weight for name, weight in weights.items() if name not in tied}

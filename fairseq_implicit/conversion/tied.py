@@ -109,7 +109,9 @@ def deq_from_tied(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         own = dict(deq_linear_part=linear_part, deq_initial_state="input")
     if field not in ("post-norm", "pre-norm"):
         raise ValueError(f"ode_field is {field}, and an equilibrium cell is post-norm or pre-norm")
-    model = {**_shared(settings, "ode_bert"), "_name": "deq_bert", "deq_cell_norm": field, **own}
+    # A cell has no drop path, which only training knows.
+    shared = {**_shared(settings, "ode_bert"), "drop_path": 0.0}
+    model = {**shared, "_name": "deq_bert", "deq_cell_norm": field, **own}
     return _converted(checkpoint, _names(linear_part).exported(_kept(checkpoint)), model)
 
 

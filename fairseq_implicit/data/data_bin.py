@@ -36,6 +36,20 @@ def data_folders(data: str) -> list[str]:
     return folders
 
 
+def read_dictionary(path: str) -> Dictionary:
+    """A ``dict.txt``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return Dictionary.load(path)
+    except OSError:
+        raise
+    except Exception as error:  # fairseq's own have several kinds, the plain one among them
+        raise ValueError(f"{path} is no dictionary or damaged: {error}") from None
+
+
 def load_dictionary(folders: list[str]) -> Dictionary:
     """``dict.txt`` of the first folder, compared with the tokenizer beside it and with the other folders'.
 
@@ -48,12 +62,12 @@ def load_dictionary(folders: list[str]) -> Dictionary:
         raise FileNotFoundError(
             f"the data folder {folders[0]} has no dict.txt: make it with {_PREPROCESS} {folders[0]}"
         )
-    dictionary = Dictionary.load(path)
+    dictionary = read_dictionary(path)
     if vocabulary := vocabulary_beside(folders[0]):
         check_vocabulary_matches(dictionary.symbols, vocabulary, folders[0])
     for folder in folders[1:]:
         other = os.path.join(folder, "dict.txt")
-        if os.path.isfile(other) and Dictionary.load(other).symbols != dictionary.symbols:
+        if os.path.isfile(other) and read_dictionary(other).symbols != dictionary.symbols:
             raise ValueError(f"{other} differs from {path}: binarise all shards with one --srcdict.")
     return dictionary
 

@@ -66,7 +66,15 @@ def trained_model(path: str, data: str | None = None, head: str | None = None) -
     files = dict(hub.vocabulary.contents)
     files["dict.txt"] = _dictionary_file(find_vocabulary(path, data).folder).read_bytes()
     tokenizer = fast_tokenizer(hub.vocabulary, model.max_positions(), segments=model.args.segment_types > 1)
-    return TrainedModel(config, weights, files, tokenizer, _facts(path, model))
+    return TrainedModel(
+        config,
+        weights,
+        files,
+        tokenizer,
+        _facts(path, model),
+        left_out=tuple(name for name in model.classification_heads if name != head),
+        untrained=tuple((stored(path).get("extra_state") or {}).get("not_of_transformers", ())),
+    )
 
 
 def _head_of(model: ImplicitBertModel, head: str | None) -> str | None:
@@ -132,7 +140,8 @@ def _evaluations(model: ImplicitBertModel) -> float:
 def checkpoint_of(model: TrainedModel, folder: str) -> dict[str, Any]:
     """A checkpoint that fairseq, the hub and fine-tuning open, to lie in ``folder`` beside the vocabulary's files."""
     options = dataclasses.asdict(model.config.options())
-    return of_weights({"_name": model.config.model_type, **options}, model.weights, folder)
+    settings = {"_name": model.config.model_type, **options}
+    return of_weights(settings, model.weights, folder, not_of_transformers=list(model.untrained))
 
 
 def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
@@ -140,17 +149,35 @@ def vocabulary_files(model: TrainedModel) -> dict[str, bytes]:
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.
+        ValueError: its symbols are not the model's.
     """
     if model.tokenizer is None:
         raise FileNotFoundError("the folder has no tokenizer.json: save its tokenizer there, too")
-    files: dict[str, bytes] = {}
+    ids = model.tokenizer.get_vocab()
+    symbols = sorted(ids, key=ids.__getitem__)
+    files = {"dict.txt": model.files.get("dict.txt")}
+    if files["dict.txt"] is None:
+        lines = (f"{symbol} 1\n" for symbol in symbols[len(SPECIAL_SYMBOLS) :] if symbol != MASK)
+        files["dict.txt"] = "".join(lines).encode("utf-8")
+    try:
+        lines = files["dict.txt"].decode("utf-8").splitlines()
+    except UnicodeError as error:
+        raise ValueError(f"dict.txt is damaged: {error}") from None
+    rows = [*SPECIAL_SYMBOLS, *(line.rpartition(" ")[0] for line in lines)]
+    rows += [MASK] * (MASK not in rows)
+    if len(rows) != model.config.vocab_size:
+        raise ValueError(f"dict.txt makes {len(rows):,} symbols, and the model has {model.config.vocab_size:,}")
+    for row, symbol in enumerate(rows):
+        if ids.get(symbol) != row:
+            raise ValueError(f"{symbol!r} has the id {ids.get(symbol)} in tokenizer.json, and {row} in dict.txt")
     for kind in TOKENIZERS.values():
         names = kind.published_names()
         if all(name in model.files for name in names):
-            files.update({name: model.files[name] for name in names})
+            contents = [model.files[name] for name in names]
+            try:
+                kind(*contents, symbols=rows)
+            except ValueError as error:
+                raise ValueError(f"{names[0]}: {error}") from None
+            files.update(zip(names, contents, strict=True))
             break
-    ids = model.tokenizer.get_vocab()
-    rows = [symbol for symbol in sorted(ids, key=ids.__getitem__)][len(SPECIAL_SYMBOLS) :]
-    lines = "".join(f"{symbol} 1\n" for symbol in rows if symbol != MASK)
-    files["dict.txt"] = model.files.get("dict.txt", lines.encode("utf-8"))
     return files

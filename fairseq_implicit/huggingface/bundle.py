@@ -65,8 +65,9 @@ def _imports(text: str, module: str) -> list[str]:
         if node.level or source == _PACKAGE:
             raise ImportError(f"{module} imports from a package: write 'from {_PACKAGE}.… import …'")
         if source.startswith(f"{_PACKAGE}."):
+            spec = importlib.util.find_spec(source)
             for alias in node.names:
-                if importlib.util.find_spec(source).submodule_search_locations and _is_module(source, alias.name):
+                if spec is not None and spec.submodule_search_locations and _is_module(source, alias.name):
                     raise ImportError(f"{module} imports the module {alias.name}: import what is in it")
             found.append(source)
     return found

@@ -16,8 +16,7 @@ class DepthCallback(TrainerCallback):
 
     The number is that of the weights' whole life, so a warm-up is not entered a second time by a model that is trained
     further; the weights of a checkpoint carry it. What is logged, under ``depth/…``, are means over the batches of
-    training since the line before, and it stands in the line of the loss. Reporters that Trainer asks earlier, such as
-    TensorBoard's, have seen that line by then: ``callback_handler.callbacks`` is the order.
+    training since the line before, and it stands in the line of the loss, for whatever callback Trainer asks later.
     """
 
     def __init__(self):
@@ -27,13 +26,9 @@ class DepthCallback(TrainerCallback):
         self._hook: Any = None
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: ImplicitBertPreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        model: ImplicitBertPreTrainedModel = kwargs["model"]
         # The weights have seen the updates of this training before a resumption, and those of the trainings before it.
         self._origin = max(0, model.num_updates - state.global_step)
         self._forget()
@@ -42,14 +37,9 @@ class DepthCallback(TrainerCallback):
         self._tell(model, state)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: ImplicitBertPreTrainedModel,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._tell(model, state)
+        self._tell(kwargs["model"], state)
 
     on_step_end = on_step_begin  # what is saved after this update has seen it
 
@@ -85,7 +75,7 @@ class DepthCallback(TrainerCallback):
     def _hear(self, module: FeatureModel, inputs: Any, output: ImplicitModelOutput) -> None:
         if not module.training:
             return
-        for name, value in {**output.statistics, **(output.penalties or {})}.items():
+        for name, value in {**(output.statistics or {}), **(output.penalties or {})}.items():
             # Tensors stay on their device until a line is logged.
             value = value.detach().float() if torch.is_tensor(value) else float(value)
             self._sums[name] = self._sums.get(name, 0.0) + value

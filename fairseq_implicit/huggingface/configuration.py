@@ -21,7 +21,7 @@ def _attributes(text: str) -> str:
 
 
 #: In files and by hand 2 stands for 2.0.
-_NUMBERS = {float: float | int, float | None: float | int | None}
+_NUMBERS: dict[Any, Any] = {float: float | int, float | None: float | int | None}
 
 
 @strict

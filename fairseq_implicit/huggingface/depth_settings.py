@@ -63,6 +63,7 @@ class DepthSettings:
     layers: str | None = None
 
     def __post_init__(self):
+        self._refuse_other_types()
         if self.over is not None:
             check_choice("over", self.over, UNITS)
         if not self.is_equilibrium and not self.is_implicit:
@@ -74,9 +75,23 @@ class DepthSettings:
             raise OptionError("tolerance", f"{self.tolerance}: give a positive tolerance, or 0 for fixed steps.")
         if not 0 <= self.gain < float("inf"):
             raise OptionError("gain", f"a gain of {self.gain} is not finite, or negative.")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if self.steps < 1:
             raise OptionError("steps", f"{self.steps} steps per solve: give a whole number of at least 1.")
         _ = self.equation_gradient if self.is_equilibrium else self.trajectory
+
+    def _refuse_other_types(self) -> None:
+        """Values that came from a file or a command line as text, say."""
+        kinds: dict[str, tuple[type, ...]] = {
+            **dict.fromkeys(("steps", "max_evaluations", "max_iter"), (int,)),
+            **dict.fromkeys(("total_time", "tolerance", "theta", "tol", "gain"), (int, float)),
+            **dict.fromkeys(("gradient", "solver", "layers"), (str,)),
+        }
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value != defaults[name] and (not isinstance(value, kind) or isinstance(value, bool)):
+                wanted = "a name" if str in kind else "a number" if float in kind else "a whole number"
+                raise OptionError(name, f"{value!r} is not {wanted}.")
 
     def _refuse_strangers(self) -> None:
         """Options that would be without effect."""

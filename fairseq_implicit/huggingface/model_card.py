@@ -15,16 +15,24 @@ TITLES = {
 _SIZES = ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "max_positions")
 
 
-def model_card(config: ImplicitBertConfig, facts: Mapping[str, str], bundled: bool, classifies: bool) -> str:
+#: What the Hub calls the task of an Auto class.
+_TASKS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+}
+
+
+def model_card(config: ImplicitBertConfig, auto: str, facts: Mapping[str, str], bundled: bool) -> str:
     """Markdown, with the head that the Hub reads.
 
     Args:
         config: of the model.
+        auto: the Auto class that opens it with its head.
         facts: of its training and cost, in words.
         bundled: whether the folder holds its code.
-        classifies: whether its head is one of whole inputs.
     """
-    task, auto = ("text-classification", "SequenceClassification") if classifies else ("fill-mask", "MaskedLM")
+    task = _TASKS[auto]
     trust = ", trust_remote_code=True" if bundled else ""
     options = config.options()
     depth = {
@@ -50,14 +58,14 @@ def model_card(config: ImplicitBertConfig, facts: Mapping[str, str], bundled: bo
         "",
         "```python",
         *([] if bundled else ["import fairseq_implicit.huggingface"]),
-        f"from transformers import AutoModelFor{auto}, AutoTokenizer, pipeline",
+        f"from transformers import {auto}, AutoTokenizer, pipeline",
         "",
-        f'model = AutoModelFor{auto}.from_pretrained("FOLDER"{trust})',
+        f'model = {auto}.from_pretrained("FOLDER"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})',
         f'pipeline("{task}", model=model, tokenizer=tokenizer)',
         "```",
         "",
-        "Trainer needs `callbacks=[model.trainer_callback()]` for the depth's schedules and its statistics in the log.",
+        "Before training by Trainer: `model.attach_to(trainer)`, for the depth's schedules and its cost in the log.",
         "",
         "## Depth",
         "",

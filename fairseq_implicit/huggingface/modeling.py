@@ -68,12 +68,12 @@ class ImplicitBertPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.features.encoder.embed_tokens
 
-    def set_input_embeddings(self, embeddings: nn.Embedding) -> None:
-        self.features.encoder.embed_tokens = embeddings
+    def set_input_embeddings(self, value: Any) -> None:
+        self.features.encoder.embed_tokens = value
 
     def set_num_updates(self, updates: int) -> None:
         """Tell the depth's schedules how many updates training has made in the model's whole life, as
-        ``trainer_callback()`` does.
+        ``attach_to(trainer)`` does.
         """
         self.features.told = True
         self.features.encoder.depth.count_updates(updates)
@@ -83,8 +83,21 @@ class ImplicitBertPreTrainedModel(PreTrainedModel):
         """How many updates the weights have seen, where the depth has schedules that depend on it; otherwise 0."""
         return self.features.encoder.depth.updates_seen
 
+    def attach_to(self, trainer: transformers.Trainer) -> None:
+        """Let a Trainer tell the depth's schedules the number of updates, and log the depth's statistics.
+
+        They stand in the line of the loss, for every reporter.
+        """
+        from fairseq_implicit.huggingface.callback import DepthCallback
+
+        trainer.remove_callback(DepthCallback)
+        # Before the reporters, which Trainer puts before what it is given.
+        trainer.callback_handler.callbacks.insert(0, DepthCallback())
+
     def trainer_callback(self) -> transformers.TrainerCallback:
-        """What Trainer needs to be given (``callbacks=[model.trainer_callback()]``) for schedules and statistics."""
+        """The same as an entry of ``Trainer(callbacks=[…])``: Trainer's own reporters, such as TensorBoard's, have seen
+        the line of the loss by then. Its history, its progress bar and reporters given after it show all of it.
+        """
         from fairseq_implicit.huggingface.callback import DepthCallback
 
         return DepthCallback()
@@ -117,7 +130,7 @@ class ImplicitBertPreTrainedModel(PreTrainedModel):
 class FeatureModel(ImplicitBertPreTrainedModel):
     """Embeddings and depth, without a head."""
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"encoder\.lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"encoder\.lm_head\."]
 
     def __init__(self, config: ImplicitBertConfig, head: bool = False):
         super().__init__(config)
@@ -177,9 +190,9 @@ class FeatureModel(ImplicitBertPreTrainedModel):
             raise ValueError("position_ids: positions here are the places of the real tokens; leave them out")
         if output_attentions or self.config.output_attentions:
             raise ValueError("output_attentions: torch's attention gives no probabilities; leave it out")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
         given = inputs_embeds if input_ids is None else input_ids
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give either input_ids or inputs_embeds")
         if attention_mask is not None and attention_mask.shape != given.shape[:2]:
             raise ValueError(
                 f"attention_mask has the shape {tuple(attention_mask.shape)}, and the input is (batch, time) "
@@ -222,8 +235,8 @@ class FeatureModel(ImplicitBertPreTrainedModel):
             self.told = True
             logger.warning(
                 "this depth has schedules (warm-up, ramps, random steps or measurements), and nobody tells it the "
-                "number of updates: give Trainer callbacks=[model.trainer_callback()], or call "
-                "model.set_num_updates(number) before every update"
+                "number of updates: call model.attach_to(trainer) before training, give Trainer "
+                "callbacks=[model.trainer_callback()], or call model.set_num_updates(number) before every update"
             )
 
 
@@ -232,11 +245,12 @@ class TaskModel(ImplicitBertPreTrainedModel):
 
     #: The model below the head.
     feature_class: ClassVar[type[FeatureModel]] = FeatureModel
-    lm_head: ClassVar[bool] = False
+    #: Whether that has the head of masked tokens.
+    predicts_tokens: ClassVar[bool] = False
 
     def __init__(self, config: ImplicitBertConfig):
         super().__init__(config)
-        self.model = self.feature_class(config, self.lm_head)
+        self.model = self.feature_class(config, self.predicts_tokens)
         for name, head in self.heads().items():
             self.add_module(name, head)
         self.post_init()
@@ -263,7 +277,7 @@ class TaskModel(ImplicitBertPreTrainedModel):
         dtype = self.model.encoder.dtype
         values = self.read(below.last_hidden_state.to(dtype))
         loss = None if loss_of is None else loss_of(values)
-        if loss is not None and self.training:
+        if loss is not None and loss_of is not None and self.training:
             for penalty in (below.penalties or {}).values():
                 loss = loss + penalty
             for weight, features in below.auxiliary or ():
@@ -319,8 +333,8 @@ class LabelledModel(TaskModel):
 class MaskedLM(LabelledModel):
     """The model and the head of masked tokens."""
 
-    lm_head = True
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"model.encoder.lm_head.weight": "model.encoder.embed_tokens.weight"}
+    predicts_tokens = True
+    _tied_weights_keys = {"model.encoder.lm_head.weight": "model.encoder.embed_tokens.weight"}
 
     def read(self, features: Tensor) -> Tensor:
         return self.model.encoder.logits(features)
@@ -334,7 +348,7 @@ class MaskedLM(LabelledModel):
     def set_output_embeddings(self, head: MaskedLMHead) -> None:
         self.model.encoder.lm_head = head
 
-    def _get_resized_lm_head(self, old_lm_head: MaskedLMHead, *args: Any, **kwargs: Any) -> MaskedLMHead:
+    def _get_resized_lm_head(self, old_lm_head: Any, *args: Any, **kwargs: Any) -> Any:
         # transformers resizes linear maps: matrix and bias of the head are one.
         symbols, dim = old_lm_head.weight.shape
         linear = nn.Linear(dim, symbols, device="meta")
@@ -347,10 +361,12 @@ class MaskedLM(LabelledModel):
 class SequenceClassification(LabelledModel):
     """The model and RoBERTa's head of whole inputs."""
 
+    classifier: ClassificationHead
+
     def heads(self) -> dict[str, nn.Module]:
         config = self.config
         head = ClassificationHeadConfig(
-            classes=config.num_labels,
+            classes=config.num_labels or 0,
             inner_dim=config.classifier_inner_dim,
             activation=config.pooler_activation_fn,
             dropout=config.pooler_dropout,
@@ -368,8 +384,11 @@ class SequenceClassification(LabelledModel):
 class TokenClassification(LabelledModel):
     """The model and a linear map to the classes of each token."""
 
+    dropout: nn.Dropout
+    score: nn.Linear
+
     def heads(self) -> dict[str, nn.Module]:
-        score = nn.Linear(self.config.hidden_size, self.config.num_labels)
+        score = nn.Linear(self.config.hidden_size, self.config.num_labels or 0)
         return {"dropout": nn.Dropout(self.config.pooler_dropout), "score": score}
 
     def read(self, features: Tensor) -> Tensor:
@@ -381,6 +400,8 @@ class TokenClassification(LabelledModel):
 
 class QuestionAnswering(TaskModel):
     """The model and a linear map to the scores of an answer's first and last token."""
+
+    qa_outputs: nn.Linear
 
     def heads(self) -> dict[str, nn.Module]:
         return {"qa_outputs": nn.Linear(self.config.hidden_size, 2)}

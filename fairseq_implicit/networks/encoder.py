@@ -78,8 +78,11 @@ class Encoder(Embeddings):
             TypeError: segments for a network that takes none.
         """
         layout = self.layout(tokens, segments, has_padding, attended)
-        depth = self.depth(self.embed(tokens, layout, token_embeddings), layout, return_hidden_states, return_lambdas)
-        if depth.lambdas == []:
+        embedded = self.embed(tokens, layout, token_embeddings)
+        # A depth that has none to return need not know of them.
+        wanted = {"return_lambdas": True} if return_lambdas else {}
+        depth = self.depth(embedded, layout, return_hidden_states, **wanted)
+        if return_lambdas and not depth.lambdas:
             raise ValueError(
                 "return_lambdas: what mixes the tokens here has no content lambdas, as --mixer lambda has: leave it out"
             )

@@ -1,6 +1,10 @@
 """The bridge between weight-tied stacks and equilibria, on checkpoints that fairseq-train has just written."""
 
 import re
+import shlex
+
+import pytest
+import torch
 
 from fairseq_implicit.commands.convert import CONVERSIONS
 from fairseq_implicit.evaluation import checkpoints
@@ -48,3 +52,41 @@ def test_it_says_what_it_cannot_read_or_write(depth_checkpoints, monkeypatch, co
 def test_a_cell_of_its_own_is_refused(depth_checkpoints, command, tmp_path):
     status, _, said = command("convert", depth_checkpoints["deq"], tmp_path / "ode.pt")
     assert status == 1 and "deq_injection is residual" in said
+
+
+def test_a_stack_is_tied_into_a_cell_that_trains_on(toy_flags, fairseq_train, toy_data, command, tmp_path):
+    flags = "--arch ode_bert_euler_tiny --encoder-layers 3 --ode-field post-norm --disable-validation --max-update 2"
+    fairseq_train(*toy_flags, *flags.split(), "--save-dir", tmp_path)
+    trained, there, stack = tmp_path / "checkpoint_last.pt", tmp_path / "deq.pt", tmp_path / "ode.pt"
+    status, output, _ = command("convert", trained, there, "--tie", "--prelude", 1, "--gain", 1.5, "--data", toy_data)
+    assert status == 0 and output.startswith(f"wrote {there}: deq_bert\n") and "at the equilibrium" not in output
+    before, after = (evaluate(str(path), Blocks(toy_data)).loss for path in (trained, there))
+    assert f"loss {before:.4f} -> {after:.4f} (" in output
+    status, output, _ = command("convert", trained, stack, "--tie", "--to", "ode_bert", "--data", toy_data)
+    assert status == 0 and output.startswith(f"wrote {stack}: ode_bert\nloss {before:.4f} -> ")
+    status, model, _ = command("checkpoint-flags", there)
+    more = ("--finetune-from-model", there, "--disable-validation", "--max-update", 1, "--save-dir", tmp_path / "on")
+    fairseq_train(*toy_flags, *shlex.split(model), *more)
+    depth = torch.load(tmp_path / "on" / "checkpoint_last.pt", weights_only=False)["model"]
+    gain = torch.nn.functional.softplus(depth["encoder.depth.cell.injection.raw_gain"])
+    assert 1.3 < float(gain) < 1.7 and "encoder.depth.prelude.0.attention.qkv.weight" in depth
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--prelude", "1"], "--prelude, --coda and --gain belong to --tie"),
+        (["--to", "deq_bert"], "--to deq_bert needs --tie"),
+        (["--tie", "--to", "bert"], "--tie makes deq_bert or ode_bert, not bert"),
+        (["--tie", "--prelude", "x"], "argument --prelude"),
+        (["--tie", "--prelude", "2"], "a prelude of 2 and a coda of 0 leave none of the 2 blocks"),
+        (["--tie", "--to", "ode_bert", "--gain", "1"], "an ode_bert ties all of its blocks"),
+        (["--tie"], "ode_scheme is rk2"),
+    ],
+)
+def test_what_cannot_be_tied_is_said(arguments, sentence, depth_checkpoints, command, tmp_path):
+    status, _, said = command("convert", depth_checkpoints["ode"], tmp_path / "out.pt", *arguments)
+    assert status and sentence in said and not (tmp_path / "out.pt").exists()
+    (tmp_path / "folder").mkdir()
+    status, _, said = command("convert", tmp_path / "folder", tmp_path / "out.pt", "--tie")
+    assert status == 2 and "--tie needs a checkpoint" in said

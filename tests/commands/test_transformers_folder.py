@@ -201,6 +201,7 @@ def test_what_cannot_be_converted_is_said(tmp_path, command, monkeypatch):
     path = converted.source / "config.json"
     config = json.loads(path.read_text())
     for field, value, sentence in (
+        ("model_type", "deq_bert", "bring it back with `fairseq-implicit import`"),
         ("model_type", "gpt2", "model_type is gpt2, and not bert, electra, roberta"),
         ("hidden_act", "silu", "hidden_act is silu"),
         ("intermediate_size", 48, "fc1.weight has the shape (32, 16), and its config says (48, 16)"),

@@ -11,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fairseq.data import data_utils
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
+from transformers import AutoTokenizer
 
 from examples.glue import binarise, columns
+from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.commands.checkpoint_flags import model_flags
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.ode_bert import OdeBertModel
+from tests.huggingface.tiny import bert_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/glue/finetune.sh"
@@ -228,6 +232,23 @@ def test_the_model_reads_both_sentences_and_what_was_cut_is_counted(pretrained, 
         assert ids.equal(bert.encode(*pair, shorten=True)) and len(ids) <= 32
         assert all(len(sentence) > 0 for sentence in bert.decode(ids)) and len(bert.decode(ids)) == 2
         assert dataset[index]["target"].tolist() == [label]
+
+
+def test_a_converted_bert_reads_the_tables_with_its_own_tokenizer(monkeypatch, capsys, tmp_path):
+    source = tmp_path / "bert"
+    bert_folder(source)
+    transformers_folder.from_folder(source, tmp_path / "ours")
+    pairs = [("the field is smooth", "Naïve solvers!"), ("unseen words", "the solver")]
+    folder = write_table(tmp_path / "tables", "MRPC", [(*pairs[0], "0"), (*pairs[1], "1")])
+    run(columns, monkeypatch, capsys, folder, "--task", "MRPC", "--out", tmp_path / "lines")
+    run(binarise, monkeypatch, capsys, tmp_path / "lines", "--pretrained", tmp_path / "ours", "--out", tmp_path / "bin")
+    theirs = AutoTokenizer.from_pretrained(source)
+    bert = ImplicitBertModel.from_pretrained(tmp_path / "ours")
+    for part, texts in zip(("input0", "input1"), zip(*pairs, strict=True), strict=True):
+        rows = data_utils.load_indexed_dataset(str(tmp_path / "bin" / part / "train"))
+        for row, text in zip(rows, texts, strict=True):  # each ends in </s>
+            expected = theirs(text, add_special_tokens=False)["input_ids"]
+            assert bert.vocabulary.token_ids[row.numpy()[:-1]].tolist() == expected
 
 
 def test_single_sentences_are_counted_and_lines_must_belong_together(pretrained, monkeypatch, capsys, tmp_path):

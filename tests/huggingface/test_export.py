@@ -1,5 +1,6 @@
 """Checkpoints as folders of transformers: the same function without fairseq and without this package, and back."""
 
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
@@ -27,7 +29,7 @@ from fairseq_implicit.huggingface import CONFIGURATIONS
 from fairseq_implicit.huggingface.bundle import bundle
 from fairseq_implicit.huggingface.export import read_folder, write_folder
 from tests.conftest import ROOT
-from tests.huggingface.tiny import SIZES
+from tests.huggingface.tiny import SIZES, bert_folder
 
 MODERN = dict(attention_rotary_base=50.0, attention_qk_norm=True, attention_window=2, gated_feed_forward=True,
               no_biases=True)  # fmt: skip
@@ -337,10 +339,118 @@ def test_pushing_to_the_hub_sends_the_model(exported, monkeypatch):
     assert {"config.json", "model.safetensors"} <= set(Recorder.sent)
 
 
-def test_a_model_without_its_head_is_no_model_of_fairseqs(exported, tmp_path, command):
-    AutoModel.from_pretrained(exported / "gated").save_pretrained(tmp_path / "saved")
+@pytest.mark.parametrize("case, kind", [("gated", AutoModel), ("rk2", AutoModelForSequenceClassification)])
+def test_a_model_without_a_masked_lm_head_gets_an_untrained_one(case, kind, exported, hubs, inputs, tmp_path, command):
+    """As a classifier has been trained by Trainer, say."""
+    from fairseq_implicit.models.bert import ImplicitBertModel
+
+    kind.from_pretrained(exported / case).save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(exported / case).save_pretrained(tmp_path / "saved")
+    status, output, errors = command("import", tmp_path / "saved", tmp_path / "back")
+    assert status == 0, errors
+    assert "no head of masked tokens" in output and "untrained" in output
+    back, hub = ImplicitBertModel.from_pretrained(str(tmp_path / "back")), hubs[case]
+    with torch.no_grad():
+        assert torch.equal(back.extract_features(inputs), hub.extract_features(inputs))
+        if case == "rk2":
+            assert torch.equal(back.predict("topics", inputs), hub.predict("topics", inputs))
+    # And out again without what nobody trained, unless it has no other head.
+    status, _, errors = command("export", tmp_path / "back", tmp_path / "forth")
+    assert status == 0, errors
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "forth"))
+    assert {name if case == "rk2" else f"model.{name}" for name in before} == set(after)
+
+
+def test_other_heads_are_no_fairseq_models(exported, tmp_path, command):
+    AutoModelForTokenClassification.from_pretrained(exported / "gated").save_pretrained(tmp_path / "saved")
     status, _, errors = command("import", tmp_path / "saved", tmp_path / "back")
-    assert status == 1 and "no head of masked tokens" in errors
+    assert status == 1 and "saved: score" in errors and not (tmp_path / "back").exists()
+
+
+def test_a_damaged_dictionary_is_said(checkpoints, tmp_path, command):
+    folder = tmp_path / "folder"
+    shutil.copytree(checkpoints["gated"], folder)
+    (folder / "dict.txt").write_bytes(b"\x00\xffnonsense\n" * 9)
+    status, _, errors = command("export", folder, tmp_path / "out")
+    assert status == 1 and "dict.txt is no dictionary or damaged" in errors
+
+
+def test_the_heads_that_stay_behind_are_named(checkpoints, tmp_path, command):
+    from fairseq_implicit.evaluation.checkpoints import stored, write
+
+    folder = tmp_path / "two"
+    shutil.copytree(checkpoints["rk2"], folder)
+    state = stored(str(folder / "model.pt"))
+    heads = {name: weight for name, weight in state["model"].items() if name.startswith("classification_heads.topics")}
+    state["model"].update({name.replace("topics", "moods"): weight.clone() for name, weight in heads.items()})
+    write(state, str(folder / "model.pt"))
+    status, _, errors = command("export", folder, tmp_path / "out")
+    assert status == 1 and "choose it with --head" in errors
+    status, output, _ = command("export", folder, tmp_path / "out", "--head", "moods")
+    assert status == 0 and "left out: the classification heads topics" in output
+
+
+@pytest.mark.parametrize("way", ["export", "import", "convert", "convert --to"])
+def test_what_fails_half_way_leaves_nothing(way, checkpoints, exported, tmp_path, command, monkeypatch):
+    """As a full disk or Ctrl-C ends it."""
+    from fairseq_implicit.commands import transformers_folder
+    from fairseq_implicit.huggingface import export
+
+    module = export if way == "export" else transformers_folder
+    imported = importlib.import_module("fairseq_implicit.commands.import")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    source = {"export": checkpoints["gated"], "import": exported / "gated"}.get(way)
+    arguments = [way, source, tmp_path / "out"]
+    if source is None:
+        bert_folder(tmp_path / "bert")
+        arguments = ["convert", tmp_path / "bert", tmp_path / "out"]
+        if way == "convert --to":
+            assert command(*arguments)[0] == 0
+            arguments = ["convert", tmp_path / "out" / "model.pt", tmp_path / "back", "--to", "bert"]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for failure, status, words in ((full, 1, "No space left"), (interrupted, 130, "interrupted")):
+        monkeypatch.setattr(module, "write_weights", failure)
+        monkeypatch.setattr(transformers_folder.checkpoints, "write", failure)
+        monkeypatch.setattr(imported, "write", failure)
+        found, _, errors = command(*arguments)
+        assert found == status and words in errors, errors
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "name, contents, words",
+    [
+        ("model.safetensors", lambda old: old[:200], "cannot be read"),
+        ("model.safetensors", lambda old: b"", "cannot be read"),
+        ("model.safetensors", None, "there is no model.safetensors"),
+        ("config.json", lambda old: old[:40], "config.json is damaged"),
+        ("config.json", lambda old: b"[]", "config.json is damaged"),
+        ("config.json", lambda old: old.replace(b'"ode_bert"', b'"gpt2"'), "of the type 'gpt2'"),
+        ("config.json", lambda old: old.replace(b'"vocab_size": ', b'"vocab_size": 1'), "embed_tokens.weight"),
+        ("config.json", lambda old: old.replace(b'"gated"', b'"no"'), "ode_coefficients"),
+        ("tokenizer.json", lambda old: old[:100], "tokenizer.json"),
+        ("dict.txt", lambda old: old[: len(old) // 2], "dict.txt"),
+        ("dict.txt", lambda old: b"\xff\x00" + old, "dict.txt is damaged"),
+        ("dict.txt", lambda old: b"x" + old, "in tokenizer.json, and 4 in dict.txt"),
+        ("sentencepiece.bpe.model", lambda old: old[: len(old) // 2], "sentencepiece.bpe.model: this is no"),
+    ],
+)
+def test_damaged_folders_end_in_a_sentence(name, contents, words, exported, tmp_path, command):
+    folder = tmp_path / "folder"
+    shutil.copytree(exported / "gated", folder)
+    if contents is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(contents((folder / name).read_bytes()))
+    status, _, errors = command("import", folder, tmp_path / "back")
+    assert status == 1 and words in errors and len(errors.strip().splitlines()) == 1, errors
+    assert not (tmp_path / "back").exists()
 
 
 def test_weights_of_another_configuration_are_not_written(exported, tmp_path):

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -83,6 +84,31 @@ def test_a_deq_goes_through_its_warm_up_and_tells_the_log(tmp_path):
     radii = lines(trainer, "depth/spectral_radius")
     assert radii[0] > 0 and radii[0] == radii[1] != radii[2]
     assert trainer.model.num_updates == 8
+
+
+class Reporter(TrainerCallback):
+    """Stands for a reporter such as TensorBoard's, which Trainer puts before the callbacks that it is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_attached_it_tells_every_reporter_once(tmp_path):
+    trainer = trainer_of(model_of("deq_bert", **DEQ), tmp_path, max_steps=4)
+    reporter = Reporter()
+    trainer.callback_handler.callbacks.insert(0, reporter)
+    trainer.model.attach_to(trainer)
+    trainer.model.attach_to(trainer)
+    trainer.train()
+    kinds = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert kinds.count("DepthCallback") == 1
+    seen = [line for line in reporter.seen if "loss" in line]
+    assert [line["depth/evaluation_budget"] for line in seen] == lines(trainer, "depth/evaluation_budget")
+    assert len(seen) == 4 and seen[0]["depth/evaluation_budget"] == 2.0
+    assert trainer.model.num_updates == 4
 
 
 def test_stopped_and_resumed_it_has_the_same_losses(tmp_path):

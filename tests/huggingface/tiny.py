@@ -3,6 +3,7 @@
 import types
 
 import torch
+from transformers import BertConfig, BertModel
 
 from fairseq_implicit.huggingface import DeqBertConfig, NeuralOdeBertConfig, OdeBertConfig
 
@@ -54,3 +55,15 @@ def fairseq_model(family, **options):
     quiet = dict(dropout=0.0, attention_dropout=0.0)
     config = model.config_class()(**{**SIZES, **quiet, **options})
     return model.build_model(config, types.SimpleNamespace(source_dictionary=dictionary))
+
+
+def bert_folder(folder):
+    """A BERT of transformers and its tokenizer."""
+    from tests.text.test_tokenizer_json import word_piece
+
+    tokenizer = word_piece()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    BertModel(BertConfig(**shape, vocab_size=tokenizer.get_vocab_size())).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
