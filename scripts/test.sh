@@ -10,6 +10,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The whole suite takes a process per core, and each file stays in one: what its tests share is made once.
 if [ $# -eq 0 ]; then
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-    set -- --numprocesses $((cores < 8 ? cores : 8)) --dist loadfile
+    set -- --numprocesses $((cores < 8 ? cores : 8)) --dist loadfile --no-loadscope-reorder
 fi
 exec python -m pytest "$@"
