@@ -27,10 +27,12 @@ weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece voca
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fairseq.models import MODEL_REGISTRY
 
 from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.commands.values import positive
@@ -88,10 +90,17 @@ def convert(path: str, output: str, conversion: Conversion | None = None) -> tup
         checkpoint["cfg"]["model"]["_name"] = family
     try:
         converted = (conversion or CONVERSIONS.get(family, checkpoint_from_fairseq))(checkpoint)
+        _check(converted["cfg"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     write(converted, output)
     return checkpoint["cfg"]["model"], converted["cfg"]["model"]
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the model's family does: what is written must open."""
+    options = MODEL_REGISTRY[settings["_name"]].config_class()
+    options(**{name: value for name, value in settings.items() if name in options.__dataclass_fields__}).check()
 
 
 def compare(options: argparse.Namespace, read: Any, written: Any) -> None:
