@@ -29,10 +29,12 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from fairseq.models import MODEL_REGISTRY
 
 from fairseq_implicit.commands import transformers_folder
 from fairseq_implicit.commands.values import positive
@@ -89,9 +91,16 @@ def convert(path: str, conversion: Conversion | None = None) -> tuple[Any, dict[
         checkpoint["cfg"]["model"]["_name"] = family
     try:
         other = (conversion or CONVERSIONS.get(family, checkpoint_from_fairseq))(checkpoint)
+        _check(other["cfg"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return checkpoint["cfg"]["model"], other
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that the model's family does: what is written must open."""
+    options = MODEL_REGISTRY[settings["_name"]].config_class()
+    options(**{name: value for name, value in settings.items() if name in options.__dataclass_fields__}).check()
 
 
 def compare(options: argparse.Namespace, blocks: Blocks, before: float, read: Any, written: Any) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from fairseq_implicit.options import OptionError
 
+DEEPEST = 10_000  # mean steps of a random depth: beyond it stands a slip of the pen
+
 
 class RandomSteps(nn.Module):
     """A whole number of steps, uniform in [low, high], that depends on the seed and the update alone.
@@ -52,23 +54,28 @@ class RandomDepth(nn.Module):
 
     Args:
         mean: of the Poisson distribution, before it is cut.
-        maximum: largest number; ``None``: twice the mean.
+        maximum: largest number; ``None``: twice the mean, and 2 at least.
         seed: of the run.
 
     Raises:
-        OptionError: no positive mean, or a maximum below 1 or so far below the mean that hardly anything remains.
+        OptionError: no positive mean, one beyond all use, or a maximum that is, or below 1, or so far below the mean
+            that hardly anything remains.
     """
 
     def __init__(self, mean: float, maximum: int | None, seed: int):
         super().__init__()
         if not 0 < mean < math.inf:
             raise OptionError("random_depth", f"a mean of {mean} steps: give a positive number.")
-        maximum = math.ceil(2 * mean) if maximum is None else maximum
+        if mean > DEEPEST:
+            raise OptionError("random_depth", f"no loop takes {mean:,.0f} steps: give {DEEPEST:,} at most.")
+        maximum = max(2, math.ceil(2 * mean)) if maximum is None else maximum
         if maximum < max(1, math.ceil(mean / 2)):
             raise OptionError(
                 "random_depth_max",
                 f"{maximum} steps leave nothing of numbers whose mean is {mean:g}: give the mean or more.",
             )
+        if maximum > 2 * DEEPEST:
+            raise OptionError("random_depth_max", f"no loop takes {maximum:,} steps: give {2 * DEEPEST:,} at most.")
         self.maximum = maximum
         logarithms = [count * math.log(mean) - math.lgamma(count + 1) for count in range(1, maximum + 1)]
         self.weights = [math.exp(each - max(logarithms)) for each in logarithms]

@@ -214,6 +214,10 @@ class ImplicitBertModel(BaseFairseqModel):
         stored_weights.check_embeddings(self.encoder, state_dict, f"{prefix}encoder.")
         stored_weights.fit_heads(self, state_dict, f"{prefix}classification_heads.")
 
+    def upgrade_state_dict(self, state_dict: Dict[str, Tensor]) -> None:
+        super().upgrade_state_dict(state_dict)
+        stored_weights.check_depth(self, state_dict)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -116,7 +116,8 @@ MODERN: Dict[str, Any] = dict(
 
 register_presets("modern_ode_bert", OdeBertModel, OdeBertConfig, {"": MODERN}, MODERN_SIZES)
 
-#: BERT with lambda layers. --ode-scheme rk4, say, integrates its blocks.
+#: BERT with lambda layers, in the sizes of gsarti/lambda-bert; but of its two contexts that of its examples, 25 tokens,
+#: which is linear in the length (--lambda-context 0 is all of them). --ode-scheme rk4, say, integrates its blocks.
 LAMBDA_BERT: Dict[str, Any] = dict(
     mixer="lambda",
     encoder_attention_heads=8,

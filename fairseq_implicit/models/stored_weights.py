@@ -3,7 +3,7 @@
 import logging
 from typing import Dict
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_implicit.networks.embeddings import Embeddings
 
@@ -21,11 +21,30 @@ def check_embeddings(network: Embeddings, state_dict: Dict[str, Tensor], prefix:
     ):
         stored, rows = len(state_dict.get(f"{prefix}{table}.weight", ())), 0 if own is None else len(own.weight)
         if stored != rows:
+            if table == "embed_positions" and not (stored and rows):
+                flag = "--mixer and --encoder-positions"
             raise ValueError(
                 f"the checkpoint has {max(stored - offset, 0)} rows in its {table} and this model "
-                f"{max(rows - offset, 0)}: "
-                f"they must agree, see {flag}"
+                f"{max(rows - offset, 0)}: they must agree, see {flag}"
             )
+
+
+def check_depth(model: nn.Module, state_dict: Dict[str, Tensor]) -> None:
+    """ValueError, one sentence, where a checkpoint lacks parameters of a model's depth or has other shapes of them."""
+    part = "encoder.depth."
+    if not any(name.startswith(part) for name in state_dict):
+        return
+    own = {name: tuple(weight.shape) for name, weight in model.named_parameters() if name.startswith(part)}
+    stored = {name: tuple(state_dict[name].shape) for name in own if name in state_dict}
+    other = [name for name in own if stored.get(name) != own[name]]
+    if not other:
+        return
+    there = f"of shape {stored[other[0]]}" if other[0] in stored else "absent"
+    raise ValueError(
+        f"{other[0]} is {there} in the checkpoint and of shape {own[other[0]]} in this model, and so are "
+        f"{len(other) - 1} more weights: it was trained with other layers; open it with its own --mixer, field and "
+        "options of these"
+    )
 
 
 def fit_heads(model, state_dict: Dict[str, Tensor], prefix: str) -> None:

@@ -52,6 +52,13 @@ def test_it_says_what_it_cannot_read_or_write(depth_checkpoints, monkeypatch, co
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged.pt", "file"]
 
 
+def test_what_the_other_family_refuses_is_not_written(toy_flags, fairseq_train, command, tmp_path):
+    flags = "--arch lambda_bert_tiny --lambda-norm batch --disable-validation --max-update 1"
+    fairseq_train(*toy_flags, *flags.split(), "--save-dir", tmp_path)
+    status, _, said = command("convert", tmp_path / "checkpoint_last.pt", tmp_path / "deq.pt", "--tie")
+    assert status == 1 and "--lambda-norm: batch" in said and not (tmp_path / "deq.pt").exists()
+
+
 def test_a_cell_of_its_own_is_refused(depth_checkpoints, command, tmp_path):
     status, _, said = command("convert", depth_checkpoints["deq"], tmp_path / "ode.pt")
     assert status == 1 and "deq_injection is residual" in said

@@ -242,5 +242,5 @@ def test_impossible_options(options, sentence):
 
 
 def test_heads_without_pairs_are_refused():
-    with pytest.raises(ValueError, match="rotary positions turn pairs of numbers: heads of width 3"):
+    with pytest.raises(ValueError, match="turn pairs of numbers: 2 attention heads make ones of width 3"):
         AttentionConfig(2, rotary_base=10.0).build(6, "shared")

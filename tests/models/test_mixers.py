@@ -134,3 +134,19 @@ def test_a_wrong_name_lists_the_right_ones(task, family):
 def test_an_injection_that_it_does_not_take_is_refused(task):
     with pytest.raises(ValueError, match="--deq-qkv-injection: what mixes the tokens here takes nothing in"):
         build(task, "deq_bert", deq_qkv_injection=True)
+
+
+@pytest.mark.parametrize(
+    "other, sentence",
+    [
+        (dict(mixer="mean", encoder_positions="none"), "12 rows in its embed_positions .* --mixer and --encoder-pos"),
+        (dict(mixer="narrow-attention"), r"attention.queries.weight is absent in the checkpoint and of shape"),
+        (dict(mixer="attention", attention_qk_norm=True), "query_norm.weight is absent in the checkpoint"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_mixer_is_refused_in_a_sentence(task, other, sentence):
+    shape = dict(encoder_attention_heads=2, max_positions=12)
+    weights = build(task, "ode_bert", mixer="attention", **shape).state_dict()
+    with pytest.raises(ValueError, match=sentence):
+        build(task, "ode_bert", **{**shape, **other}).load_state_dict(weights)

@@ -1,6 +1,7 @@
 """The comparison of the mixers: everyone is there, at equal parameters."""
 
 import os
+import re
 
 import pytest
 import yaml
@@ -21,7 +22,10 @@ def plan():
 
 
 def test_every_mixer_has_a_row(plan):
-    rows = yaml.safe_load(open(os.path.join(FOLDER, "models.yaml"), encoding="utf-8"))
+    text = open(os.path.join(FOLDER, "models.yaml"), encoding="utf-8").read()
+    keys = re.findall(r"^  (\S+):$", text, re.M)
+    assert len(set(keys)) == len(keys), "YAML keeps the last of two models of one name"
+    rows = yaml.safe_load(text)
     assert {model.flags["mixer"] for model in plan.models.values()} == set(MIXERS)
     assert set(rows["models"]) == set(plan.models)
 

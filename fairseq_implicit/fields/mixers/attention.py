@@ -177,7 +177,10 @@ class MultiHeadAttention(Attending):
             raise ValueError(f"the number of attention heads must divide the width: {config.heads} heads, width {dim}")
         width = dim // config.heads
         if config.rotary_base is not None and width % 2:
-            raise ValueError(f"rotary positions turn pairs of numbers: heads of width {width} must become even ones")
+            raise ValueError(
+                f"rotary positions turn pairs of numbers: {config.heads} attention heads make ones of width {width}; "
+                "take another number of heads, or none of the rotary positions"
+            )
         self.config = config
         self.qkv = nn.Linear(dim, 3 * dim, bias=not config.no_biases)
         self.out = nn.Linear(dim, dim, bias=not config.no_biases)

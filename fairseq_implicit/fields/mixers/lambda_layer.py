@@ -143,11 +143,12 @@ class BatchNorm(nn.BatchNorm1d):
         mean, variance, count, momentum = self.running_mean, self.running_var, self.num_batches_tracked, self.momentum
         assert mean is not None and variance is not None and count is not None and momentum is not None
         if not self.training:
-            return lambda x: self._normed(x, mean, variance)
+            return lambda x: self._normed(x, mean, variance).to(x.dtype)
         first = True
 
         def norm(x: Tensor) -> Tensor:
             nonlocal first
+            x, narrow = x.to(torch.promote_types(x.dtype, torch.float32)), x.dtype  # squares overflow half precision
             tokens = layout.keep(torch.ones_like(x[..., 0])).sum().clamp(min=1)
             own_mean = layout.keep(x).sum((0, 1)) / tokens
             own_variance = layout.keep((x - own_mean).square()).sum((0, 1)) / tokens
@@ -158,7 +159,7 @@ class BatchNorm(nn.BatchNorm1d):
                     mean.lerp_(own_mean.to(mean.dtype), momentum)
                     unbiased = own_variance * tokens / (tokens - 1).clamp(min=1)
                     variance.lerp_(unbiased.to(variance.dtype), momentum)
-            return self._normed(x, own_mean, own_variance)
+            return self._normed(x, own_mean, own_variance).to(narrow)
 
         return norm
 
@@ -299,12 +300,37 @@ def _content(k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 def _running_content(k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """The content lambdas ``(batch, time, key, value)`` of each token and those before it; see :func:`_content`.
 
-    In float64, where exponentials need no maximum taken out, which would be one of tokens to come.
+    In float64, and each beside the largest exponential among its own tokens: that of the whole sequence would be one of
+    tokens to come, and could leave nothing of those before.
     """
-    wide = k.double()
+    largest = k.double()
     if layout.real is not None:
-        wide = wide.masked_fill(~layout.real[:, :, None, None], -math.inf)
-    weights = wide.exp()
-    sums = (weights.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(1)  # (batch, time, intra, key, value)
-    totals = weights.cumsum(1).clamp(min=torch.finfo(weights.dtype).tiny)
-    return (sums / totals.unsqueeze(-1)).sum(2).to(v.dtype)
+        largest = largest.masked_fill(~layout.real[:, :, None, None], torch.finfo(largest.dtype).min)
+    weighed = torch.cat([v.double(), torch.ones_like(v[..., :1], dtype=largest.dtype)], -1).unsqueeze(-2)
+    _, sums = _running(largest, weighed.expand(*largest.shape, -1))
+    return (sums[..., :-1] / sums[..., -1:]).sum(2).to(v.dtype)
+
+
+def _running(largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of stretches along the second axis, each with its largest exponent and its sums over that exponential: those of
+    each stretch and all before it. Pairs are joined and their running sums taken, so that the cost is linear."""
+    if sums.shape[1] == 1:
+        return largest, sums
+    even = sums.shape[1] // 2 * 2
+    pairs = _running(*_joined(largest[:, :even:2], sums[:, :even:2], largest[:, 1::2], sums[:, 1::2]))
+    # What a pair ends with is known; what it begins with has the pairs before it and itself.
+    firsts = largest[:, 2::2], sums[:, 2::2]
+    begun = _joined(*(each[:, : firsts[0].shape[1]] for each in pairs), *firsts)
+    found = []
+    for own, ended, others in zip((largest, sums), pairs, begun, strict=True):
+        whole = own.new_empty(own.shape)
+        places = torch.arange(own.shape[1], device=own.device)
+        whole = whole.index_copy(1, places[1::2], ended).index_copy(1, places[2::2], others)
+        found.append(whole.index_copy(1, places[:1], own[:, :1]))
+    return found[0], found[1]
+
+
+def _joined(before: Tensor, sums_before: Tensor, after: Tensor, sums_after: Tensor) -> tuple[Tensor, Tensor]:
+    largest = torch.maximum(before, after).detach()  # it cancels, and so has no gradient
+    shares = ((each - largest).exp().unsqueeze(-1) for each in (before, after))
+    return largest, sums_before * next(shares) + sums_after * next(shares)
