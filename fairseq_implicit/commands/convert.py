@@ -18,13 +18,15 @@ first and last blocks kept as its prelude and coda, or with --to ode_bert as a w
 A folder of transformers' BERT, RoBERTa, ELECTRA, ALBERT or DeBERTa v2 and v3 (config.json, model.safetensors,
 tokenizer.json), with the head of masked LM or of sentence classes, becomes a folder with model.pt, dict.txt and the
 same tokenizer: the symbols change their order, nothing else, and --to brings them back to the last bit. So does
-ModernBERT, with the head of masked LM.
+ModernBERT, with the head of masked LM. Published folders that hold no tokenizer.json, such as those of DeBERTa v3 with
+spm.model alone, get one from transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER).
 
 The hub interface and fine-tuning also need the dictionary and the tokenizer beside OUTPUT: dict.txt and, for the public
 weights of RoBERTa, GPT-2's encoder.json and vocab.bpe (for a sentencepiece vocabulary sentencepiece.bpe.model).
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -73,28 +75,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=32)
 
 
-def convert(path: str, output: str, conversion: Conversion | None = None) -> tuple[Any, Any]:
-    """Writes the other model; returns the settings of the model that was read and of the one that was written.
+def convert(path: str, conversion: Conversion | None = None) -> tuple[Any, dict[str, Any]]:
+    """The settings of the model that is read, and the checkpoint of the other model.
 
     Args:
         path: of the checkpoint.
-        output: the file to write.
         conversion: of checkpoints; by default the one for its family.
 
     Raises:
-        OSError, ValueError: the checkpoint cannot be read or has no counterpart, or the file cannot be written.
+        OSError, ValueError: the checkpoint cannot be read or has no counterpart.
     """
     checkpoint = stored(path)
     family = family_of(model_name(checkpoint))
     if family in CONVERSIONS:  # a preset is one of its family
         checkpoint["cfg"]["model"]["_name"] = family
     try:
-        converted = (conversion or CONVERSIONS.get(family, checkpoint_from_fairseq))(checkpoint)
-        _check(converted["cfg"]["model"])
+        other = (conversion or CONVERSIONS.get(family, checkpoint_from_fairseq))(checkpoint)
+        _check(other["cfg"]["model"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    write(converted, output)
-    return checkpoint["cfg"]["model"], converted["cfg"]["model"]
+    return checkpoint["cfg"]["model"], other
 
 
 def _check(settings: Mapping[str, Any]) -> None:
@@ -103,10 +103,9 @@ def _check(settings: Mapping[str, Any]) -> None:
     options(**{name: value for name, value in settings.items() if name in options.__dataclass_fields__}).check()
 
 
-def compare(options: argparse.Namespace, read: Any, written: Any) -> None:
+def compare(options: argparse.Namespace, blocks: Blocks, before: float, read: Any, written: Any) -> None:
     """Prints the losses of both models, and that of a deq_bert that takes steps at its equilibrium."""
-    blocks = Blocks(options.data, options.subset, options.batch_size)
-    before, after = evaluate(options.input, blocks).loss, evaluate(options.output, blocks).loss
+    after = evaluate(options.output, blocks).loss
     sys.stdout.write(f"loss {before:.4f} -> {after:.4f} ({after - before:+.4f} nats per masked token)\n")
     deq, settings = (options.output, written) if written["_name"].startswith("deq_bert") else (options.input, read)
     if not settings["_name"].startswith("deq_bert") or options.gain:
@@ -157,7 +156,11 @@ def run(options: argparse.Namespace) -> None:
             coda=options.coda,
             gain=options.gain,
         )
-        read, written = convert(options.input, options.output, tie if options.tie else None)
+        read, other = convert(options.input, tie if options.tie else None)
+        written, blocks = other["cfg"]["model"], Blocks(options.data, options.subset, options.batch_size)
+        # What is wrong with the data shows before anything is written.
+        before = evaluate(options.input, blocks).loss if options.data else math.nan
+        write(other, options.output)
         sys.stdout.write(f"wrote {options.output}: {written['_name']}\n")
         if options.data:
-            compare(options, read, written)
+            compare(options, blocks, before, read, written)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fairseq_implicit.conversion import albert, bert, deberta, electra, modernbert, roberta
 from fairseq_implicit.conversion.misfits import listed, refuse
 from fairseq_implicit.conversion.rows import reordered, with_padding
+from fairseq_implicit.conversion.said import wrong_kinds
 from fairseq_implicit.conversion.weight_files import needed, read_json, read_weights, write_weights
 from fairseq_implicit.data.data_bin import read_dictionary
 from fairseq_implicit.evaluation import checkpoints
@@ -60,10 +61,16 @@ def from_folder(source: Path, target: Path) -> dict[str, Any]:
     config = read_json(source / CONFIG)
     if config.get("model_type") in OURS:
         raise ValueError(f"{source} holds a model of this package: bring it back with `fairseq-implicit import`")
-    if config.get("model_type") not in MODELS:
+    if config.get("model_type") not in [*MODELS]:
         raise ValueError(f"{source / CONFIG}: model_type is {config.get('model_type')}, and not {', '.join(MODELS)}")
-    vocabulary, theirs = TokenizerVocabulary.open(needed(source / TOKENIZER)), read_weights(source)
+    if not (source / TOKENIZER).is_file():  # published folders of DeBERTa v3, for one, hold only spm.model
+        raise FileNotFoundError(
+            f"there is no {TOKENIZER} in {source}: transformers writes one, "
+            f"AutoTokenizer.from_pretrained({str(source)!r}).save_pretrained({str(source)!r})"
+        )
+    vocabulary, theirs = TokenizerVocabulary.open(source / TOKENIZER), read_weights(source)
     try:
+        refuse(wrong_kinds(config))
         settings, weights = MODELS[config["model_type"]].from_transformers(config, theirs)
         symbols, order = _order(vocabulary, len(weights["encoder.embed_tokens.weight"]))
         weights = with_padding(reordered(weights, order), settings["max_positions"], PAD)
@@ -71,6 +78,8 @@ def from_folder(source: Path, target: Path) -> dict[str, Any]:
     except (KeyError, ValueError) as error:
         reason = f"the model lacks {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{source}: {reason}") from None
+    except (TypeError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"{source}: {CONFIG} holds a value of the wrong kind ({error})") from None
     rows = symbols[4:-1]  # dict.txt has neither fairseq's four symbols nor <mask>
     checkpoint = checkpoints.of_weights(settings, weights, str(target.resolve()), not_of_transformers=fresh)
     with new_folder(target) as part:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fairseq_implicit.conversion.misfits import refuse
 from fairseq_implicit.conversion.rows import with_padding
+from fairseq_implicit.conversion.said import other_rows
 from fairseq_implicit.conversion.transformers_names import (
     BERT_SETTINGS,
     POSITIONS,
@@ -60,6 +62,7 @@ def imported(
     """Settings and weights of a model whose embeddings are BERT's; ``misfits`` are what else makes it another."""
     settings = settings_of(config, misfits)
     found = names.imported(weights, tied=not settings["untie_weights_roberta"])
+    refuse(other_rows(config, found))
     settings.update(max_positions=len(found[POSITIONS]), segment_types=len(found[SEGMENTS]))
     return settings, with_padding(found, settings["max_positions"], config.get("pad_token_id") or 0)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fairseq_implicit.conversion.misfits import refuse
 from fairseq_implicit.conversion.rows import with_padding
+from fairseq_implicit.conversion.said import other_rows
 from fairseq_implicit.conversion.transformers_names import (
     ACTIVATIONS,
     POSITIONS,
@@ -76,6 +77,7 @@ def from_transformers(
     # The published head has no matrix of its own, whatever the configuration says.
     settings["untie_weights_roberta"] = legacy and settings["untie_weights_roberta"]
     found = _names(head, legacy).imported(weights, tied=not settings["untie_weights_roberta"])
+    refuse(other_rows(config, found))
     for layer in range(1, settings["encoder_layers"]):
         found.update({name.replace(".0.", f".{layer}.", 1): found[name] for name in [*found] if _FIRST in name})
     farthest = config.get("max_relative_positions", -1)

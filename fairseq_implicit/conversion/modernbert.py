@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_implicit.conversion import plain_stack
+from fairseq_implicit.conversion.misfits import refuse
+from fairseq_implicit.conversion.said import other_rows
 from fairseq_implicit.conversion.table import Table
 
 #: Fields of config.json and the flags that say the same.
@@ -117,14 +119,19 @@ def from_transformers(
         found = {f"model.{name}": weight for name, weight in found.items()}
     if said["tie_word_embeddings"] and "decoder.bias" in found:
         found["decoder.weight"] = found["model.embeddings.tok_embeddings.weight"]
-    return settings, _TABLE.imported(found)
+    found = _TABLE.imported(found)
+    refuse(other_rows(config, found))
+    return settings, found
 
 
 def _layer_types(said: Mapping[str, Any]) -> list[str]:
     every = said["global_attn_every_n_layers"]
-    return said.get("layer_types") or [
+    found = said.get("layer_types") or [
         _LOCAL if layer % every else _GLOBAL for layer in range(said["num_hidden_layers"])
     ]
+    if not isinstance(found, list) or len(found) != said["num_hidden_layers"]:
+        raise ValueError(f"layer_types is {found!r}, and not a list of {said['num_hidden_layers']} kinds of layers")
+    return found
 
 
 def _period(kinds: Sequence[str]) -> int:

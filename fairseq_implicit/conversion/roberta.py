@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fairseq_implicit.conversion.misfits import refuse
+from fairseq_implicit.conversion.said import other_rows
 from fairseq_implicit.conversion.table import Table
 from fairseq_implicit.conversion.transformers_names import (
     POSITIONS,
@@ -151,6 +153,7 @@ def from_transformers(
     sentence = f"hidden_act is {config['hidden_act']}, and RoBERTa's masked-LM head has gelu whatever it is"
     settings = settings_of(config, [sentence] if config["hidden_act"] != "gelu" else [])
     found = _names(head).imported(weights, tied=not settings["untie_weights_roberta"])
+    refuse(other_rows(config, found))
     if len(found[SEGMENTS]) == 1 and not found[SEGMENTS].any():
         # RoBERTa has no segments: the row is there for the sake of BERT's class.
         del found[SEGMENTS]

@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict:
 
 def _parts(index: Path) -> list[str]:
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files:
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise ValueError(f"{index} is damaged: it names no files of weights (weight_map)")
     return sorted(set(files.values()))
 

