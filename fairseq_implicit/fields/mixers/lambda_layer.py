@@ -319,8 +319,9 @@ def _running(largest: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
     even = sums.shape[1] // 2 * 2
     pairs = _running(*_joined(largest[:, :even:2], sums[:, :even:2], largest[:, 1::2], sums[:, 1::2]))
     # What a pair ends with is known; what it begins with has the pairs before it and itself.
-    firsts = largest[:, 2::2], sums[:, 2::2]
-    begun = _joined(*(each[:, : firsts[0].shape[1]] for each in pairs), *firsts)
+    firsts = largest[:, 2::2]
+    before, sums_before = (each[:, : firsts.shape[1]] for each in pairs)
+    begun = _joined(before, sums_before, firsts, sums[:, 2::2])
     found = []
     for own, ended, others in zip((largest, sums), pairs, begun, strict=True):
         whole = own.new_empty(own.shape)
