@@ -185,7 +185,7 @@ ALIKE = "makes layers differ, and here the weights of one are used at several de
         ("ode_bert", dict(no_first_norm=True, no_layernorm_embedding=True), "nothing would norm what the first layer"),
         ("ode_bert", dict(attention_global_every=2), "--attention-global-every: all layers see all tokens: set --"),
         ("deq_bert", dict(attention_rotary_base=0.5), "--attention-rotary-base: a base of 0.5 makes no angles"),
-        ("ode_bert", dict(attention_rotary_base=9.0, encoder_embed_dim=6), "heads of width 3 must become even"),
+        ("ode_bert", dict(attention_rotary_base=9.0, encoder_embed_dim=6), "heads make ones of width 3"),
         ("ode_bert", dict(embedding_dropout=1.0), r"--embedding-dropout must lie in \[0, 1\), got 1.0"),
         ("ode_bert", dict(feed_forward_dropout=float("nan")), "--feed-forward-dropout must lie in"),
         ("ode_bert", dict(activation_fn="swiglu"), "--activation-fn: 'swiglu' is unknown: choose one of gelu"),
