@@ -180,7 +180,7 @@ stage "$name-data" "$data" "$data_key" binarise
 settings=(--tokens-per-sample 32 --batch-size 48 --warmup-updates 100
     --encoder-attention-heads 4 --encoder-init identity --encoder-init-std 0.1)
 case $arch in
-    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=2000 ;;
+    ode_bert_euler_tiny) settings+=(--ode-time 2 --lr 4e-3) length=1900 ;;
     neural_ode_bert_tiny)
         settings+=(--ode-depth-weights linear --ode-scheme rk2 --ode-steps 2 --ode-tolerance 0 --lr 4e-3) length=1100
         ;;
