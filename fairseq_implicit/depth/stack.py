@@ -5,46 +5,33 @@ The weights know nothing of the solver: one checkpoint can be evaluated with ano
 to a tolerance, or implicit ones.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fairseq_implicit.depth.convergence import (
-    ALARM_RESIDUAL,
-    BudgetAlarm,
-    ResidualAlarm,
-    mean,
-    per_sample_mean,
-    rate_statistics,
-    refuse_failure,
-)
+from fairseq_implicit.depth.convergence import BudgetAlarm, ResidualAlarm, rate_statistics, refuse_failure
 from fairseq_implicit.depth.history import LayerHistory
 from fairseq_implicit.depth.output import Depth, DepthOutput
 from fairseq_implicit.depth.random_steps import RandomDepth, RandomSteps
+from fairseq_implicit.depth.stack_report import EquationReport, Report, Scalar, SchemeReport
 from fairseq_implicit.fields.field import Field, Increment
 from fairseq_implicit.fields.mixers.lambda_layer import content_lambdas
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.layout import UNPADDED, Layout
 from fairseq_implicit.module_list import ModuleList
 from fairseq_implicit.options import OptionError, check_choice
-from fairseq_implicit.solvers.coefficients import Combination, Weight
+from fairseq_implicit.solvers.coefficients import Combination
 from fairseq_implicit.solvers.gradients.record import AdjointRecord
 from fairseq_implicit.solvers.runge_kutta import RungeKutta
 from fairseq_implicit.solvers.solver import Solution, Solver, Span
-from fairseq_implicit.solvers.status import Status
 from fairseq_implicit.solvers.vector_field import Time
-
-logger = logging.getLogger(__name__)
 
 HISTORIES = ("none", "dlcl")
 STAGE_DROPOUTS = ("shared", "independent")
-
-Scalar = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -262,7 +249,7 @@ class BlockStack(Depth):
             solver = replace(solver, steps=self.random_steps.draw())
         hidden_states = [x] if return_hidden_states else None
         lambdas: list[Tensor] | None = [] if return_lambdas else None
-        report = (_EquationReport if solver.implicit else _SchemeReport)(self, layout)
+        report = (EquationReport if solver.implicit else SchemeReport)(self, layout)
         if self.random_depth is not None and self.training:
             state, cost = self._loop(self.random_depth.draw(len(x)), x, layout, report, lambdas)
             if hidden_states is not None:
@@ -287,7 +274,7 @@ class BlockStack(Depth):
         solver: Solver,
         x: Tensor,
         layout: Layout,
-        report: "_Report",
+        report: Report,
         hidden_states: list[Tensor] | None,
         lambdas: list[Tensor] | None,
     ) -> tuple[Tensor, int]:
@@ -331,7 +318,7 @@ class BlockStack(Depth):
                 field.prepare(x, layout)(t, state.to(x.dtype))
 
     def _loop(
-        self, depths: list[int], x: Tensor, layout: Layout, report: "_Report", lambdas: list[Tensor] | None
+        self, depths: list[int], x: Tensor, layout: Layout, report: Report, lambdas: list[Tensor] | None
     ) -> tuple[Tensor, Scalar]:
         """Each sequence through its own number of steps of one block, in one solve with one noise.
 
@@ -388,7 +375,7 @@ class BlockStack(Depth):
         if solver.implicit:
             options["records"] = self.adjoints if torch.is_grad_enabled() else None
         if solver.combines:
-            options.update(combination=self._combination(block), carried=carried)
+            options.update(combination=self.combination(block), carried=carried)
             history = self.predictor_history
             if history is not None:
                 options["mixture"] = lambda predicted: history.mix(entries + [history.entry(block + 1, predicted)])
@@ -396,7 +383,8 @@ class BlockStack(Depth):
         refuse_failure(result.status, f"block {block}")
         return result
 
-    def _combination(self, block: int) -> Combination:
+    def combination(self, block: int) -> Combination:
+        """The weights of the stages of a block."""
         return self.combinations[block % len(self.combinations)]
 
     def _draw_skipped_blocks(self) -> set[int]:
@@ -405,123 +393,3 @@ class BlockStack(Depth):
             return set()
         draws = torch.rand(self.config.layers, device="cpu").tolist()
         return {block for block, draw in enumerate(draws) if draw < self.config.layerdrop}
-
-
-class _Report(Protocol):
-    """Statistics and penalties of one pass."""
-
-    def add(self, block: int, result: Solution | None, state: Tensor) -> None: ...
-    def statistics(self) -> dict[str, Scalar]: ...
-    def penalties(self) -> dict[str, Tensor]: ...
-
-
-class _SchemeReport:
-    """Statistics and penalties of one pass through schemes with stages, as 0-dim tensors that nobody has read back."""
-
-    def __init__(self, stack: BlockStack, layout: Layout):
-        self.stack, self.config, self.layout = stack, stack.config, layout
-        self.evaluations: Scalar = 0
-        self.blocks: list[dict[str, Scalar]] = []
-        self.consistency: list[Scalar] = []
-        self.second_order: list[Scalar] = []
-
-    def add(self, block: int, result: Solution | None, state: Tensor) -> None:
-        """Of a block that was passed, or skipped."""
-        solver, combination = self.config.solver, self.stack._combination(block)
-        weights: tuple[tuple[Weight, ...], ...]
-        if result is None:
-            weights = () if solver.own_coefficients else (combination.at_rest(),)
-        else:
-            weights = result.weights
-            self.evaluations += per_sample_mean(result.evaluations)
-        found = _means([combination.statistics(each, self.layout) for each in weights])
-        found["state_rms"] = self.layout.rms(state)
-        if solver.adaptive:
-            status = Status.CONVERGED if result is None else result.status
-            self.stack.budget_alarm.hear(status, solver.max_evaluations)
-            found["stopped"] = float(status is Status.BUDGET_SPENT)
-        self.blocks.append(found)
-        for each in weights:
-            if self.config.consistency_penalty > 0:
-                self.consistency.append(combination.consistency_penalty(each, self.layout))
-            if self.config.second_order_penalty > 0:
-                self.second_order.append(combination.second_order_penalty(each, self.layout))
-
-    def statistics(self) -> dict[str, Scalar]:
-        flat: dict[str, Scalar] = {"evaluations": self.evaluations}
-        flat.update(_means(self.blocks))
-        flat["state_rms"] = self.blocks[-1]["state_rms"]
-        for block, found in enumerate(self.blocks):
-            flat.update({f"block{block}/{name}": value for name, value in found.items()})
-        return flat
-
-    def penalties(self) -> dict[str, Tensor]:
-        found = {}
-        if self.consistency:
-            found["consistency"] = self.config.consistency_penalty * torch.as_tensor(mean(self.consistency))
-        if self.second_order:
-            found["second_order"] = self.config.second_order_penalty * torch.as_tensor(mean(self.second_order))
-        return found
-
-
-class _EquationReport:
-    """Statistics of one pass through blocks that solve equations, and the warning where they end far from them."""
-
-    def __init__(self, stack: BlockStack, layout: Layout):
-        self.stack = stack
-        self.backward = [(record.evaluations, record.fallbacks) for record in stack.adjoints]
-        self.evaluations: int | Tensor = 0
-        self.residuals: list[Tensor] = []
-        self.converged: list[Tensor] = []
-        self.unfinished = False
-
-    def add(self, block: int, result: Solution | None, state: Tensor) -> None:
-        if result is None:
-            return
-        self.evaluations = self.evaluations + result.evaluations
-        self.unfinished = self.unfinished or result.status in (Status.BUDGET_SPENT, Status.STAGNATED)
-        if result.residual is not None and result.converged is not None:
-            self.residuals.append(result.residual.float())
-            self.converged.append(result.converged)
-
-    def statistics(self) -> dict[str, Scalar]:
-        if self.stack.training and self.unfinished:
-            self._warn()
-        evaluations, fallbacks = zip(*self.backward, strict=True) if self.backward else ((), ())
-        return {
-            "evaluations": torch.as_tensor(self.evaluations, dtype=torch.float32).mean(),
-            "residual": torch.stack(self.residuals).amax(0).mean() if self.residuals else 0.0,
-            "converged_share": torch.stack(self.converged).float().mean() if self.converged else 1.0,
-            "evaluations_backward": _total(evaluations),
-            "adjoint_fallbacks": _total(fallbacks),
-        }
-
-    def penalties(self) -> dict[str, Tensor]:
-        return {}
-
-    def _warn(self) -> None:
-        """Say which block ended how far from its tolerance, after one read of all of them."""
-        stack, solver = self.stack, self.stack.config.solver.solver
-        means = torch.stack(self.residuals).mean(1).tolist()
-        worst = max(range(len(means)), key=means.__getitem__)
-        if solver.criterion == "relative" and stack.residual_alarm.due(stack.update, means[worst]):
-            logger.warning(
-                "update %d: the mean residual %.3f of implicit block %d is above %.2f; raise max_iter (now %d), "
-                "or take more and smaller steps",
-                stack.update,
-                means[worst],
-                worst,
-                ALARM_RESIDUAL,
-                solver.max_iter,
-            )
-
-
-def _total(found) -> Tensor:
-    """Sum of the means over the samples."""
-    values = [torch.as_tensor(value, dtype=torch.float32) for value in found]
-    return sum((value.mean() for value in values), torch.zeros(()))
-
-
-def _means(found: list[dict[str, Scalar]]) -> dict[str, Scalar]:
-    """Mean of each name over dicts of the same names."""
-    return {name: mean([values[name] for values in found]) for name in found[0]} if found else {}
