@@ -20,12 +20,40 @@ from fairseq_implicit.options import OptionError
 
 
 @dataclass(frozen=True)
-class AttentionConfig(MixerConfig):
-    """The options of :class:`MultiHeadAttention`.
+class AttendingConfig(MixerConfig):
+    """The options of :class:`Attending`.
 
     Attributes:
-        heads: number of heads; must divide the width of the state.
+        heads: number of heads.
         dropout: rate on the attention probabilities.
+    """
+
+    heads: int
+    dropout: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        return self.dropout
+
+    def added_width(self, dim: int) -> int:
+        return 3 * dim
+
+    def head_width(self, dim: int) -> int:
+        """Of heads that share a state of width ``dim`` among them.
+
+        Raises:
+            ValueError: they do not divide it.
+        """
+        if self.heads < 1 or dim % self.heads:
+            raise ValueError(f"the number of attention heads must divide the width: {self.heads} heads, width {dim}")
+        return dim // self.heads
+
+
+@dataclass(frozen=True)
+class AttentionConfig(AttendingConfig):
+    """The options of :class:`MultiHeadAttention`, whose heads divide the width of the state.
+
+    Attributes:
         no_biases: the projections are linear maps alone.
         rotary_base: of rotary positions, see :mod:`fairseq_implicit.fields.mixers.rotary`; ``None``: there are none.
         qk_norm: a layer norm with a scale on each head's queries and keys (arXiv 2302.05442).
@@ -37,8 +65,6 @@ class AttentionConfig(MixerConfig):
         OptionError: an impossible value, or an option without the one that it is about.
     """
 
-    heads: int
-    dropout: float = 0.0
     no_biases: bool = False
     rotary_base: Optional[float] = field(
         default=None,
@@ -77,10 +103,6 @@ class AttentionConfig(MixerConfig):
             )
 
     @property
-    def noise(self) -> float:
-        return self.dropout
-
-    @property
     def positional(self) -> bool:
         return self.rotary_base is not None
 
@@ -95,9 +117,6 @@ class AttentionConfig(MixerConfig):
         if layer % self.global_every == 0:
             return replace(alike, window=None)
         return alike if self.local_rotary_base is None else replace(alike, rotary_base=self.local_rotary_base)
-
-    def added_width(self, dim: int) -> int:
-        return 3 * dim
 
     def build(self, dim: int, dropout_policy: str) -> MultiHeadAttention:
         return MultiHeadAttention(dim, self, dropout_policy)
@@ -173,9 +192,7 @@ class MultiHeadAttention(Attending):
 
     def __init__(self, dim: int, config: AttentionConfig, dropout_policy: str = "shared"):
         super().__init__(config.heads, config.dropout, dropout_policy)
-        if config.heads < 1 or dim % config.heads:
-            raise ValueError(f"the number of attention heads must divide the width: {config.heads} heads, width {dim}")
-        width = dim // config.heads
+        width = config.head_width(dim)
         if config.rotary_base is not None and width % 2:
             raise ValueError(
                 f"rotary positions turn pairs of numbers: {config.heads} attention heads make ones of width {width}; "
@@ -213,15 +230,19 @@ class MultiHeadAttention(Attending):
         turn = nn.Identity() if base is None else rotation(x, x.shape[2] // self.heads, base, layout)
 
         def mix(z: Tensor, added: Tensor | None = None) -> Tensor:
-            batch, time, dim = z.shape
-            projected = self.qkv(z)
-            if added is not None:
-                projected = projected + added
-            q, k, v = projected.view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.projected(z, added)
             q, k = turn(self.query_norm(q)), turn(self.key_norm(k))
-            return self.out(attend(q, k, v).transpose(1, 2).reshape(batch, time, dim))
+            return self.out(attend(q, k, v).transpose(1, 2).reshape(z.shape))
 
         return mix
+
+    def projected(self, z: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
+        """Queries, keys and values of the heads, each ``(batch, heads, time, dim / heads)``."""
+        batch, time, dim = z.shape
+        projected = self.qkv(z)
+        if added is not None:
+            projected = projected + added
+        return projected.view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:

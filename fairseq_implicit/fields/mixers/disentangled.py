@@ -18,8 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from fairseq_implicit.fields.mixers.attention import AttentionConfig, MultiHeadAttention
-from fairseq_implicit.fields.mixers.mixer import Mix, Mixer, MixerConfig
+from fairseq_implicit.fields.mixers.attention import AttendingConfig, AttentionConfig, MultiHeadAttention
+from fairseq_implicit.fields.mixers.mixer import Mix, Mixer
 from fairseq_implicit.fields.norms import NormConfig
 from fairseq_implicit.fields.shared_dropout import SharedDropout
 from fairseq_implicit.layout import UNPADDED, Layout
@@ -29,12 +29,11 @@ TERMS = ("c2p", "p2c")
 
 
 @dataclass(frozen=True)
-class DisentangledConfig(MixerConfig):
-    """The options of :class:`DisentangledAttention`; by default those of DeBERTa v3.
+class DisentangledConfig(AttendingConfig):
+    """The options of :class:`DisentangledAttention`, whose heads divide the width of the state; by default those of
+    DeBERTa v3.
 
     Attributes:
-        heads: number of heads; must divide the width of the state.
-        dropout: rate on the attention probabilities.
         hidden_dropout: rate on the table.
         no_biases: the projections and the table's norm have none.
         norm_eps: of the table's layer norm.
@@ -49,8 +48,6 @@ class DisentangledConfig(MixerConfig):
         OptionError: an unknown term, or sizes that make no buckets.
     """
 
-    heads: int
-    dropout: float = 0.0
     hidden_dropout: float = 0.0
     no_biases: bool = False
     norm_eps: float = 1e-7
@@ -95,9 +92,6 @@ class DisentangledConfig(MixerConfig):
     def span(self) -> int:
         """Rows of the table on each side."""
         return self.buckets or self.distance
-
-    def added_width(self, dim: int) -> int:
-        return 3 * dim
 
     def build(self, dim: int, dropout_policy: str) -> DisentangledAttention:
         return DisentangledAttention(dim, self, dropout_policy)
@@ -193,25 +187,19 @@ class DisentangledAttention(MultiHeadAttention):
         hidden = None if visible is None else visible.logical_not()
 
         def mix(z: Tensor, added: Tensor | None = None) -> Tensor:
-            batch, time, dim = z.shape
-            projected = self.qkv(z)
-            if added is not None:
-                projected = projected + added
-            q, k, v = projected.view(batch, time, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+            q, k, v = self.projected(z, added)
             bias = self._bias(q, k, drop(self.table(rows)), index)
             if hidden is not None:
                 # Half of the least number: to that a product may be added, and a sequence of padding has no NaN.
                 bias = bias.masked_fill(hidden, torch.finfo(bias.dtype).min / 2)
-            return self.out(attend(q, k, v, bias).transpose(1, 2).reshape(batch, time, dim))
+            return self.out(attend(q, k, v, bias).transpose(1, 2).reshape(z.shape))
 
         return mix
 
     def _index(self, x: Tensor, layout: Layout) -> Tensor:
         """The table's row for each query (third) and key (last): ``(batch or 1, 1, time, time)`` int64."""
         config = self.relative
-        places = layout.positions_of(x[..., 0])
-        if layout.positions is None and layout.real is None:
-            places = places[:1]
+        places = layout.places(x)
         relative = (places[:, None, :, None] - places[:, None, None, :]).clamp(-config.distance, config.distance)
         rows = torch.tensor(table_rows(config.buckets, config.distance), device=x.device)
         return rows[relative + config.distance]

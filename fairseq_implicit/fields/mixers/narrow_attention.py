@@ -7,29 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fairseq_implicit.fields.mixers.attention import Attending
-from fairseq_implicit.fields.mixers.mixer import Mix, MixerConfig
+from fairseq_implicit.fields.mixers.attention import Attending, AttendingConfig
+from fairseq_implicit.fields.mixers.mixer import Mix
 from fairseq_implicit.layout import UNPADDED, Layout
 
 
 @dataclass(frozen=True)
-class NarrowAttentionConfig(MixerConfig):
-    """The options of :class:`NarrowAttention`.
-
-    Attributes:
-        heads: number of heads; must divide the width of the state.
-        dropout: rate on the attention probabilities.
-    """
-
-    heads: int
-    dropout: float = 0.0
-
-    @property
-    def noise(self) -> float:
-        return self.dropout
-
-    def added_width(self, dim: int) -> int:
-        return 3 * dim
+class NarrowAttentionConfig(AttendingConfig):
+    """The options of :class:`NarrowAttention`, whose heads divide the width of the state."""
 
     def build(self, dim: int, dropout_policy: str) -> NarrowAttention:
         return NarrowAttention(dim, self, dropout_policy)
@@ -55,9 +40,7 @@ class NarrowAttention(Attending):
 
     def __init__(self, dim: int, config: NarrowAttentionConfig, dropout_policy: str = "shared"):
         super().__init__(config.heads, config.dropout, dropout_policy)
-        if config.heads < 1 or dim % config.heads:
-            raise ValueError(f"the number of attention heads must divide the width: {config.heads} heads, width {dim}")
-        width = dim // config.heads
+        width = config.head_width(dim)
         self.queries = nn.Linear(width, width, bias=False)
         self.keys = nn.Linear(width, width, bias=False)
         self.values = nn.Linear(width, width, bias=False)

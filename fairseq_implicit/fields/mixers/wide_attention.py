@@ -7,26 +7,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from fairseq_implicit.fields.mixers.attention import Attending
-from fairseq_implicit.fields.mixers.mixer import Mix, MixerConfig
+from fairseq_implicit.fields.mixers.attention import Attending, AttendingConfig
+from fairseq_implicit.fields.mixers.mixer import Mix
 from fairseq_implicit.layout import UNPADDED, Layout
 
 
 @dataclass(frozen=True)
-class WideAttentionConfig(MixerConfig):
-    """The options of :class:`WideAttention`.
-
-    Attributes:
-        heads: number of heads.
-        dropout: rate on the attention probabilities.
-    """
-
-    heads: int
-    dropout: float = 0.0
-
-    @property
-    def noise(self) -> float:
-        return self.dropout
+class WideAttentionConfig(AttendingConfig):
+    """The options of :class:`WideAttention`."""
 
     def added_width(self, dim: int) -> int:
         return 3 * self.heads * dim
