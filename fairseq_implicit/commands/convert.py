@@ -99,8 +99,7 @@ def convert(path: str, conversion: Conversion | None = None) -> tuple[Any, dict[
 
 def _check(settings: Mapping[str, Any]) -> None:
     """Refuse settings that the model's family does: what is written must open."""
-    options = MODEL_REGISTRY[settings["_name"]].config_class()
-    options(**{name: value for name, value in settings.items() if name in options.__dataclass_fields__}).check()
+    MODEL_REGISTRY[settings["_name"]].configuration(settings).check()
 
 
 def compare(options: argparse.Namespace, blocks: Blocks, before: float, read: Any, written: Any) -> None:

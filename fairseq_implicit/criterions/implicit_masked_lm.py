@@ -54,16 +54,16 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
             loss in nats, summed over masked tokens; their number; and the logging output.
         """
         target = sample["target"]
-        sample_size = target.ne(self.padding_idx).sum()
+        masked = target.ne(self.padding_idx)
+        sample_size = masked.sum()
         predicted = sample.get("predicted")
         if predicted is not None and len(predicted):
-            masked = target.ne(self.padding_idx)
             returned = model(**sample["net_input"], masked_tokens=masked, predicted=predicted)
             target = target.flatten().index_select(0, predicted)
         else:
-            masked = self._masked_positions(target)
-            returned = model(**sample["net_input"], masked_tokens=masked)
-            target = target.reshape(-1) if masked is None else target[masked]
+            read = self._read_positions(masked)
+            returned = model(**sample["net_input"], masked_tokens=read)
+            target = target.reshape(-1) if read is None else target[read]
         output = output_of(returned) or ModelOutput(returned[0])
         cross_entropy, correct = cross_entropy_and_correct(output.values, target, self.padding_idx)
         loss = cross_entropy
@@ -91,9 +91,9 @@ class ImplicitMaskedLMCriterion(FairseqCriterion):
             _log(logging_output, name, statistic)
         return loss, sample_size, logging_output
 
-    def _masked_positions(self, target: Tensor) -> Optional[Tensor]:
+    @staticmethod
+    def _read_positions(masked: Tensor) -> Optional[Tensor]:
         """Positions for the LM head, ``(batch, time)`` bool; all of them when nothing in the batch is masked."""
-        masked = target.ne(self.padding_idx)
         if masked.device.type == "cpu":
             return masked if masked.any() else None
         return masked | ~masked.any()  # the same without waiting for the device

@@ -5,7 +5,7 @@ What a family is stands in its options (:mod:`fairseq_implicit.families`); here 
 
 import logging
 import os
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 from fairseq.models import BaseFairseqModel
 from omegaconf import OmegaConf
@@ -85,12 +85,7 @@ class ImplicitBertModel(BaseFairseqModel):
         Raises:
             ValueError: one sentence naming the flag at fault.
         """
-        if OmegaConf.is_config(cfg):
-            typed = cls.config_class()(
-                **{key: cfg[key] for key in cls.config_class().__dataclass_fields__ if key in cfg}
-            )
-        else:
-            typed = cfg
+        typed = cls.configuration(cfg) if OmegaConf.is_config(cfg) else cfg
         if typed.max_positions is None:
             typed.max_positions = _positions_of(task)
         with typed.flags.naming():
@@ -110,6 +105,13 @@ class ImplicitBertModel(BaseFairseqModel):
     def config_class(cls):
         """The family's config dataclass."""
         return getattr(cls, "__dataclass")
+
+    @classmethod
+    def configuration(cls, settings: Mapping[str, Any]) -> ImplicitBertConfig:
+        """The family's configuration, of settings that may say more and less."""
+        return cls.config_class()(
+            **{key: settings[key] for key in cls.config_class().__dataclass_fields__ if key in settings}
+        )
 
     def forward(
         self,
